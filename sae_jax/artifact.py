@@ -1,0 +1,96 @@
+"""The product: a trained autoencoder as safetensors and sae.json, and a small class to use it in a notebook.
+
+No pickle is read. Sizes in sae.json must match the tensors, and inputs are normalised as in training: feeding raw
+activations to an autoencoder trained on normalised ones is the commonest silent failure of published SAEs.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from sae_jax import files
+from sae_jax.data.normalize import normalize
+from sae_jax.errors import UserError
+from sae_jax.sae import SAE
+
+FOLDER = 'sae'
+_WEIGHTS = ('raw', 'ema')
+_TENSORS = ('w_enc_FD', 'w_dec_FD', 'b_enc_F', 'b_pre_D')
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+  """A trained autoencoder.
+
+  Attributes:
+    sae: its parameters.
+    info: sae.json: sizes, activation, normalisation, subject, site, which weights these are.
+  """
+
+  sae: SAE
+  info: dict[str, Any]
+
+  def encode(self, x: Any) -> tuple[jax.Array, jax.Array]:
+    """Values [..., K] and latent indices [..., K] for activations [..., D], raw or normalised."""
+    x = np.asarray(x, np.float32)
+    flat_BD = normalize(x.reshape(-1, self.info['d_model']), self.info['normalize'])[0]
+    codes = self.sae.encode(jnp.asarray(flat_BD))
+    return tuple(a.reshape(*x.shape[:-1], -1) for a in codes)
+
+  def decode(self, z: Any, idx: Any) -> jax.Array:
+    """Reconstructions [..., D] in the normalised space, from values and indices [..., K]."""
+    z, idx = jnp.asarray(z), jnp.asarray(idx)
+    x_BD = self.sae.decode(z.reshape(-1, z.shape[-1]), idx.reshape(-1, idx.shape[-1]))
+    return x_BD.reshape(*z.shape[:-1], -1)
+
+  def reconstruct(self, x: Any) -> np.ndarray:
+    """Reconstructions [..., D] in the space of the input: the token's norm and mean are put back."""
+    x = np.asarray(x, np.float32)
+    _, mean_B1, norm_B1 = normalize(x.reshape(-1, self.info['d_model']), self.info['normalize'])
+    x_hat_BD = np.asarray(self.decode(*self.encode(x))).reshape(-1, self.info['d_model'])
+    return (x_hat_BD * norm_B1 + mean_B1).reshape(x.shape)
+
+
+def save(workdir: str, weights: dict[str, dict[str, np.ndarray]], info: dict[str, Any]) -> None:
+  """Writes `<workdir>/sae/{raw,ema}.safetensors` and then sae.json, each atomically."""
+  for name, params in weights.items():
+    data = safetensors.numpy.save({key: np.ascontiguousarray(params[key]) for key in _TENSORS})
+    files.replace(files.join(workdir, FOLDER, f'{name}.safetensors'), data)
+  files.replace(files.join(workdir, FOLDER, 'sae.json'), json.dumps(info, indent=1, allow_nan=False).encode())
+
+
+def load(cell: str, weights: str | None = None) -> Autoencoder:
+  """The autoencoder of a finished cell folder.
+
+  Args:
+    cell: a cell folder (holding `sae/`).
+    weights: 'raw' or 'ema'; None takes the better on held-out tokens.
+
+  Raises:
+    UserError: nothing there, damaged, or sizes that do not agree.
+  """
+  folder = files.join(str(cell), FOLDER)
+  try:
+    info = json.loads(files.read(files.join(folder, 'sae.json')))
+    n, d, k = (int(info[key]) for key in ('n_latents', 'd_model', 'k'))
+    weights = weights or info['weights']
+    if weights not in _WEIGHTS:
+      raise UserError(f'weights={weights!r} is not one of {", ".join(_WEIGHTS)}')
+    params = safetensors.numpy.load(files.read(files.join(folder, f'{weights}.safetensors')))
+  except FileNotFoundError:
+    raise UserError(f'{folder} holds no trained autoencoder; is the cell finished?') from None
+  except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    raise UserError(f'{folder} is damaged ({type(error).__name__}: {error}); train the cell again') from None
+  expected = {'w_enc_FD': (n, d), 'w_dec_FD': (n, d), 'b_enc_F': (n,), 'b_pre_D': (d,)}
+  found = {name: tensor.shape for name, tensor in params.items()}
+  if found != expected or not all(np.isfinite(t).all() for t in params.values()):
+    raise UserError(f'{folder}: tensors {found} are not finite arrays of {expected}; train the cell again')
+  return Autoencoder(
+    SAE({name: jnp.asarray(t) for name, t in params.items()}, k=k), info | {'weights': weights}
+  )

@@ -1,0 +1,173 @@
+"""Checkpoints: orbax v1, a SHA-256 for every array, and the previous good step when the newest is damaged.
+
+Orbax restores a flipped bit silently (50 of 60 trials) and takes an empty step folder for the latest, so what comes
+back is compared with the digests that were saved with it.
+"""
+
+import hashlib
+import json
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from sae_jax import files
+from sae_jax.errors import UserError
+
+_BLOCK = 1024  # rows of a hashed block; a power of two, so that power-of-two shards hold whole blocks
+
+
+def array_digest(array: jax.Array) -> str:
+  """SHA-256 over shape, dtype and the digests of blocks of 1,024 rows in order.
+
+  No array is gathered when shards hold whole blocks, and the mesh does not matter. Every process gets the answer.
+  """
+  rows = array.shape[0] if array.ndim else 1
+  shards = [s for s in array.addressable_shards if s.replica_id == 0]
+  whole_blocks = all(s.data.shape[:1] == array.shape[:1] or s.data.shape[0] % _BLOCK == 0 for s in shards)
+  n_blocks = math.ceil(rows / _BLOCK)
+  digests = np.zeros((n_blocks, 32), np.uint8)
+  if array.is_fully_replicated:
+    _hash_blocks(digests, 0, np.asarray(array.addressable_data(0)))
+  elif not _everywhere(whole_blocks):
+    _hash_blocks(digests, 0, np.asarray(multihost_utils.process_allgather(array, tiled=True)))
+  else:
+    for shard in shards:
+      _hash_blocks(digests, (shard.index[0].start or 0) // _BLOCK, np.asarray(shard.data))
+    if jax.process_count() > 1:  # each block was hashed by one process and is zero elsewhere
+      digests = np.max(multihost_utils.process_allgather(digests), axis=0)
+  head = f'{array.shape}{array.dtype}'.encode()
+  return hashlib.sha256(head + digests.tobytes()).hexdigest()
+
+
+def tree_digests(tree: Any) -> dict[str, str]:
+  """Digest of every array, by path."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): array_digest(leaf)
+    for path, leaf in jax.tree.leaves_with_path(tree)
+  }
+
+
+def combined_digest(tree: Any) -> str:
+  """One digest of a tree of arrays."""
+  return hashlib.sha256(json.dumps(tree_digests(tree), sort_keys=True).encode()).hexdigest()
+
+
+class Checkpoints:
+  """The two newest good steps of one cell, under `<workdir>/ckpt/`."""
+
+  def __init__(self, workdir: str, cell_id: str):
+    folder = str(files.local(workdir)) if files.is_local(workdir) else str(workdir)
+    self._folder, self._corrupt = epath.Path(folder) / 'ckpt', epath.Path(folder) / 'corrupt'
+    self._cell = cell_id
+    self._checkpointer = self._open()
+
+  def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
+    """Starts saving; the state may be donated at once. `facts` are JSON-able and come back from `restore`.
+
+    Errors of the previous save (a full disk, say) surface here or in `wait`.
+    """
+    self.wait()
+    if any(c.step == step for c in self._checkpointer.checkpoints):
+      return  # saved by the interval just before the preemption
+    metadata = {'cell': self._cell, 'digests': tree_digests(state), 'facts': facts}
+    with _disk_full_is_user_error(self._folder):
+      self._checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
+
+  def wait(self) -> None:
+    """Until the last save is on disk."""
+    with _disk_full_is_user_error(self._folder):
+      self._checkpointer.wait()
+
+  def close(self) -> None:
+    with _disk_full_is_user_error(self._folder):
+      self._checkpointer.close()
+
+  def restore(self, abstract_state: Any, note) -> tuple[Any, dict[str, Any]] | None:
+    """The newest undamaged state, placed as `abstract_state` says, and its facts; None when there is none.
+
+    A damaged step is moved to `<workdir>/corrupt/` and `note` is told. Raises `UserError` when the newest
+    checkpoint belongs to another configuration.
+    """
+    for step in self._steps():
+      problem = self._problem_of_folder(step)
+      if problem is None:
+        try:
+          metadata = self._checkpointer.metadata(step).custom_metadata
+          if metadata['cell'] != self._cell:
+            raise UserError(
+              f'checkpoint {self._folder / str(step)} is of cell {metadata["cell"]}, not {self._cell}; '
+              'use another workdir or the configuration it was made with'
+            )
+          state = self._checkpointer.load(step, abstract_state)
+          if tree_digests(state) == metadata['digests']:
+            return state, metadata['facts']
+          problem = 'an array differs from its digest'
+        except UserError:
+          raise
+        except Exception as error:
+          problem = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+      note(f'checkpoint at step {step} is damaged ({problem}); moved to corrupt/, trying the one before')
+      self._set_aside(step)
+    return None
+
+  def _steps(self) -> list[int]:
+    names = [p.name for p in self._folder.iterdir()] if self._folder.exists() else []
+    return sorted((int(n) for n in names if n.isdigit()), reverse=True)
+
+  def _problem_of_folder(self, step: int) -> str | None:
+    return None if any((self._folder / str(step)).iterdir()) else 'the folder is empty'
+
+  def _set_aside(self, step: int) -> None:
+    self._checkpointer.close()
+    if jax.process_index() == 0:
+      self._corrupt.mkdir(parents=True, exist_ok=True)
+      taken = len(list(self._corrupt.iterdir()))
+      (self._folder / str(step)).rename(self._corrupt / f'{step}-{taken}')
+    multihost_utils.sync_global_devices(f'set aside {step}')
+    # A checkpointer remembers the steps it has seen, so one that saw the damaged step is not reused.
+    self._checkpointer = self._open()
+
+  def _open(self) -> ocp.training.Checkpointer:
+    return ocp.training.Checkpointer(
+      self._folder,
+      preservation_policy=ocp.training.preservation_policies.LatestN(2),
+      cleanup_tmp_directories=True,
+    )
+
+
+class _disk_full_is_user_error:
+  def __init__(self, path):
+    self._path = path
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    if error is not None and _is_disk_full(error):
+      raise UserError(
+        f'{self._path}: no space left on the device; free some and start again: it resumes'
+      ) from error
+
+
+def _is_disk_full(error: BaseException) -> bool:
+  text = str(error)
+  return any(word in text for word in ('No space left', 'ENOSPC', 'RESOURCE_EXHAUSTED', 'Disk quota'))
+
+
+def _hash_blocks(digests: np.ndarray, first: int, data: np.ndarray) -> None:
+  data = np.ascontiguousarray(data)
+  rows = data.reshape(1) if data.ndim == 0 else data
+  for start in range(0, rows.shape[0], _BLOCK):
+    block = hashlib.sha256(memoryview(rows[start : start + _BLOCK]).cast('B')).digest()
+    digests[first + start // _BLOCK] = np.frombuffer(block, np.uint8)
+
+
+def _everywhere(claim: bool) -> bool:
+  if jax.process_count() == 1:
+    return claim
+  return bool(np.all(multihost_utils.process_allgather(np.asarray(claim))))

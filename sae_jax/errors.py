@@ -1,0 +1,29 @@
+"""The one exception that means "the user asked for something impossible"; entry points print it as a single line."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+USER_ERROR_EXIT = 2
+
+
+class UserError(Exception):
+  """A mistake in the input. The message is one line: the value, the rule and the remedy."""
+
+
+def one_line_errors(main: Callable[[list[str]], int]) -> Callable[[list[str] | None], None]:
+  """Wraps an entry point: exits with its return code, or with one line on stderr for a `UserError`.
+
+  Every other exception keeps its traceback.
+  """
+
+  @functools.wraps(main)
+  def run(argv: list[str] | None = None) -> None:
+    try:
+      code = main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+      print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+      code = USER_ERROR_EXIT
+    sys.exit(code)
+
+  return run

@@ -1,0 +1,60 @@
+"""FLOPs and bytes of one training step, useful and dense, per part. Plain Python.
+
+Counting: a multiply-add is 2 FLOPs; comparisons, gathers and elementwise work on [B, F] are not counted; the
+optimizer's elementwise pass is counted in bytes only. `useful` follows the sparse algorithm (only the encoder's
+forward pass is dense: 2nd a token), `dense` the six products of a dense implementation (12nd a token).
+"""
+
+from sae_jax.config import Config
+
+FLOAT = 4  # bytes
+
+
+def step_parts(n: int, k: int, d: int, batch: int) -> dict[str, dict[str, float]]:
+  """FLOPs (useful and dense) and least bytes of one step without AuxK, per part, over all devices."""
+  sparse, dense = 2.0 * batch * k * d, 2.0 * batch * n * d
+  weights = FLOAT * n * d
+  codes, rows = FLOAT * batch * k, FLOAT * batch * d
+  gather = FLOAT * batch * k * d
+  return {
+    'encode': {'useful': dense, 'dense': dense, 'bytes': rows + weights + FLOAT * batch * n},
+    'top_k': {'useful': 0.0, 'dense': 0.0, 'bytes': FLOAT * batch * n + 2 * codes},
+    'decode': {'useful': sparse, 'dense': dense, 'bytes': gather + codes + rows},
+    'code_gradient': {'useful': sparse, 'dense': dense, 'bytes': gather + codes + rows},
+    'decoder_gradient': {'useful': sparse, 'dense': dense, 'bytes': 2 * gather + weights},
+    'encoder_gradient': {'useful': sparse, 'dense': dense, 'bytes': 2 * gather + weights},
+    # A dense implementation also backpropagates through the encoder for b_pre; here one vector-matrix product.
+    'pre_bias_gradient': {'useful': 2.0 * n * d, 'dense': dense, 'bytes': weights},
+    'optimizer': {'useful': 0.0, 'dense': 0.0, 'bytes': float(state_pass_bytes(n, d))},
+  }
+
+
+def state_pass_bytes(n: int, d: int) -> int:
+  """One read of parameters, gradients, two moments and EMA, one write of all but the gradients."""
+  size = FLOAT * (2 * n * d + n + d)
+  return 5 * size + 4 * size
+
+
+def step_flops(n: int, k: int, d: int, batch: int, *, k_aux: int = 0) -> dict[str, float]:
+  """{'useful', 'dense'} FLOPs of one step; `k_aux` > 0 for a step in which AuxK was active.
+
+  AuxK shares the encoder's forward pass: four more sparse products, or five dense ones.
+  """
+  parts = step_parts(n, k, d, batch)
+  aux_useful, aux_dense = (8.0 * batch * k_aux * d, 10.0 * batch * n * d) if k_aux else (0.0, 0.0)
+  return {
+    'useful': sum(p['useful'] for p in parts.values()) + aux_useful,
+    'dense': sum(p['dense'] for p in parts.values()) + aux_dense,
+  }
+
+
+def spent(config: Config, steps: int, aux_steps: int) -> dict[str, float]:
+  """{'useful', 'dense'} training FLOPs after `steps`, in `aux_steps` of which some latent was dead."""
+  size = (config.sae.n_latents, config.sae.k, config.sae.d_model, config.train.batch_tokens)
+  plain, with_aux = step_flops(*size), step_flops(*size, k_aux=config.sae.k_aux)
+  return {key: (steps - aux_steps) * plain[key] + aux_steps * with_aux[key] for key in plain}
+
+
+def cell_flops(config: Config) -> dict[str, float]:
+  """{'useful', 'dense'} training FLOPs of a whole cell, as planned: without AuxK, whose share depends on the run."""
+  return spent(config, config.train.steps, 0)

@@ -1,0 +1,231 @@
+"""The TopK autoencoder: parameters, initialisation, and the per-shard function with hand-written gradients.
+
+    pre = (x - b_pre) W_enc^T + b_enc,   z = ReLU(TopK_k(pre)),   x_hat = z W_dec + b_pre
+
+Every function takes the names of the mesh axes it runs under; with None it is the one-device mathematics.
+Gao et al. 2024, sections 2.3, 3 and A; gradients as in their appendix D.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sae_jax import losses, sparse, topk
+from sae_jax.config import LossConfig, SAEConfig
+
+Params = dict[str, jax.Array]  # w_enc_FD, w_dec_FD, b_enc_F, b_pre_D
+
+
+class Axes(NamedTuple):
+  """Mesh axes the tokens and the latents are sharded over; None where they are not."""
+
+  data: str | None = None
+  latent: str | None = None
+
+
+class Codes(NamedTuple):
+  """This shard's selected latents. Slots that another shard won hold value 0 and gradient 0."""
+
+  z_BK: jax.Array
+  idx_BK: jax.Array  # local indices
+
+
+class SAE(nnx.Module):
+  """Parameters of one autoencoder. The decoder is stored with latents as rows, so that gathers are contiguous."""
+
+  def __init__(self, params: Params, *, k: int):
+    self.k = k
+    self.w_enc_FD = nnx.Param(params['w_enc_FD'])
+    self.w_dec_FD = nnx.Param(params['w_dec_FD'])
+    self.b_enc_F = nnx.Param(params['b_enc_F'])
+    self.b_pre_D = nnx.Param(params['b_pre_D'])
+
+  def params(self) -> Params:
+    return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+
+  def encode(self, x_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Values [B, K] (not negative, descending) and latent indices [B, K] for normalised inputs."""
+    _, codes, _ = encode(self.params(), x_BD, self.k, Axes(), None)
+    return codes
+
+  def decode(self, z_BK: jax.Array, idx_BK: jax.Array) -> jax.Array:
+    """Reconstruction [B, D] in the normalised space."""
+    return sparse.decode(z_BK, idx_BK, self.w_dec_FD[...]) + self.b_pre_D[...][None]
+
+
+def init_params(key: jax.Array, b_pre_D: jax.Array, config: SAEConfig) -> Params:
+  """Decoder rows random of unit norm, encoder equal to them, latent bias 0 (section 3, steps 1 to 3).
+
+  Under jit with output shardings each device builds only its own rows, with the values of the unsharded call.
+  The encoder still wants `encoder_scale`.
+  """
+  bound = 1 / math.sqrt(config.d_model)
+  shape = (config.n_latents, config.d_model)
+  w_FD = jax.random.uniform(key, shape, b_pre_D.dtype, -bound, bound)
+  w_FD = w_FD / jnp.linalg.norm(w_FD, axis=-1, keepdims=True)
+  return {
+    'w_enc_FD': w_FD,
+    'w_dec_FD': w_FD,
+    'b_enc_F': jnp.zeros(config.n_latents, b_pre_D.dtype),
+    'b_pre_D': b_pre_D,
+  }
+
+
+def encoder_scale(params: Params, probe_BD: jax.Array, k: int, axes: Axes) -> jax.Array:
+  """Factor for the encoder that makes reconstructions of unit-norm probes as long as the probes (section 3, 4).
+
+  `probe_BD` holds Gaussian vectors scaled to norm 1, the same on every shard. With b_enc = 0 the map is
+  homogeneous, so one division is exact.
+  """
+  x_BD = probe_BD + params['b_pre_D'][None]
+  _, codes, _ = encode(params, x_BD, k, axes._replace(data=None), None)
+  x_hat_BD = _sum(sparse.decode(*codes, params['w_dec_FD']), axes.latent)
+  return 1 / jnp.mean(jnp.linalg.norm(x_hat_BD, axis=-1))
+
+
+def encode(params: Params, x_BD: jax.Array, k: int, axes: Axes, dtype) -> tuple[jax.Array, Codes, jax.Array]:
+  """Pre-activations [B, F], this shard's codes, and x - b_pre.
+
+  `dtype` is that of the matmul's inputs, None for that of the parameters. It accumulates in the parameters' and the
+  selection reads that: on bfloat16 pre-activations half the rows tie at the k-th value.
+  """
+  xc_BD = x_BD - params['b_pre_D'][None]
+  dtype = dtype or xc_BD.dtype
+  pre_BF = jnp.einsum(
+    'bd,fd->bf',
+    xc_BD.astype(dtype),
+    params['w_enc_FD'].astype(dtype),
+    preferred_element_type=xc_BD.dtype,
+  )
+  pre_BF = pre_BF + params['b_enc_F'][None]
+  v_BK, idx_BK, kept_BK = topk.select(pre_BF, k, axes.latent)
+  return pre_BF, Codes(jax.nn.relu(jnp.where(kept_BK, v_BK, 0)), idx_BK), xc_BD
+
+
+def reconstruct(params: Params, x_BD: jax.Array, k: int, axes: Axes, dtype) -> tuple[jax.Array, Codes]:
+  """Reconstruction [B, D], summed over shards, and this shard's codes."""
+  _, codes, _ = encode(params, x_BD, k, axes, dtype)
+  return _sum(sparse.decode(*codes, params['w_dec_FD']), axes.latent) + params['b_pre_D'][None], codes
+
+
+class StepSums(NamedTuple):
+  """What one step learns about the batch: sums over all tokens of all shards, replicated."""
+
+  square_error: jax.Array  # sum ||x - x_hat||^2
+  active: jax.Array  # number of non-zero codes
+  aux_loss: jax.Array  # AuxK before its coefficient; 0 when nothing is dead
+  n_dead: jax.Array  # dead latents
+
+
+def loss_and_grads(
+  params: Params,
+  idle_F: jax.Array,
+  x_BD: jax.Array,
+  scale: jax.Array,
+  *,
+  sae: SAEConfig,
+  loss: LossConfig,
+  batch: int,
+  axes: Axes,
+  dtype,
+) -> tuple[Params, jax.Array, StepSums]:
+  """Gradients of the loss over the global batch, the new idle counters, and sums for the metrics.
+
+  Args:
+    params: this shard's latents; b_pre replicated.
+    idle_F: int32, steps since each latent fired.
+    x_BD: this shard's tokens.
+    scale: 1 / mean (x - mean x)^2, once for the run (section 1, "constant in the training loss").
+    batch: tokens in the global batch.
+
+  Firing is combined over the whole batch before the dead mask is taken. Gradients are reduced over the data axis
+  once, after the loops over k; nothing of size B x n leaves the shard.
+  """
+  pre_BF, codes, xc_BD = encode(params, x_BD, sae.k, axes, dtype)
+  x_hat_BD = _sum(sparse.decode(*codes, params['w_dec_FD']), axes.latent) + params['b_pre_D'][None]
+  error_BD = x_BD - x_hat_BD
+
+  fired_F = (
+    jnp.zeros(idle_F.shape, jnp.int8)
+    .at[codes.idx_BK]
+    .max((codes.z_BK > sae.fired_threshold).astype(jnp.int8))
+  )
+  if axes.data:
+    fired_F = jax.lax.pmax(fired_F, axes.data)
+  # Counted in steps, and held at a ceiling no dead threshold reaches, so that no run is long enough to overflow.
+  idle_F = jnp.where(fired_F > 0, 0, jnp.minimum(idle_F, 2**30)) + 1
+  dead_F = idle_F > max(1, loss.dead_tokens // batch)
+  n_dead = _sum(jnp.sum(dead_F.astype(jnp.int32)), axes.latent)
+
+  if loss.aux_coefficient > 0 and sae.k_aux > 0:
+    # Inside the condition no [F, D] array passes through: both branches make the accumulators that the main
+    # loops then add to, so a step without dead latents pays one comparison.
+    dw_enc_FD, dw_dec_FD, db_enc_F, aux_loss = jax.lax.cond(
+      n_dead > 0,
+      lambda: _auxk(params, pre_BF, dead_F, error_BD, xc_BD, sae=sae, loss=loss, batch=batch, axes=axes),
+      lambda: _no_auxk(params),
+    )
+  else:
+    dw_enc_FD, dw_dec_FD, db_enc_F, aux_loss = _no_auxk(params)
+
+  g_BD = losses.mse_gradient(error_BD, scale, batch)
+  dz_BK = jnp.where(codes.z_BK > 0, sparse.code_gradient(codes.idx_BK, params['w_dec_FD'], g_BD), 0)
+  dw_enc_FD, dw_dec_FD = sparse.add_weight_gradients(
+    dw_enc_FD, dw_dec_FD, codes.idx_BK, dz_BK, xc_BD, codes.z_BK, g_BD
+  )
+  db_enc_F = sparse.add_at(db_enc_F, codes.idx_BK, dz_BK)
+
+  dw_enc_FD, dw_dec_FD, db_enc_F, db_pre_D, square_error, active = _sum(
+    (
+      dw_enc_FD,
+      dw_dec_FD,
+      db_enc_F,
+      jnp.sum(g_BD, axis=0),
+      jnp.sum(error_BD * error_BD),
+      jnp.sum(codes.z_BK > 0, dtype=jnp.int32),
+    ),
+    axes.data,
+  )
+  # Summing over the batch first turns [B, F] x [F, D] into one vector-matrix product.
+  through_encoder_D, active = _sum((db_enc_F @ params['w_enc_FD'], active), axes.latent)
+  grads = {
+    'w_enc_FD': dw_enc_FD,
+    'w_dec_FD': dw_dec_FD,
+    'b_enc_F': db_enc_F if sae.latent_bias else jnp.zeros_like(db_enc_F),
+    'b_pre_D': db_pre_D - through_encoder_D,
+  }
+  return grads, idle_F, StepSums(square_error, active, aux_loss, n_dead)
+
+
+def _auxk(params, pre_BF, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes):
+  """AuxK (section 2.3): dead latents reconstruct the residual e = x - x_hat.
+
+  b_pre is in neither target nor prediction (adding it to only one is a known bug elsewhere), and the residual is
+  a constant: no gradient reaches the main reconstruction.
+  """
+  # -inf, not 0: with fewer than k_aux positive dead latents a 0 would select live ones.
+  v_BK, idx_BK, kept_BK = topk.select(jnp.where(dead_F[None], pre_BF, -jnp.inf), sae.k_aux, axes.latent)
+  y_BK = jax.nn.relu(jnp.where(kept_BK, v_BK, 0))
+  difference_BD = _sum(sparse.decode(y_BK, idx_BK, params['w_dec_FD']), axes.latent) - error_BD
+  square_sum, sum_D, difference_square_sum = _sum(
+    (jnp.sum(error_BD**2), jnp.sum(error_BD, axis=0), jnp.sum(difference_BD**2)), axes.data
+  )
+  variance = losses.residual_variance(square_sum, sum_D, batch)
+  h_BD = losses.auxk_gradient(difference_BD, variance, loss.aux_coefficient, batch)
+  dy_BK = jnp.where(y_BK > 0, sparse.code_gradient(idx_BK, params['w_dec_FD'], h_BD), 0)
+  dw_enc_FD, dw_dec_FD, db_enc_F, _ = _no_auxk(params)
+  dw_enc_FD, dw_dec_FD = sparse.add_weight_gradients(dw_enc_FD, dw_dec_FD, idx_BK, dy_BK, xc_BD, y_BK, h_BD)
+  db_enc_F = sparse.add_at(db_enc_F, idx_BK, dy_BK)
+  return dw_enc_FD, dw_dec_FD, db_enc_F, losses.auxk_loss(difference_square_sum, variance, batch, sum_D.size)
+
+
+def _no_auxk(params):
+  zeros_FD = jnp.zeros_like(params['w_enc_FD'])
+  return zeros_FD, zeros_FD, jnp.zeros_like(params['b_enc_F']), jnp.zeros((), zeros_FD.dtype)
+
+
+def _sum(values, axis: str | None):
+  return values if axis is None else jax.lax.psum(values, axis)

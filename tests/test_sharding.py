@@ -1,0 +1,213 @@
+"""The same answer on every mesh, and a compiled step that sends only what it must."""
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import tiny
+from sae_jax import config, optim, sharding
+from sae_jax import train as training
+from sae_jax.data.source import open_source
+from sae_jax.errors import UserError
+from sae_jax.evaluate import Evaluator
+
+B, D, F, K = 40, 11, 88, 13  # k exceeds the 11 latents of a shard of the 1x8 mesh
+MESHES = [(1, 1), (8, 1), (1, 8), (2, 4)]
+
+
+def cell(data=1, latent=1, **overrides) -> config.Config:
+  return config.resolve(
+    config.override(
+      tiny.get_config(),
+      {
+        'sae.d_model': D, 'sae.n_latents': F, 'sae.k': K, 'train.batch_tokens': B, 'train.tokens': 23 * B,
+        'eval.tokens': 203, 'eval.batch_tokens': 40, 'loss.dead_tokens': 3 * B,
+        'data.planted.n_features': 61, 'mesh.data': data, 'mesh.latent': latent,
+      }
+      | overrides,
+    )
+  )  # fmt: skip
+
+
+def run(config_: config.Config, steps: int, dtype):
+  mesh = sharding.make_mesh(config_.mesh)
+  source = open_source(config_)
+  init, step = training.make_step(config_, mesh)
+  b_pre_D, scale = training.start_up_sample(source, config_)
+  state = init(b_pre_D.astype(dtype), scale.astype(dtype))
+  losses = []
+  for i in range(steps):
+    x_BD = sharding.place_rows(
+      mesh, (B, D), lambda a, b, i=i: source.rows(i * B + a, i * B + b).astype(dtype)
+    )
+    state, values = step(state, x_BD)
+    losses.append({key: float(value) for key, value in values.items()})
+  return state, losses
+
+
+@pytest.fixture(scope='module')
+def float64_runs():
+  with jax.enable_x64(True):
+    yield {mesh: jax.device_get(run(cell(*mesh), 17, np.float64)) for mesh in MESHES}
+
+
+@pytest.mark.parametrize('mesh', MESHES[1:])
+def test_mesh_does_not_change_parameters_in_float64(float64_runs, mesh):
+  (expected, expected_losses), (got, losses) = float64_runs[1, 1], float64_runs[mesh]
+  assert expected_losses[-1]['sae/dead_fraction'] > 0  # AuxK was active
+  for name in expected.params:
+    np.testing.assert_allclose(got.params[name], expected.params[name], rtol=0, atol=1e-9, err_msg=name)
+    np.testing.assert_allclose(got.ema[name], expected.ema[name], rtol=0, atol=1e-9, err_msg=name)
+  np.testing.assert_array_equal(got.idle_F, expected.idle_F)
+  for a, b in zip(losses, expected_losses, strict=True):
+    assert a == pytest.approx(b, abs=1e-9)
+
+
+@pytest.mark.parametrize('mesh', MESHES[1:])
+def test_mesh_does_not_change_losses_in_float32(mesh, float32_losses):
+  _, losses = run(cell(*mesh), 7, np.float32)
+  for a, b in zip(losses, float32_losses, strict=True):
+    assert a == pytest.approx(b, abs=1e-5)
+
+
+@pytest.fixture(scope='module')
+def float32_losses():
+  return run(cell(), 7, np.float32)[1]
+
+
+@pytest.fixture(scope='module', params=[(2, 4), (8, 1)])
+def compiled_step(request):
+  config_ = cell(*request.param)
+  mesh = sharding.make_mesh(config_.mesh)
+  init, step = training.make_step(config_, mesh)
+  abstract = training.abstract_state(init, mesh, config_)
+  x_BD = jax.ShapeDtypeStruct((B, D), np.float32, sharding=jax.NamedSharding(mesh, sharding.BATCH))
+  return request.param, hlo.collectives(step.lower(abstract, x_BD).compile().as_text())
+
+
+def test_compiled_step_has_no_collective_in_a_loop(compiled_step):
+  _, found = compiled_step
+  assert found and not [c for c in found if c.in_loop]
+
+
+def test_compiled_step_gathers_nothing_of_batch_by_latents(compiled_step):
+  (data, latent), found = compiled_step
+  local, per_shard = B // data, F // latent
+  for c in found:
+    for result in c.results:
+      size = int(np.prod([int(n) for n in result.split('[')[1].rstrip(']').split(',') if n]))
+      gradient = c.kind == 'all-reduce' and size == per_shard * D
+      # Candidates (k, and k_aux of AuxK, from every shard) are the largest thing that may move besides.
+      assert gradient or size <= max(local * latent * min(K, per_shard), local * D, F), c
+      assert not (size >= local * F and local * F > per_shard * D), c
+
+
+def test_compiled_step_reduces_gradients_and_fired_mask_once(compiled_step):
+  (data, latent), found = compiled_step
+  reduced = [r for c in found if c.kind == 'all-reduce' for r in c.results]
+  per_shard = F // latent
+  assert reduced.count(f'f32[{per_shard},{D}]') == 2  # encoder and decoder, once each
+  assert len([r for r in reduced if r in (f's8[{per_shard}]', f's32[{per_shard}]', f'u8[{per_shard}]')]) == 1
+
+
+def test_step_keeps_state_types_and_traces_once():
+  config_ = cell(2, 4)
+  mesh = sharding.make_mesh(config_.mesh)
+  init, step = training.make_step(config_, mesh)
+  state = init(jnp.zeros(D), jnp.float32(1))
+  before = jax.tree.map(lambda a: (jax.typeof(a), a.sharding), state)
+  x_BD = sharding.place_rows(mesh, (B, D), lambda a, b: np.ones((b - a, D), np.float32))
+  with jax.log_compiles(False):
+    for i in range(3):
+      state, _ = step(state, x_BD)
+      assert int(state.step) == i + 1
+  after = jax.tree.map(lambda a: (jax.typeof(a), a.sharding), state)
+  assert jax.tree.all(
+    jax.tree.map(lambda a, b: a == b, before, after, is_leaf=lambda a: isinstance(a, tuple))
+  )
+
+
+def test_decoder_rows_have_unit_norm_after_every_step(float64_runs):
+  state, _ = float64_runs[2, 4]
+  np.testing.assert_allclose(np.linalg.norm(state.params['w_dec_FD'], axis=1), 1, rtol=1e-12)
+
+
+def test_sharded_init_builds_each_shard_on_its_device():
+  config_ = cell(1, 8)
+  init, _ = training.make_step(config_, sharding.make_mesh(config_.mesh))
+  one, _ = training.make_step(cell(), sharding.make_mesh(cell().mesh))
+  sharded, plain = init(jnp.zeros(D), jnp.float32(1)), one(jnp.zeros(D), jnp.float32(1))
+  shapes = {s.data.shape for s in sharded.params['w_enc_FD'].addressable_shards}
+  assert shapes == {(F // 8, D)}
+  np.testing.assert_array_equal(sharded.params['w_dec_FD'], plain.params['w_dec_FD'])
+  np.testing.assert_allclose(sharded.params['w_enc_FD'], plain.params['w_enc_FD'], rtol=1e-6)
+
+
+def test_host_rows_are_read_only_for_the_devices_that_hold_them():
+  mesh = sharding.make_mesh(config.MeshConfig(data=4, latent=2))
+  asked = []
+
+  def rows(start, stop):
+    asked.append((start, stop))
+    return np.arange(start, stop, dtype=np.float32)[:, None] * np.ones((1, D), np.float32)
+
+  x_BD = sharding.place_rows(mesh, (B, D), rows)
+  assert sorted(asked) == [(0, 10), (10, 20), (20, 30), (30, 40)]
+  np.testing.assert_array_equal(np.asarray(x_BD)[:, 0], np.arange(B))
+
+
+@pytest.mark.parametrize('mesh', [(1, 1), (2, 4), (8, 1)])
+def test_evaluation_does_not_depend_on_mesh_or_batch(mesh, one_evaluation):
+  params, expected = one_evaluation
+  config_ = cell(*mesh, **{'eval.batch_tokens': 64})
+  quality = Evaluator(config_, sharding.make_mesh(config_.mesh), open_source(config_))(params)[0]
+  assert quality.nmse == pytest.approx(expected.nmse, rel=1e-6)
+  assert quality.l0 == expected.l0
+
+
+@pytest.fixture(scope='module')
+def one_evaluation():
+  config_ = cell()
+  state, _ = run(config_, 5, np.float32)
+  params = jax.device_get(state.params)
+  return params, Evaluator(config_, sharding.make_mesh(config_.mesh), open_source(config_))(params)[0]
+
+
+def test_predicting_the_mean_scores_one():
+  config_ = cell(2, 4)
+  evaluator = Evaluator(config_, sharding.make_mesh(config_.mesh), open_source(config_))
+  params = {
+    'w_enc_FD': np.zeros((F, D), np.float32), 'w_dec_FD': np.ones((F, D), np.float32),
+    'b_enc_F': np.full(F, -1, np.float32), 'b_pre_D': evaluator.mean_D.astype(np.float32),
+  }  # fmt: skip
+  quality = evaluator(params)[0]
+  assert quality.nmse == pytest.approx(1, abs=1e-6) and quality.l0 == 0
+
+
+def test_nmse_equals_its_definition(one_evaluation):
+  params, quality = one_evaluation
+  x_BD = open_source(cell()).held_out(0, 203).astype(np.float64)
+  pre_BF = (x_BD - params['b_pre_D']) @ params['w_enc_FD'].T + params['b_enc_F']
+  kept = np.argsort(-pre_BF, axis=1, kind='stable')[:, :K]
+  z_BF = np.zeros_like(pre_BF)
+  np.put_along_axis(z_BF, kept, np.maximum(np.take_along_axis(pre_BF, kept, 1), 0), 1)
+  x_hat_BD = z_BF @ params['w_dec_FD'] + params['b_pre_D']
+  nmse = np.sum((x_BD - x_hat_BD) ** 2) / np.sum((x_BD - x_BD.mean(0)) ** 2)
+  assert quality.nmse == pytest.approx(nmse, rel=1e-5)
+  assert quality.mse == pytest.approx(np.mean((x_BD - x_hat_BD) ** 2), rel=1e-5)
+  assert quality.l0 == pytest.approx(np.mean(np.sum(z_BF > 0, 1)))
+
+
+def test_ema_of_constant_weights_is_those_weights():
+  weights = {'w_dec_FD': jnp.full((3, 2), 0.25)}
+  ema = jax.tree.map(jnp.zeros_like, weights)
+  for _ in range(5):
+    ema = optim.ema_update(ema, weights, 0.9)
+  np.testing.assert_allclose(optim.ema_weights(ema, jnp.asarray(5), 0.9)['w_dec_FD'], 0.25, rtol=1e-6)
+
+
+def test_mesh_that_needs_more_devices_is_refused():
+  with pytest.raises(UserError, match=r'needs 9 devices'):
+    sharding.make_mesh(config.MeshConfig(data=9, latent=1))
