@@ -1,6 +1,9 @@
 """`--config=FILE --config.sae.k=64` on a command line, with argparse for everything else."""
 
 import argparse
+import importlib.util
+import pathlib
+import types
 
 import ml_collections
 from absl import flags
@@ -17,22 +20,38 @@ def parse(
   """Known arguments and the configuration. Raises `UserError` for an unknown key, a wrong type or no such file."""
   parser.add_argument(
     '--config', metavar='FILE', help=HELP
-  )  # for --help and for a missing flag; parsed below
-  config_args = [a for a in argv if a.startswith('--config')]
-  for i, arg in enumerate(argv):
-    if arg == '--config' or (arg.startswith('--config.') and '=' not in arg):
-      raise UserError(f'{" ".join(argv[i : i + 2])!r}: write {arg}=VALUE')
-  args = parser.parse_args([a for a in argv if not a.startswith('--config')])
-  if not any(a.startswith('--config=') for a in config_args):
-    raise UserError('no --config=FILE given; for a first try use --config=experiments/tiny.py')
+  )  # for --help; the values are ml_collections' to read
+  ours = [a for a in argv if not a.startswith('--config')]
+  theirs = [a for a in argv if a.startswith('--config')]
+  for arg in theirs:
+    if '=' not in arg:
+      raise UserError(f'{arg} has no value; write {arg}=VALUE')
+  args = parser.parse_args(ours)
+  paths = [a.removeprefix('--config=') for a in theirs if a.startswith('--config=')]
+  if len(paths) != 1:
+    raise UserError(
+      f'{len(paths)} --config=FILE given; give one, for a first try --config=experiments/tiny.py'
+    )
+  module = load_file(paths[0])
+  if not hasattr(module, 'get_config'):
+    raise UserError(f'{paths[0]} has no get_config(); see experiments/tiny.py')
+  overrides = [a for a in theirs if not a.startswith('--config=')]
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file('config', flag_values=values, lock_config=True)
   try:
-    values(['sae_jax', *config_args])
-    return args, values['config'].value
-  except UserError:
-    raise
-  except FileNotFoundError as error:
-    raise UserError(f'no such configuration file ({error}); see experiments/') from None
+    config_flags.DEFINE_config_dict('config', module.get_config(), flag_values=values, sys_argv=overrides)
+    values(['sae_jax', *overrides])
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError(f'{" ".join(config_args)}: {error}; the keys are in sae_jax/config.py') from None
+    raise UserError(f'{" ".join(overrides)}: {error}; the keys are in sae_jax/config.py') from None
+  return args, values['config'].value
+
+
+def load_file(path: str) -> types.ModuleType:
+  """The module in a file the user named. Raises `UserError` when there is none."""
+  if not pathlib.Path(path).is_file():
+    raise UserError(f'{path} is not a file; see experiments/ and sweeps/grids/')
+  spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+  if spec is None or spec.loader is None:
+    raise UserError(f'{path} is not a Python file; see experiments/ and sweeps/grids/')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module

@@ -7,9 +7,7 @@ from the newest good checkpoint, batches are a function of the step, and the bit
 import argparse
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import artifact, config_flags, files, flops, metrics, optim, sae, sharding
+from sae_jax import artifact, config_flags, distributed, files, flops, metrics, optim, sae, sharding
 from sae_jax.checkpoint import Checkpoints, combined_digest
 from sae_jax.config import Config, from_json, resolve
 from sae_jax.data.source import Source, open_source
@@ -350,24 +348,17 @@ def _finish(config, workdir, state, source, line, facts, mesh) -> None:
     multihost_utils.sync_global_devices('result.json')
 
 
-def stop_on_signals() -> Callable[[], bool]:
-  """Turns SIGTERM and SIGINT into a flag that `train` polls. Call from the main thread."""
-  stopping = threading.Event()
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: stopping.set())
-  return stopping.is_set
-
-
 @one_line_errors
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog='python -m sae_jax.train', description=__doc__.splitlines()[0])
   parser.add_argument('--workdir', required=True, help='cell folder; starting again in it resumes')
   args, config_dict = config_flags.parse(parser, argv)
+  distributed.initialize()
   config = resolve(config_dict)
   workdir = os.path.abspath(args.workdir) if files.is_local(args.workdir) else args.workdir
   files.check_exclusive_create(workdir)
   try:
-    outcome = train(config, workdir, should_stop=stop_on_signals())
+    outcome = train(config, workdir, should_stop=distributed.stop_flag())
   except Exception as error:
     if not isinstance(error, UserError) or files.exists(files.join(workdir, 'config.json')):
       metrics.record_failure(workdir, error, permanent=isinstance(error, Diverged))

@@ -1,0 +1,81 @@
+"""Two real processes over gloo end with the bits of one process on the same mesh."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = {
+  'sae.n_latents': 64, 'sae.d_model': 13, 'sae.k': 3, 'mesh.data': 2, 'mesh.latent': 4, 'train.batch_tokens': 64,
+  'train.tokens': 64 * 12, 'train.checkpoint_every': 5, 'eval.tokens': 101, 'eval.batch_tokens': 64,
+  'loss.dead_tokens': 128,
+}  # fmt: skip
+
+
+def start(workdir, processes: int, **overrides) -> list[subprocess.Popen]:
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = s.getsockname()[1]
+  flags = [f'--config.{key}={value}' for key, value in (SMALL | overrides).items()]
+  command = [
+    sys.executable,
+    '-m',
+    'sae_jax.train',
+    '--config=experiments/tiny.py',
+    f'--workdir={workdir}',
+    *flags,
+  ]
+  gang = []
+  for rank in range(processes):
+    env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(8 // processes)}
+    if processes > 1:
+      env |= {
+        'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(rank),
+      }  # fmt: skip
+    gang.append(
+      subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    )
+  return gang
+
+
+def finish(gang) -> list[int]:
+  outputs = [process.communicate(timeout=120) for process in gang]
+  codes = [process.returncode for process in gang]
+  assert len(set(codes)) == 1 and codes[0] in (0, 42), (codes, [err[-2000:] for _, err in outputs])
+  return codes
+
+
+def result(workdir) -> dict:
+  kept = json.loads((workdir / 'result.json').read_text())
+  return {key: value for key, value in kept.items() if key != 'wall_s'}
+
+
+@pytest.fixture(scope='module')
+def one_process(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('one')
+  finish(start(workdir, 1))
+  return result(workdir)
+
+
+def test_two_processes_equal_one_bit_for_bit(one_process, tmp_path):
+  finish(start(tmp_path, 2))
+  assert result(tmp_path) == one_process
+
+
+def test_two_processes_stop_at_one_step_when_either_is_told_to(tmp_path):
+  long = {'train.tokens': 64 * 20_000, 'train.checkpoint_every': 20_000}
+  gang = start(tmp_path, 2, **long)
+  deadline = time.monotonic() + 100
+  while not (tmp_path / 'metrics.jsonl').exists() and time.monotonic() < deadline:
+    time.sleep(0.05)
+  gang[1].send_signal(signal.SIGTERM)  # one rank only, and not the one that writes
+  assert finish(gang) == [42, 42]
+  (step,) = [int(p.name) for p in (tmp_path / 'ckpt').iterdir()]
+  assert 0 < step < 20_000

@@ -1,0 +1,283 @@
+"""A run as its user meets it: killed and resumed bit for bit, damaged checkpoints, preemption, bad input."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import sae_jax
+from experiments import tiny
+from sae_jax import checkpoint, config, files, metrics
+from sae_jax import train as training
+from sae_jax.data.source import open_source
+from sae_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 20
+
+
+def cell(**overrides) -> config.Config:
+  small = {
+    'sae.n_latents': 61, 'sae.d_model': 13, 'sae.k': 3, 'train.batch_tokens': 64, 'train.tokens': STEPS * 64 + 5,
+    'train.checkpoint_every': 5, 'eval.tokens': 101, 'eval.batch_tokens': 64, 'data.planted.n_features': 31,
+  }  # fmt: skip
+  return config.resolve(config.override(tiny.get_config(), small | overrides))
+
+
+def stop_after(steps: int):
+  calls = iter(range(10_000))
+  return lambda: next(calls) >= steps - 1
+
+
+def result(workdir) -> dict:
+  return json.loads((pathlib.Path(workdir) / 'result.json').read_text())
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+  """An undisturbed run."""
+  workdir = tmp_path_factory.mktemp('straight')
+  assert training.train(cell(), str(workdir)) == 'done'
+  return workdir
+
+
+def test_resume_is_bit_exact(straight, tmp_path):
+  assert training.train(cell(), str(tmp_path), should_stop=stop_after(7)) == 'preempted'
+  assert not (tmp_path / 'result.json').exists()
+  assert training.train(cell(), str(tmp_path)) == 'done'
+  timing = ('wall_s', 'git_commit')
+  got, expected = (
+    {key: value for key, value in result(d).items() if key not in timing} for d in (tmp_path, straight)
+  )
+  assert got == expected and got['bit_exact'] is True
+
+  def curve(workdir):
+    return [{k: v for k, v in line.items() if k != 'wall_s'} for line in metrics.read_metrics(str(workdir))]
+
+  assert curve(tmp_path) == curve(straight)
+
+
+def test_finished_cell_is_not_trained_again(straight):
+  before = (straight / 'result.json').read_bytes()
+  assert training.train(cell(), str(straight)) == 'done'
+  assert (straight / 'result.json').read_bytes() == before
+
+
+def test_result_says_what_was_spent(straight):
+  r = result(straight)
+  assert r['steps'] == STEPS and r['tokens'] == STEPS * 64 and r['tokens_asked'] == STEPS * 64 + 5
+  assert r['nmse'] == min(r['nmse_raw'], r['nmse_ema']) == r[f'nmse_{r["weights"]}']
+  assert 0 < r['flops_useful'] < r['flops_dense']
+  assert {
+    'params_digest',
+    'device_kind',
+    'n_devices',
+    'mesh',
+    'versions',
+    'git_commit',
+    'flops_subject',
+  } <= set(r)
+
+
+def test_loaded_autoencoder_scores_the_recorded_nmse(straight):
+  loaded = sae_jax.load(str(straight))
+  x_BD = open_source(cell()).held_out(0, 101)
+  z_BK, idx_BK = loaded.encode(x_BD)
+  assert z_BK.shape == idx_BK.shape == (101, 3) and float(z_BK.min()) >= 0
+  x_hat_BD = np.asarray(loaded.decode(z_BK, idx_BK), np.float64)
+  nmse = np.sum((x_BD - x_hat_BD) ** 2) / np.sum((x_BD - x_BD.mean(0, dtype=np.float64)) ** 2)
+  assert nmse == pytest.approx(result(straight)['nmse'], rel=1e-5)
+  assert loaded.info['weights'] == result(straight)['weights']
+
+
+def test_load_refuses_a_damaged_autoencoder(straight, tmp_path):
+  import shutil
+
+  shutil.copytree(straight / 'sae', tmp_path / 'sae')
+  (tmp_path / 'sae' / 'raw.safetensors').write_bytes(b'\x80\x04pickle')
+  with pytest.raises(UserError, match='damaged'):
+    sae_jax.load(str(tmp_path), 'raw')
+  with pytest.raises(UserError, match='no trained autoencoder'):
+    sae_jax.load(str(tmp_path / 'nowhere'))
+
+
+def damage(folder: pathlib.Path, how: str) -> None:
+  data = sorted(folder.rglob('d/*'), key=lambda p: p.stat().st_size)[-1]
+  raw = bytearray(data.read_bytes())
+  if how == 'flipped bit':
+    raw[len(raw) // 2] ^= 1
+    data.write_bytes(raw)
+  elif how == 'truncated':
+    data.write_bytes(raw[: len(raw) // 2])
+  else:
+    for path in sorted(folder.rglob('*'), reverse=True):
+      path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize('how', ['flipped bit', 'truncated', 'empty'])
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(straight, tmp_path, capfd, how):
+  training.train(cell(), str(tmp_path), should_stop=stop_after(12))
+  assert sorted(p.name for p in (tmp_path / 'ckpt').iterdir()) == ['10', '12']
+  damage(tmp_path / 'ckpt' / '12', how)
+  assert training.train(cell(), str(tmp_path)) == 'done'
+  assert 'checkpoint at step 12 is damaged' in capfd.readouterr().err
+  assert result(tmp_path)['params_digest'] == result(straight)['params_digest']
+
+
+def test_every_checkpoint_damaged_starts_over(straight, tmp_path):
+  training.train(cell(), str(tmp_path), should_stop=stop_after(12))
+  for step in ('10', '12'):
+    damage(tmp_path / 'ckpt' / step, 'empty')
+  assert training.train(cell(), str(tmp_path)) == 'done'
+  assert result(tmp_path)['params_digest'] == result(straight)['params_digest']
+
+
+def test_another_mesh_resumes_and_says_bits_may_differ(straight, tmp_path):
+  even = {'sae.n_latents': 64}
+  training.train(cell(**even), str(tmp_path), should_stop=stop_after(7))
+  assert training.train(cell(**even, **{'mesh.data': 2, 'mesh.latent': 4}), str(tmp_path)) == 'done'
+  assert result(tmp_path)['bit_exact'] is False and result(tmp_path)['mesh'] == [2, 4]
+
+
+def test_folder_of_another_cell_is_refused(straight):
+  with pytest.raises(UserError, match='use another workdir'):
+    training.train(cell(**{'sae.k': 5}), str(straight))
+
+
+def test_checkpoint_of_another_configuration_is_refused(tmp_path):
+  training.train(cell(), str(tmp_path / 'a'), should_stop=stop_after(7))
+  (tmp_path / 'b').mkdir()
+  (tmp_path / 'a' / 'ckpt').rename(tmp_path / 'b' / 'ckpt')
+  with pytest.raises(UserError, match='is of cell'):
+    training.train(cell(**{'optim.learning_rate': 1e-3}), str(tmp_path / 'b'))
+
+
+def test_divergence_stops_the_cell_with_a_reason(tmp_path):
+  with pytest.raises(training.Diverged, match='not finite at step'):
+    training.train(cell(**{'optim.learning_rate': 1e30}), str(tmp_path))
+  assert not (tmp_path / 'result.json').exists()
+
+
+def test_torn_metrics_line_is_dropped_on_resume(straight, tmp_path):
+  training.train(cell(), str(tmp_path), should_stop=stop_after(7))
+  with open(tmp_path / 'metrics.jsonl', 'a') as f:
+    f.write('{"step": 7, "eval/nm')
+  training.train(cell(), str(tmp_path))
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert all(json.loads(line) for line in lines)
+
+
+def command(workdir, *overrides) -> list[str]:
+  flags = [
+    f'--config.{k}'
+    for k in ('train.tokens=4000000', 'train.checkpoint_every=400', 'eval.tokens=64', *overrides)
+  ]
+  return [
+    sys.executable,
+    '-m',
+    'sae_jax.train',
+    '--config=experiments/tiny.py',
+    f'--workdir={workdir}',
+    *flags,
+  ]
+
+
+def test_sigterm_saves_and_exits_42(tmp_path):
+  process = subprocess.Popen(command(tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+  deadline = time.monotonic() + 120
+  while not (tmp_path / 'metrics.jsonl').exists() and time.monotonic() < deadline:
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 42, err
+  assert [p.name for p in (tmp_path / 'ckpt').iterdir()] and 'preempted' in err
+
+
+@pytest.mark.parametrize(
+  'flag,message',
+  [
+    ('sae.latents=3', 'latents'),
+    ('sae.k=129', 'sae.k=129 exceeds sae.n_latents=128'),
+    ('sae.k=many', 'sae.k'),
+    ('mesh.data=3', 'not divisible by mesh.data=3; use 255 or 258'),
+    ('mesh.latent=3', 'not divisible by mesh.latent=3'),
+    ('optim.learning_rate=nan', 'not finite'),
+    ('data.source=web', "'web' is not known; use one of planted, store, live"),
+    ('data.source=store', 'no finished activation store'),
+  ],
+)
+def test_bad_flag_is_one_line(tmp_path, capsys, flag, message):
+  with pytest.raises(SystemExit) as stopped:
+    training.main(['--config=experiments/tiny.py', f'--workdir={tmp_path}', f'--config.{flag}'])
+  err = capsys.readouterr().err
+  assert stopped.value.code == 2 and message in err and err.count('\n') == 1
+
+
+def test_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+  """A filesystem of 400 KB where the checkpoint does not fit."""
+  mount = tmp_path / 'small'
+  mount.mkdir()
+  mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=400k', 'tmpfs', mount], capture_output=True)
+  if mounted.returncode:
+    pytest.skip('needs the right to mount')
+  try:
+    with pytest.raises(UserError, match='no space left'):
+      training.train(cell(**{'sae.n_latents': 4001}), str(mount))
+    assert not (mount / 'result.json').exists()
+  finally:
+    subprocess.run(['umount', '-l', mount], check=True)
+
+
+def test_planted_dictionary_is_recovered(tmp_path):
+  overrides = {
+    'sae.n_latents': 64,
+    'sae.d_model': 32,
+    'sae.k': 4,
+    'data.planted.n_features': 48,
+    'data.planted.active': 2.5,
+  }
+  config_ = cell(
+    **overrides, **{'train.batch_tokens': 512, 'train.tokens': 512 * 600, 'train.checkpoint_every': 10_000}
+  )
+  assert training.train(config_, str(tmp_path)) == 'done'
+  w_dec_FD = np.asarray(sae_jax.load(str(tmp_path)).sae.w_dec_FD[...])
+  truth_GD = open_source(config_).dictionary_GD
+  unit_FD = w_dec_FD / np.linalg.norm(w_dec_FD, axis=1, keepdims=True)
+  best_G = (truth_GD @ unit_FD.T).max(axis=1)
+  print(f'mean max cosine similarity {best_G.mean():.3f}, least {best_G.min():.3f}')
+  assert best_G.mean() > 0.95
+
+
+def test_digest_does_not_depend_on_the_mesh():
+  import jax
+
+  from sae_jax import sharding
+
+  w_FD = np.random.default_rng(0).standard_normal((2 * checkpoint._BLOCK * 4, 3)).astype(np.float32)
+  digests = set()
+  for shape in ((1, 1), (8, 1), (1, 8), (2, 4)):
+    mesh = sharding.make_mesh(config.MeshConfig(*shape))
+    digests.add(
+      checkpoint.array_digest(jax.device_put(w_FD, jax.NamedSharding(mesh, sharding.SPECS['w_enc_FD'])))
+    )
+  w_FD[-1, -1] += 1e-6
+  assert len(digests) == 1 and checkpoint.array_digest(jax.numpy.asarray(w_FD)) not in digests
+
+
+def test_create_lets_exactly_one_writer_win(tmp_path):
+  path = str(tmp_path / 'a' / 'result.json')
+  files.create(path, b'first')
+  with pytest.raises(FileExistsError):
+    files.create(path, b'second')
+  assert files.read(path) == b'first' and os.listdir(tmp_path / 'a') == ['result.json']
+
+
+def test_ledger_without_exclusive_create_is_refused():
+  with pytest.raises(UserError, match='no exclusive create'):
+    files.check_exclusive_create('s3://bucket/ledger')
