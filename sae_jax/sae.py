@@ -209,15 +209,18 @@ def _auxk(params, pre_BF, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes):
   # -inf, not 0: with fewer than k_aux positive dead latents a 0 would select live ones.
   v_BK, idx_BK, kept_BK = topk.select(jnp.where(dead_F[None], pre_BF, -jnp.inf), sae.k_aux, axes.latent)
   y_BK = jax.nn.relu(jnp.where(kept_BK, v_BK, 0))
-  difference_BD = _sum(sparse.decode(y_BK, idx_BK, params['w_dec_FD']), axes.latent) - error_BD
+  slots = sparse.used_slots(y_BK)  # a handful of dead latents must not cost k_aux passes
+  difference_BD = _sum(sparse.decode(y_BK, idx_BK, params['w_dec_FD'], slots), axes.latent) - error_BD
   square_sum, sum_D, difference_square_sum = _sum(
     (jnp.sum(error_BD**2), jnp.sum(error_BD, axis=0), jnp.sum(difference_BD**2)), axes.data
   )
   variance = losses.residual_variance(square_sum, sum_D, batch)
   h_BD = losses.auxk_gradient(difference_BD, variance, loss.aux_coefficient, batch)
-  dy_BK = jnp.where(y_BK > 0, sparse.code_gradient(idx_BK, params['w_dec_FD'], h_BD), 0)
+  dy_BK = jnp.where(y_BK > 0, sparse.code_gradient(idx_BK, params['w_dec_FD'], h_BD, slots), 0)
   dw_enc_FD, dw_dec_FD, db_enc_F, _ = _no_auxk(params)
-  dw_enc_FD, dw_dec_FD = sparse.add_weight_gradients(dw_enc_FD, dw_dec_FD, idx_BK, dy_BK, xc_BD, y_BK, h_BD)
+  dw_enc_FD, dw_dec_FD = sparse.add_weight_gradients(
+    dw_enc_FD, dw_dec_FD, idx_BK, dy_BK, xc_BD, y_BK, h_BD, slots
+  )
   db_enc_F = sparse.add_at(db_enc_F, idx_BK, dy_BK)
   return dw_enc_FD, dw_dec_FD, db_enc_F, losses.auxk_loss(difference_square_sum, variance, batch, sum_D.size)
 

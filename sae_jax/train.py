@@ -147,7 +147,8 @@ def train(
   Args:
     config: the cell.
     workdir: its folder; config.json, ckpt/, metrics.jsonl, sae/ and, last, result.json are written there.
-    should_stop: asked after every step; when true a checkpoint is saved and 'preempted' returned.
+    should_stop: asked after every step; when true a checkpoint is saved and 'preempted' returned. Asked once more
+      before the result is written, when its answer no longer matters.
     label: shown before the progress.
 
   Returns:
@@ -226,6 +227,8 @@ def train(
   finally:
     progress.close()
   checkpoints.close()
+  if should_stop is not None:
+    should_stop()  # a holder that lost its lease ends here rather than write beside its successor
   _finish(config, workdir, state, source, line, facts, mesh)
   return 'done'
 

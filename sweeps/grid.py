@@ -1,0 +1,116 @@
+"""A sweep is a printable list of flat overrides on one experiment, composed by pure functions.
+
+product(param('sae.k', [4, 8]), zipped(param('sae.n_latents', [64, 128]), param('train.seed', [0, 1])))
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import pathlib
+import types
+from collections.abc import Iterable
+from typing import Any
+
+from sae_jax import config
+from sae_jax.errors import UserError
+
+Overrides = dict[str, Any]
+
+
+def param(name: str, values: Iterable[Any]) -> list[Overrides]:
+  """One override a value. Raises `UserError` when there is no value: a product with it would be empty."""
+  sweep = [{name: value} for value in values]
+  if not sweep:
+    raise UserError(f'param({name!r}) has no values; give at least one')
+  return sweep
+
+
+def merged(overrides: Iterable[Overrides]) -> Overrides:
+  """The union of overrides. Raises `UserError` when a key is set twice, even to the same value."""
+  union: Overrides = {}
+  for part in overrides:
+    for key, value in part.items():
+      if key in union:
+        raise UserError(f'{key} is set twice in one cell ({union[key]!r}, {value!r}); set it in one place')
+      union[key] = value
+  return union
+
+
+def product(*sweeps: list[Overrides]) -> list[Overrides]:
+  """Every combination, the last sweep varying fastest."""
+  return [merged(parts) for parts in itertools.product(*sweeps)]
+
+
+def zipped(*sweeps: list[Overrides]) -> list[Overrides]:
+  """Sweeps that vary together. Raises `UserError` when their lengths differ."""
+  lengths = [len(sweep) for sweep in sweeps]
+  if len(set(lengths)) > 1:
+    raise UserError(f'zipped sweeps have lengths {lengths}; make them equal, or use product')
+  return [merged(parts) for parts in zip(*sweeps, strict=True)]
+
+
+def chain(*sweeps: list[Overrides]) -> list[Overrides]:
+  """One sweep after another. Cells that come out equal are dropped by `build`, which compares ids."""
+  return list(itertools.chain(*sweeps))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """The cells of a grid file in its order; `dropped` counts those that were the same cell as an earlier one."""
+
+  name: str
+  experiment: str  # e.g. 'experiments/tiny.py'
+  cells: tuple[tuple[Overrides, config.Config], ...]
+  dropped: int
+
+
+def build(path: str) -> Sweep:
+  """Reads a grid file (`EXPERIMENT`, an imported module; `sweep()`, a list of overrides) and resolves its cells.
+
+  Raises `UserError` for a file that is not a grid, and for a cell whose configuration is not valid.
+  """
+  grid = _load(path)
+  if not (isinstance(vars(grid).get('EXPERIMENT'), types.ModuleType) and callable(vars(grid).get('sweep'))):
+    raise UserError(
+      f'{path} defines no EXPERIMENT (an imported module of experiments/) or no sweep(); '
+      'see sweeps/grids/tiny.py for the form'
+    )
+  listed = grid.sweep()
+  if not (isinstance(listed, list) and listed and all(_is_overrides(item) for item in listed)):
+    raise UserError(
+      f'sweep() of {path} gave {str(listed)[:80]!r}; return a list of dicts such as grid.param makes'
+    )
+  base = grid.EXPERIMENT.get_config()
+  cells: dict[str, tuple[Overrides, config.Config]] = {}
+  for overrides in listed:
+    try:
+      resolved = config.resolve(config.override(base, overrides))
+    except UserError as error:
+      raise UserError(f'cell {overrides} of {path}: {error}') from None
+    cells.setdefault(resolved.id, (overrides, resolved))
+  return Sweep(
+    name=pathlib.Path(path).stem,
+    experiment=grid.EXPERIMENT.__name__.replace('.', '/') + '.py',
+    cells=tuple(cells.values()),
+    dropped=len(listed) - len(cells),
+  )
+
+
+def label(overrides: Overrides) -> str:
+  """Overrides as people say them: 'n_latents=128 k=4'."""
+  return ' '.join(f'{key.rsplit(".", 1)[-1]}={value}' for key, value in overrides.items())
+
+
+def _is_overrides(item: Any) -> bool:
+  return isinstance(item, dict) and all(isinstance(key, str) for key in item)
+
+
+def _load(path: str) -> types.ModuleType:
+  if not pathlib.Path(path).is_file() or pathlib.Path(path).suffix != '.py':
+    raise UserError(f'no grid file at {path!r}; name a Python file such as sweeps/grids/tiny.py')
+  # The one dynamic import: a file that the user named on the command line.
+  spec = importlib.util.spec_from_file_location(f'grid_{pathlib.Path(path).stem}', path)
+  assert spec is not None and spec.loader is not None  # true for every path that ends in .py
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module

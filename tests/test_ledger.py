@@ -1,0 +1,340 @@
+import json
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+
+import fsspec
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from experiments import tiny
+from sae_jax import config, files, metrics
+from sae_jax.errors import UserError
+from sweeps import grid, ledger
+
+
+class Clock:
+  def __init__(self, now=0.0):
+    self.now = now
+
+  def __call__(self):
+    return self.now
+
+
+def make_sweep(ks, name='ks', **settings):
+  cells = [{'sae.k': k} | {key.replace('_', '.'): v for key, v in settings.items()} for k in ks]
+  return grid.Sweep(
+    name,
+    'experiments/tiny.py',
+    tuple((o, config.resolve(config.override(tiny.get_config(), o))) for o in cells),
+    dropped=0,
+  )
+
+
+@pytest.fixture(params=['local', 'memory'])
+def path(request, tmp_path):
+  if request.param == 'local':
+    yield str(tmp_path / 'ledger')
+  else:
+    yield 'memory://ledger'
+    fsspec.filesystem('memory').rm('/ledger', recursive=True)
+
+
+@pytest.fixture
+def one(tmp_path):
+  """A local ledger with one cell, and that cell's id."""
+  store = ledger.Ledger(str(tmp_path / 'ledger'))
+  store.register(make_sweep([3]))
+  return store, store.cells()[0].id
+
+
+def finish(store, cell_id):
+  metrics.commit_result(store.folder(cell_id), {'id': cell_id})
+
+
+def edit_claim(store, cell_id, **changes):
+  claim = files.join(store.folder(cell_id), 'claims', '1.json')
+  files.replace(claim, json.dumps(json.loads(files.read(claim)) | changes).encode())
+
+
+# ----- cells
+
+
+def test_states_follow_the_files(path):
+  store = ledger.Ledger(path)
+  store.register(make_sweep([1, 2, 3, 4, 5]))
+  ids = [cell.id for cell in store.cells()]
+  finish(store, ids[0])
+  lease = store.claim(ids[1])
+  for _ in range(3):
+    metrics.record_failure(store.folder(ids[2]), ValueError('too\nlong \x1b[31m'))
+  metrics.record_failure(store.folder(ids[3]), UserError('bad value'))
+  metrics.record_failure(store.folder(ids[4]), ValueError('once'))
+  states = store.states(max_failures=3)
+  assert [s.state for s in states] == ['done', 'running', 'failed', 'failed', 'waiting']
+  assert [s.attempts for s in states] == [0, 0, 3, 1, 1]
+  assert states[2].reason.startswith('ValueError: too long ?[31m')
+  assert 'attempt 1 of 3' in states[4].reason
+  lease.release()
+  assert store.states()[1].state == 'waiting'
+
+
+def test_register_writes_each_config_once_and_grows(path):
+  store = ledger.Ledger(path)
+  store.register(make_sweep([1, 2]))
+  first = {cell.id: files.read(files.join(store.folder(cell.id), 'config.json')) for cell in store.cells()}
+  store.register(make_sweep([2, 3]))
+  cells = store.cells()
+  assert [cell.overrides['sae.k'] for cell in cells] == [1, 2, 3]
+  for cell in cells:
+    data = files.read(files.join(store.folder(cell.id), 'config.json'))
+    assert config.from_json(data) == cell.config
+    assert first.get(cell.id, data) == data
+
+
+def test_register_takes_new_run_settings_for_an_old_cell(tmp_path):
+  store = ledger.Ledger(str(tmp_path))
+  store.register(make_sweep([1]))
+  store.register(make_sweep([1], mesh_data=2))
+  (cell,) = store.cells()
+  assert cell.config.mesh.data == 2
+
+
+def test_register_refuses_another_sweep(path):
+  store = ledger.Ledger(path)
+  store.register(make_sweep([1]))
+  with pytest.raises(UserError, match=r"holds the sweep 'ks'.*its own --ledger"):
+    store.register(make_sweep([1], name='other'))
+
+
+def test_ledger_that_is_none_is_one_line(tmp_path):
+  (tmp_path / 'file').write_text('x')
+  for path in (tmp_path / 'missing', tmp_path / 'file'):
+    with pytest.raises(UserError, match='no sweep at'):
+      ledger.Ledger(str(path)).cells()
+  with pytest.raises(UserError, match='cannot write the ledger'):
+    ledger.Ledger(str(tmp_path / 'file')).register(make_sweep([1]))
+  with pytest.raises(UserError, match='exclusive create'):
+    ledger.Ledger('s3://bucket/sweep')
+
+
+@hypothesis.given(
+  st.one_of(st.text(max_size=12), st.sampled_from(['../../../etc', 'a' * 12 + '\n', 'A' * 12]))
+)
+@hypothesis.settings(max_examples=50, deadline=None)
+def test_folder_takes_ids_only(name):
+  hypothesis.assume(not (len(name) == 12 and set(name) <= set('0123456789abcdef')))
+  with pytest.raises(UserError, match='not a cell id'):
+    ledger.Ledger('memory://ids').folder(name)
+
+
+JSON = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+  max_leaves=5,
+)
+
+
+@hypothesis.given(data=JSON, key=st.sampled_from(['', 'cells', 'name', 'overrides', 'config', 'id']))
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_edited_sweep_record_is_one_line(data, key):
+  path = 'memory://edited'
+  store = ledger.Ledger(path)
+  files.remove(files.join(path, 'sweep.json'))
+  store.register(make_sweep([1]))
+  record = json.loads(files.read(files.join(path, 'sweep.json')))
+  (entry,) = record['cells'].values()
+  parent = {'overrides': entry, 'config': entry, 'id': entry['config']}.get(key, record)
+  hypothesis.assume(key != 'name' or not isinstance(data, str))
+  hypothesis.assume(key != 'overrides' or not isinstance(data, dict))
+  hypothesis.assume(key != 'cells' or data != {})
+  parent[key] = data
+  files.replace(files.join(path, 'sweep.json'), json.dumps(data if key == '' else record).encode())
+  with pytest.raises(UserError, match=r'sweep record|not a cell configuration|hashes to|schema'):
+    store.cells()
+
+
+@hypothesis.example(b'{"kind": "", "error": "", "permanent": false, "attempts": 1e999}')
+@hypothesis.example(b'{"host": "", "pid": 1e999, "started": 0, "pid_space": "", "released": false}')
+@hypothesis.given(st.binary(max_size=20) | JSON.map(lambda x: json.dumps(x).encode()))
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_broken_claims_and_failures_stop_nothing(data):
+  store = ledger.Ledger('memory://broken')
+  store.register(make_sweep([1, 2]))
+  a, b = (cell.id for cell in store.cells())
+  files.replace(files.join(store.folder(a), 'failure.json'), data)
+  files.replace(files.join(store.folder(b), 'claims', '7.json'), data)
+  failed, held = store.states()
+  assert failed.state == 'failed' and 'unreadable failure.json' in failed.reason
+  assert held.state == 'running' or data == b''
+
+
+# ----- leases
+
+
+def test_claim_excludes_until_released(path):
+  first, second = ledger.Ledger(path), ledger.Ledger(path)
+  first.register(make_sweep([1]))
+  cell_id = first.cells()[0].id
+  with first.claim(cell_id) as lease:
+    assert second.claim(cell_id) is None
+    lease.check()
+  with second.claim(cell_id):
+    assert first.claim(cell_id) is None
+
+
+def test_claim_of_a_finished_cell_is_none(one):
+  store, cell_id = one
+  finish(store, cell_id)
+  assert store.claim(cell_id) is None
+  assert store.claim(cell_id) is None
+
+
+def _race(path, ids, barrier, wins):
+  store = ledger.Ledger(path)
+  barrier.wait(30)
+  for cell_id in ids:
+    if store.claim(cell_id) is not None:
+      wins.put(cell_id)
+  barrier.wait(30)  # nobody dies, which would free what it holds, before all have tried
+
+
+def test_racing_processes_win_each_cell_once(tmp_path):
+  store = ledger.Ledger(str(tmp_path / 'ledger'))
+  store.register(make_sweep(range(1, 14)))
+  ids = [cell.id for cell in store.cells()]
+  context = multiprocessing.get_context('spawn')
+  barrier, wins = context.Barrier(3), context.Queue()
+  processes = [context.Process(target=_race, args=(store.path, ids, barrier, wins)) for _ in range(3)]
+  for process in processes:
+    process.start()
+  won = sorted(wins.get(timeout=30) for _ in ids)
+  for process in processes:
+    process.join(30)
+    assert process.exitcode == 0
+  assert won == sorted(ids) and wins.empty()
+
+
+def test_racing_threads_take_over_a_stale_lease_once(one):
+  store, cell_id = one
+  assert store.claim(cell_id)
+  edit_claim(store, cell_id, pid_space='elsewhere')
+  clock = Clock()
+  observers = [ledger.Ledger(store.path, clock=clock) for _ in range(7)]
+  assert [observer.claim(cell_id) for observer in observers] == [None] * 7
+  clock.now = 90.0
+  taken = []
+  threads = [threading.Thread(target=lambda o=o: taken.append(o.claim(cell_id))) for o in observers]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert sum(lease is not None for lease in taken) == 1
+
+
+def test_lease_is_stale_only_when_watched_unchanged(one):
+  store, cell_id = one
+  assert store.claim(cell_id)
+  edit_claim(store, cell_id, pid_space='elsewhere')
+  clock = Clock(1e9)  # a clock far from the holder's decides nothing
+  observer = ledger.Ledger(store.path, clock=clock)
+  assert observer.claim(cell_id) is None
+  clock.now += 89.0
+  assert observer.claim(cell_id) is None
+  edit_claim(store, cell_id, refreshed=1)
+  clock.now += 89.0
+  assert observer.claim(cell_id) is None
+  assert observer.states()[0].state == 'running'
+  clock.now += 90.0
+  assert observer.states()[0].state == 'waiting'
+  assert observer.claim(cell_id) is not None
+
+
+def test_holder_keeps_refreshing(one):
+  store, cell_id = one
+  claim = files.join(store.folder(cell_id), 'claims', '1.json')
+  until = time.monotonic() + 30
+  with ledger.Ledger(store.path, refresh_s=0.01).claim(cell_id):
+    while json.loads(files.read(claim))['refreshed'] < 3:
+      assert time.monotonic() < until
+      time.sleep(0.01)
+
+
+CRASH = """
+import os, sys
+from sweeps import ledger
+assert ledger.Ledger(sys.argv[1]).claim(sys.argv[2])
+os._exit(9)
+"""
+
+
+def test_dead_process_of_this_host_is_succeeded_at_once(one):
+  store, cell_id = one
+  crashed = subprocess.Popen([sys.executable, '-c', CRASH, store.path, cell_id])
+  assert crashed.wait(60) == 9
+  assert store.states()[0].state == 'waiting'
+  assert store.held_by(crashed.pid) == cell_id
+  assert store.claim(cell_id) is not None
+  assert store.held_by(crashed.pid) is None
+
+
+def test_reused_process_id_counts_as_dead(one):
+  store, cell_id = one
+  assert store.claim(cell_id)
+  assert store.claim(cell_id) is None
+  started = json.loads(files.read(files.join(store.folder(cell_id), 'claims', '1.json')))['started']
+  edit_claim(store, cell_id, started=started - 1)
+  assert store.claim(cell_id) is not None
+
+
+def test_process_ids_of_another_container_say_nothing(one):
+  store, cell_id = one
+  assert store.claim(cell_id)
+  edit_claim(store, cell_id, pid_space='elsewhere', started=1)
+  assert store.claim(cell_id) is None
+
+
+def test_lost_lease_is_fatal_and_stays_lost(one):
+  store, cell_id = one
+  clock = Clock()
+  holder = ledger.Ledger(store.path, clock=clock)
+  lease = holder.claim(cell_id)
+  files.create(files.join(store.folder(cell_id), 'claims', '2.json'), b'{"released": false}')
+  clock.now = 59.0
+  lease.check()  # within two refreshes nothing is read
+  clock.now = 60.0
+  for _ in range(2):
+    with pytest.raises(ledger.LeaseLost):
+      lease.check()
+  lease.release()
+  assert not json.loads(files.read(files.join(store.folder(cell_id), 'claims', '1.json')))['released']
+
+
+def test_background_refresh_notices_the_loss(one):
+  store, cell_id = one
+  lease = ledger.Ledger(store.path, refresh_s=0.01).claim(cell_id)
+  files.create(files.join(store.folder(cell_id), 'claims', '2.json'), b'{}')
+  until = time.monotonic() + 30
+  with pytest.raises(ledger.LeaseLost):
+    while time.monotonic() < until:
+      lease.check()
+      time.sleep(0.01)
+
+
+def test_unreachable_files_are_borne_until_the_lease_may_be_stale(one, monkeypatch):
+  store, cell_id = one
+  clock = Clock()
+  lease = ledger.Ledger(store.path, clock=clock).claim(cell_id)
+
+  def unreachable(*_):
+    raise OSError('stale file handle')
+
+  monkeypatch.setattr(files, 'replace', unreachable)
+  clock.now = 89.0
+  lease.check()
+  clock.now = 90.0
+  with pytest.raises(ledger.LeaseLost, match='stale file handle'):
+    lease.check()

@@ -1,0 +1,184 @@
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments import tiny
+from sae_jax import config, files, metrics
+from sae_jax.errors import UserError
+from sweeps import grid, ledger, work
+
+
+class Broken(Exception):
+  pass
+
+
+def make_sweep(ks):
+  cells = [{'sae.k': k, 'sae.n_latents': 16 * k} for k in ks]
+  resolved = tuple((o, config.resolve(config.override(tiny.get_config(), o))) for o in cells)
+  return grid.Sweep('ks', 'experiments/tiny.py', resolved, dropped=0)
+
+
+@pytest.fixture
+def store(tmp_path):
+  store = ledger.Ledger(str(tmp_path / 'ledger'))
+  store.register(make_sweep([3, 5, 4]))
+  return store
+
+
+class FakeTrain:
+  """Commits a result at once; `raises` maps k to errors that come first."""
+
+  def __init__(self, raises=()):
+    self.raises = {k: list(errors) for k, errors in dict(raises).items()}
+    self.order = []
+
+  def __call__(self, cell, folder, *, should_stop, label):
+    self.order.append(cell.sae.k)
+    assert not should_stop()
+    if self.raises.get(cell.sae.k):
+      raise self.raises[cell.sae.k].pop(0)
+    metrics.commit_result(folder, {'id': cell.id, 'label': label})
+    return 'done'
+
+
+def never():
+  return False
+
+
+def states(store):
+  return {s.cell.overrides['sae.k']: s for s in store.states()}
+
+
+def test_run_trains_largest_first(store):
+  train = FakeTrain()
+  assert work.run(store, train, stop=never) == 0
+  assert train.order == [5, 4, 3]
+  assert all(s.state == 'done' for s in store.states())
+  assert work.run(store, train, stop=never) == 0
+  assert len(train.order) == 3
+
+
+def test_run_leaves_other_cells_alone_when_one_crashes(store):
+  train = FakeTrain({5: [Broken('first'), Broken('second')]})
+  assert work.run(store, train, stop=never) == 0
+  assert train.order == [5, 4, 3, 5, 5]
+  assert not files.exists(files.join(store.folder(states(store)[5].cell.id), 'failure.json'))
+
+
+def test_run_gives_up_after_max_failures(store):
+  train = FakeTrain({5: [Broken(str(i)) for i in range(9)]})
+  assert work.run(store, train, stop=never, max_failures=2) == 1
+  assert train.order.count(5) == 2
+  found = {k: s.state for k, s in states(store).items()}
+  assert found == {3: 'done', 4: 'done', 5: 'waiting'}  # two of the three attempts of another limit
+  record = json.loads(files.read(files.join(store.folder(states(store)[5].cell.id), 'failure.json')))
+  assert (record['error'], record['kind'], record['attempts']) == ('1', 'Broken', 2)
+  assert 'raise self.raises' in record['traceback']
+
+
+@pytest.mark.parametrize('error', [UserError('bad value'), Broken('nan')])
+def test_run_does_not_retry_what_cannot_help(store, error):
+  train = FakeTrain({4: [error] * 9})
+  assert work.run(store, train, stop=never, permanent=(Broken,)) == 1
+  assert train.order == [5, 4, 3]
+
+
+def test_run_stops_between_and_inside_cells(store):
+  asked = []
+
+  def preempted(cell, folder, *, should_stop, label):
+    asked.append(cell.sae.k)
+    stopping.append(True)
+    return 'preempted' if should_stop() else 'done'
+
+  stopping = []
+  assert work.run(store, preempted, stop=lambda: bool(stopping)) == work.PREEMPTED
+  assert asked == [5]
+  assert {k: s.state for k, s in states(store).items()} == dict.fromkeys((3, 4, 5), 'waiting')
+
+
+def test_run_trains_cells_added_meanwhile(store):
+  class Growing(FakeTrain):
+    def __call__(self, *args, **kwargs):
+      store.register(make_sweep([3, 4, 5, 6]))
+      return super().__call__(*args, **kwargs)
+
+  train = Growing()
+  assert work.run(store, train, stop=never) == 0
+  assert train.order == [5, 6, 4, 3]
+
+
+def test_run_picks_up_the_cell_of_a_worker_that_dies(store):
+  held = states(store)[5].cell.id
+  lease = store.claim(held)
+  naps = []
+
+  def stop():
+    naps.append(1)
+    if len(naps) == 20:  # the other worker dies while this one is waiting for it
+      lease._stop.set()
+      claim = files.join(store.folder(held), 'claims', '1.json')
+      files.replace(claim, json.dumps(json.loads(files.read(claim)) | {'started': 1}).encode())
+    return False
+
+  train = FakeTrain()
+  assert work.run(store, train, stop=stop, poll_s=0.01) == 0
+  assert train.order == [4, 3, 5]
+
+
+@pytest.mark.parametrize('raises', [False, True])
+def test_run_ends_at_once_when_the_lease_is_lost(store, raises):
+  clock = [0.0]
+  holder = ledger.Ledger(store.path, clock=lambda: clock[0])
+
+  def overtaken(cell, folder, *, should_stop, label):
+    files.create(files.join(folder, 'claims', '2.json'), b'{"released": false}')
+    clock[0] += 60.0
+    if raises:
+      raise Broken('a consequence of the other worker')
+    should_stop()
+    raise AssertionError('went on without the lease')
+
+  with pytest.raises(ledger.LeaseLost):
+    work.run(holder, overtaken, stop=never)
+  cell_id = states(store)[5].cell.id
+  assert not files.exists(files.join(store.folder(cell_id), 'failure.json'))
+
+
+SIGNALLED = """
+import os, signal, sys
+from sweeps import work
+stop = work.Stop()
+assert not stop()
+os.kill(os.getpid(), signal.SIGTERM)
+assert stop() and stop.signum == signal.SIGTERM
+os.kill(os.getpid(), signal.SIGTERM)
+print('still here')
+"""
+
+
+def test_stop_asks_once_and_kills_the_second_time():
+  found = subprocess.run([sys.executable, '-c', SIGNALLED], capture_output=True, text=True, timeout=60)
+  assert (found.returncode, found.stdout, found.stderr) == (-15, '', '')
+
+
+@pytest.mark.parametrize(
+  ('argv', 'line'),
+  [
+    (['--ledger=missing'], 'no sweep at'),
+    (['--ledger=missing', '--max_failures=0'], '--max_failures=0 is below 1'),
+    (['--ledger=s3://bucket/x'], 'exclusive create'),
+  ],
+)
+def test_main_says_what_is_wrong_in_one_line(argv, line, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(work, 'Stop', lambda: never)
+  with pytest.raises(SystemExit) as ended:
+    work.main(argv)
+  assert ended.value.code == 2
+  (said,) = capsys.readouterr().err.splitlines()
+  assert said.startswith('error: ') and line in said
+  assert not list(pathlib.Path(tmp_path).iterdir())
