@@ -1,0 +1,189 @@
+"""Configuration: identity, validation, the recipe, and what may import what."""
+
+import ast
+import dataclasses
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments import demo, tiny
+from sae_jax import config, flops
+from sae_jax.errors import UserError
+from sae_jax.recipe import GAO2024
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def cell(**overrides) -> config.Config:
+  return config.resolve(config.override(tiny.get_config(), overrides))
+
+
+def test_json_round_trip_keeps_the_cell():
+  assert config.from_json(cell().to_json()) == cell()
+
+
+@pytest.mark.parametrize(
+  'key,value',
+  [
+    ('sae.n_latents', 256), ('sae.k', 5), ('optim.learning_rate', 1e-3), ('train.batch_tokens', 128),
+    ('train.tokens', 9999), ('train.seed', 1), ('data.seed', 1), ('data.planted.noise', 0.1),
+    ('loss.aux_coefficient', 0.0), ('recipe.learning_rate_at_16k', 1e-4),
+  ],
+)  # fmt: skip
+def test_id_changes_with_what_decides_the_result(key, value):
+  assert cell(**{key: value}).id != cell().id
+
+
+@pytest.mark.parametrize(
+  'key,value',
+  [('mesh.data', 2), ('mesh.latent', 4), ('train.checkpoint_every', 7), ('data.path', '/elsewhere')],
+)
+def test_id_does_not_change_with_where_it_runs(key, value):
+  assert cell(**{key: value}).id == cell().id
+
+
+def test_edited_configuration_is_noticed():
+  record = json.loads(cell().to_json())
+  record['sae']['k'] = 5
+  with pytest.raises(UserError, match='it was changed'):
+    config.from_json(json.dumps(record).encode())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary(max_size=60) | st.from_regex(rb'\{"schema": ?[0-9a-z"]+\}', fullmatch=True))
+def test_foreign_bytes_are_a_user_error(data):
+  with pytest.raises(UserError):
+    config.from_json(data)
+
+
+@pytest.mark.parametrize(
+  'overrides,message',
+  [
+    ({'sae.k': 129}, 'sae.k=129 exceeds sae.n_latents=128'),
+    ({'mesh.data': 3}, 'train.batch_tokens=256 is not divisible by mesh.data=3; use 255 or 258'),
+    ({'mesh.latent': 3}, 'not divisible by mesh.latent=3'),
+    ({'train.tokens': 100}, 'less than one batch'),
+    ({'optim.learning_rate': float('inf')}, 'not finite'),
+    ({'optim.ema_decay': 1.0}, 'not in'),
+    ({'sae.activation': 'relu'}, "'relu' is not known"),
+    ({'nonsense': 1}, "config key 'nonsense' is not known"),
+    ({'sae.k': 'four'}, 'wrong type'),
+  ],
+)
+def test_impossible_values_are_refused(overrides, message):
+  with pytest.raises(UserError, match=message):
+    cell(**overrides)
+
+
+def test_override_does_not_touch_the_original():
+  original = tiny.get_config()
+  config.override(original, {'sae.k_aux': 3})
+  assert original.sae.k_aux is None
+
+
+def test_recipe_follows_a_changed_size():
+  small, large = cell(), cell(**{'sae.n_latents': 512})
+  assert small.optim.learning_rate == pytest.approx(2 * large.optim.learning_rate)
+
+
+def test_recipe_has_the_paper_values_at_the_paper_size():
+  values = GAO2024.hyperparameters(
+    n_latents=2**15, k=32, d_model=768, tokens=51_200_000_000, batch_tokens=131_072
+  )
+  assert values['optim.learning_rate'] == pytest.approx(1.4e-4, rel=0.02)
+  assert values['optim.ema_decay'] == pytest.approx(0.999)
+  assert values['loss.dead_tokens'] == 10_000_000 and values['sae.k_aux'] == 512
+  assert values['sae.fired_threshold'] == pytest.approx(3.6e-5, rel=0.01)
+
+
+def test_flops_follow_the_sparse_and_the_dense_algorithm():
+  n, k, d, batch = 32_768, 32, 768, 2048
+  step = flops.step_flops(n, k, d, batch)
+  assert step['dense'] == pytest.approx(12 * n * d * batch)
+  assert step['useful'] == pytest.approx(2 * n * d * batch, rel=0.01)  # in the sparse limit only the encoder
+  assert flops.step_flops(n, n, d, batch)['useful'] >= 10 * n * d * batch
+  with_aux = flops.step_flops(n, k, d, batch, k_aux=512)
+  assert with_aux['useful'] - step['useful'] == 8 * batch * 512 * d
+
+
+def test_flops_spent_count_auxk_only_where_it_ran():
+  c = cell()
+  assert flops.spent(c, 10, 0)['useful'] < flops.spent(c, 10, 3)['useful'] < flops.spent(c, 10, 10)['useful']
+  assert flops.cell_flops(c) == flops.spent(c, c.train.steps, 0)
+
+
+def test_every_grid_and_experiment_builds():
+  for path in sorted((ROOT / 'sweeps' / 'grids').glob('*.py')) + sorted((ROOT / 'experiments').glob('*.py')):
+    if path.stem == '__init__':
+      continue
+    module = importlib.import_module('.'.join(path.relative_to(ROOT).with_suffix('').parts))
+    if hasattr(module, 'sweep'):
+      base = module.EXPERIMENT.get_config()
+      cells = [config.override(base, overrides) for overrides in module.sweep()]
+      assert len(cells) == len({json.dumps(c.to_dict(), sort_keys=True) for c in cells}) > 1, path
+    else:
+      assert module.get_config().sae.k >= 1 and 'python -m' in module.__doc__, path
+
+
+def test_demo_tokens_are_whole_batches_and_blocks():
+  c = demo.get_config()
+  assert c.train.tokens % c.train.batch_tokens == 0
+  assert c.data.store_tokens % (c.data.block_windows * (c.data.window_tokens - 1)) == 0
+
+
+# Imports go one way. Each folder or module, and what it must never import.
+FORBIDDEN = {
+  'sae_jax': ('sweeps', 'analysis', 'experiments', 'bench'),
+  'analysis': ('jax', 'flax', 'optax', 'orbax', 'sweeps', 'experiments'),
+  'experiments': ('jax', 'sweeps', 'analysis'),
+  'sweeps/grids': ('jax', 'analysis'),
+}
+
+
+def imports(path: pathlib.Path) -> set[str]:
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      found |= {node.module or ''} | {f'{node.module}.{alias.name}' for alias in node.names}
+  return found
+
+
+@pytest.mark.parametrize('folder', FORBIDDEN)
+def test_imports_go_one_way(folder):
+  for path in (ROOT / folder).rglob('*.py'):
+    for name in imports(path):
+      assert name.split('.')[0] not in FORBIDDEN[folder], f'{path.relative_to(ROOT)} imports {name}'
+
+
+INNER = {'config', 'recipe', 'flops', 'errors', 'files'}
+MATHEMATICS = {'sae', 'losses', 'topk', 'sparse'}
+RUN = {'train', 'evaluate', 'optim', 'checkpoint', 'metrics', 'sharding', 'artifact'}
+
+
+def test_mathematics_imports_nothing_of_the_run():
+  for name in MATHEMATICS | INNER:
+    for imported in imports(ROOT / 'sae_jax' / f'{name}.py'):
+      below = RUN | (MATHEMATICS if name in INNER else set())
+      assert imported.removeprefix('sae_jax.') not in below, f'sae_jax/{name}.py imports {imported}'
+
+
+@pytest.mark.parametrize(
+  'module', ['sae_jax', 'sae_jax.config', 'sae_jax.flops', 'analysis', 'sweeps.launch', 'experiments.demo']
+)
+def test_light_modules_do_not_load_jax(module):
+  code = f'import sys, {module}; sys.exit("jax" in sys.modules)'
+  subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+
+
+def test_template_has_no_key_the_dataclasses_lack():
+  flat = config._flatten(config.template().to_dict())
+  assert set(flat) == set(cell().flat())
+  assert {f.name for f in dataclasses.fields(config.Config)} == {key.split('.')[0] for key in flat}
