@@ -1,0 +1,265 @@
+"""Writing an activation store so that it can be killed at any moment and carried on.
+
+A block is the unit: array chunk first, then its record in the journal, and store.json after the last one. A folder
+without store.json is unfinished; a block without a record is written again.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from sae_jax import config, files
+from sae_jax.data import order
+from sae_jax.data.normalize import normalize
+from sae_jax.errors import UserError
+
+SCHEMA = 1
+ARRAYS = ('train', 'held_out')
+_PLAN = 'journal-plan.json'
+
+
+def finished(path: str, settings: dict[str, Any], provenance: dict[str, Any]) -> bool:
+  """Whether `path` holds a finished store with these settings and at least this provenance.
+
+  Raises `UserError` when it holds a finished store made from something else.
+  """
+  check_place(path)
+  if not files.exists(files.join(path, config.STORE_FILE)):
+    return False
+  meta = config.read_store_file(path)
+  _same(path, 'a store', settings | provenance, meta['config'] | meta['provenance'])
+  return True
+
+
+class StoreWriter:
+  """Fills one store folder block by block.
+
+  Args:
+    path: local folder or gs:// URL (the latter is untested).
+    d_model: width D.
+    settings: exactly the data keys a cell's config is compared with: subject, site, text, normalize, window_tokens,
+      block_windows, store_tokens, held_out_tokens, dtype, seed.
+    provenance: JSON-able facts about where the activations come from.
+    flops_per_token: useful FLOPs of the subject for one token.
+
+  Raises `UserError` when the folder holds a store, finished or not, made from anything else.
+  """
+
+  def __init__(
+    self,
+    path: str,
+    *,
+    d_model: int,
+    settings: dict[str, Any],
+    provenance: dict[str, Any],
+    flops_per_token: float,
+  ):
+    self.path, self.d_model = path, d_model
+    self._settings, self._dtype = settings, np.dtype(settings['dtype']).newbyteorder('<')
+    self._plan = {
+      'schema': SCHEMA, 'd_model': d_model, 'config': settings, 'provenance': provenance,
+      'subject_flops_per_token': flops_per_token,
+    }  # fmt: skip
+    block_tokens = settings['block_windows'] * (settings['window_tokens'] - 1)
+    sizes = {'train': settings['store_tokens'], 'held_out': settings['held_out_tokens']}
+    self.streams = {name: order.Stream(sizes[name], block_tokens, settings['seed']) for name in ARRAYS}
+    self._claim_folder()
+    self._records: dict[tuple[str, int], dict[str, Any]] = {}
+    self._stores = {name: self._open(name) for name in ARRAYS}
+
+  def done(self, array: str, block: int) -> bool:
+    """Whether a block is on disk, with the bytes its record promises."""
+    try:
+      record = json.loads(files.read(self._record_path(array, block)))
+      found = digest(read_block(self._stores[array], self.streams[array], block))
+    except (FileNotFoundError, ValueError):  # no record, a torn one, or a truncated chunk: write it again
+      return False
+    if record.get('sha256') != found:
+      return False
+    self._records[array, block] = record
+    return True
+
+  def write(self, array: str, block: int, x_BD: np.ndarray) -> None:
+    """Normalises and stores a whole block of raw activations [tokens of the block, D], in stream order.
+
+    Raises `UserError` for values that are not finite in the store's dtype, and when the disk is full.
+    """
+    stream = self.streams[array]
+    if x_BD.shape != (stream.size(block), self.d_model):
+      raise ValueError(
+        f'block {block} of {array} has shape {x_BD.shape}, not {(stream.size(block), self.d_model)}'
+      )
+    where = f'block {block} of {array} in {self.path}'
+    if not np.isfinite(x_BD).all():
+      raise UserError(f'{where}: activations are not finite; find the NaN or infinity in what produced them')
+    x_BD = x_BD.astype(np.float32)
+    unit_BD, _, norm_B1 = normalize(x_BD, self._settings['normalize'])
+    if self._settings['normalize'] == 'none':
+      norm_B1 = np.linalg.norm(x_BD, axis=-1, keepdims=True)
+    with np.errstate(over='ignore'):
+      stored_BD = unit_BD.astype(self._dtype)
+    if not np.isfinite(stored_BD).all():
+      raise UserError(
+        f'{where}: values exceed the range of {self._dtype.name}; use float32 or normalize=center_unit'
+      )
+    first = block * stream.block_tokens
+    try:
+      self._stores[array][first : first + len(stored_BD)].write(stored_BD).result()
+      record = {'sha256': digest(stored_BD)} | _statistics(stored_BD, norm_B1)
+      files.replace(self._record_path(array, block), json.dumps(record, allow_nan=False).encode())
+    except (OSError, ValueError) as error:  # tensorstore reports a failed write as ValueError
+      raise UserError(
+        f'{where} cannot be written ({error}); free space, then run the same command: finished blocks are kept'
+      ) from None
+    self._records[array, block] = record
+
+  def finish(self) -> dict[str, Any]:
+    """Commits: writes store.json and drops the journal. Every block must have been written or found done."""
+    blocks = {
+      name: [self._records[name, b] for b in range(stream.blocks)] for name, stream in self.streams.items()
+    }
+    digests = {name: [record['sha256'] for record in records] for name, records in blocks.items()}
+    meta = self._plan | {
+      'tokens': self.streams['train'].tokens,
+      'held_out_tokens': self.streams['held_out'].tokens,
+      'block_tokens': self.streams['train'].block_tokens,
+      'blocks': digests,
+      'statistics': {name: _combine(records) for name, records in blocks.items()},
+    }
+    meta['identity'] = identity(meta)
+    text = json.dumps(meta, indent=1, allow_nan=False)
+    try:
+      files.create(files.join(self.path, config.STORE_FILE), text.encode())
+    except FileExistsError:  # another process filled the same store with the same plan
+      pass
+    except OSError as error:
+      raise UserError(
+        f'{self.path} cannot be finished ({error}); free space, then run the same command'
+      ) from None
+    for name, stream in self.streams.items():
+      for block in range(stream.blocks):
+        files.remove(self._record_path(name, block))
+    files.remove(files.join(self.path, _PLAN))
+    return meta
+
+  def _claim_folder(self) -> None:
+    check_place(self.path)
+    if files.exists(files.join(self.path, config.STORE_FILE)):
+      raise UserError(f'{self.path} holds a finished store; name an empty folder')
+    plan_path = files.join(self.path, _PLAN)
+    try:
+      files.create(plan_path, json.dumps(self._plan, allow_nan=False).encode())
+      return
+    except FileExistsError:
+      pass
+    except OSError as error:
+      raise UserError(f'{self.path} cannot be written ({error}); name another folder') from None
+    try:
+      there = _flat(json.loads(files.read(plan_path)))
+    except (ValueError, AttributeError) as error:
+      raise UserError(f'{plan_path} is not the plan of a store ({error}); delete the folder') from None
+    _same(self.path, 'an unfinished store', _flat(self._plan), there)
+
+  def _open(self, array: str) -> tensorstore.TensorStore:
+    stream = self.streams[array]
+    metadata = {
+      'shape': [stream.tokens, self.d_model],
+      'chunk_grid': {
+        'name': 'regular',
+        'configuration': {'chunk_shape': [min(stream.tokens, stream.block_tokens), self.d_model]},
+      },
+      'data_type': self._dtype.name,
+      'codecs': [{'name': 'bytes', 'configuration': {'endian': 'little'}}],
+    }
+    spec = array_spec(self.path, array) | {'metadata': metadata}
+    try:
+      return tensorstore.open(spec, open=True, create=True).result()
+    except (OSError, ValueError) as error:
+      raise UserError(
+        f'{self.path}/{array} cannot be opened for writing ({error}); name another folder'
+      ) from None
+
+  def _record_path(self, array: str, block: int) -> str:
+    return files.join(self.path, f'journal-{array}-{block:06d}.json')
+
+
+def check_place(path: str) -> None:
+  """Raises `UserError` where both tensorstore and exclusive create cannot go."""
+  if not files.is_local(path) and not path.startswith('gs://'):
+    raise UserError(f'{path}: activation stores live on local disk or gs://; name such a path')
+
+
+def array_spec(path: str, array: str) -> dict[str, Any]:
+  """The tensorstore spec of one array of a store."""
+  if files.is_local(path):
+    return {'driver': 'zarr3', 'kvstore': {'driver': 'file', 'path': f'{files.local(path)}/{array}/'}}
+  return {'driver': 'zarr3', 'kvstore': f'{path.rstrip("/")}/{array}/'}
+
+
+def read_block(array: tensorstore.TensorStore, stream: order.Stream, block: int) -> np.ndarray:
+  """One block [tokens, D] in the dtype of the store. Raises ValueError when its chunk is truncated."""
+  first = block * stream.block_tokens
+  return array[first : first + stream.size(block)].read().result()
+
+
+def digest(x_BD: np.ndarray) -> str:
+  """SHA-256 of the rows as little-endian bytes, which does not depend on how they are chunked on disk."""
+  data = np.ascontiguousarray(x_BD, x_BD.dtype.newbyteorder('<'))
+  return hashlib.sha256(data.view(np.uint8).reshape(-1)).hexdigest()
+
+
+def identity(meta: dict[str, Any]) -> str:
+  """Content hash of a store: every row, their order over all epochs, and the space they live in."""
+  settings = meta['config']
+  content = {
+    key: meta[key] for key in ('schema', 'd_model', 'tokens', 'held_out_tokens', 'block_tokens', 'blocks')
+  }
+  content |= {key: settings[key] for key in ('dtype', 'normalize', 'seed')}
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _statistics(x_BD: np.ndarray, norm_B1: np.ndarray) -> dict[str, Any]:
+  x_BD = x_BD.astype(np.float64)
+  return {
+    'tokens': len(x_BD),
+    'sum': x_BD.sum(axis=0).tolist(),
+    'sum_of_squares': float(np.square(x_BD).sum()),
+    'sum_of_norms': float(norm_B1.sum(dtype=np.float64)),
+    'zero_tokens': int((norm_B1 == 0).sum()),
+  }
+
+
+def _combine(records: list[dict[str, Any]]) -> dict[str, Any]:
+  """Statistics of stored rows: mean over tokens [D], total variance about it, and the norms that were divided out.
+
+  `mean_norm` is of the centred activations for center_unit and of the activations themselves for none.
+  """
+  tokens = sum(r['tokens'] for r in records)
+  mean_D = np.sum([r['sum'] for r in records], axis=0) / tokens
+  mean_square = sum(r['sum_of_squares'] for r in records) / tokens
+  return {
+    'mean': mean_D.tolist(),
+    'mean_square': mean_square,
+    'variance': mean_square - float(mean_D @ mean_D),
+    'mean_norm': sum(r['sum_of_norms'] for r in records) / tokens,
+    'zero_tokens': sum(r['zero_tokens'] for r in records),
+  }
+
+
+def _same(path: str, kind: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+  for key, value in mine.items():
+    if theirs.get(key) != value:
+      raise UserError(
+        f'{path} holds {kind} with {key}={theirs.get(key)!r}, not {value!r}; '
+        'use those settings, delete it, or name another folder'
+      )
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    flat |= _flat(value) if isinstance(value, dict) else {key: value}
+  return flat

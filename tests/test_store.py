@@ -1,0 +1,408 @@
+"""Activation stores: what is read is what was written, at any position, or an error that names the block."""
+
+import concurrent.futures
+import dataclasses
+import json
+import resource
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from sae_jax import config
+from sae_jax.data import normalize, order, source, store, store_writer
+from sae_jax.errors import UserError
+
+D, BLOCK_WINDOWS, WINDOW, TRAIN, HELD_OUT = 7, 3, 6, 53, 19  # 15 tokens a block: 4 blocks and 2
+SETTINGS = {
+  'subject': 'toy', 'site': 'resid_post.1', 'text': 'none', 'normalize': 'center_unit', 'window_tokens': WINDOW,
+  'block_windows': BLOCK_WINDOWS, 'store_tokens': TRAIN, 'held_out_tokens': HELD_OUT, 'dtype': 'float32', 'seed': 2,
+}  # fmt: skip
+
+
+def activations(name: str) -> np.ndarray:
+  rng = np.random.default_rng(len(name))
+  return (3 + 5 * rng.standard_normal(({'train': TRAIN, 'held_out': HELD_OUT}[name], D))).astype(np.float32)
+
+
+def open_writer(path, **changes) -> store_writer.StoreWriter:
+  return store_writer.StoreWriter(
+    str(path), d_model=D, settings=SETTINGS | changes, provenance={'maker': 'test'}, flops_per_token=11.0
+  )
+
+
+def fill(writer: store_writer.StoreWriter, blocks: int | None = None) -> list[tuple[str, int]]:
+  """Writes up to `blocks` blocks that are not done, and says which."""
+  written = []
+  for name, stream in writer.streams.items():
+    for block in range(stream.blocks):
+      if len(written) != blocks and not writer.done(name, block):
+        writer.write(name, block, activations(name)[block * 15 : block * 15 + 15])
+        written.append((name, block))
+  return written
+
+
+def write_store(path, **changes) -> dict:
+  writer = open_writer(path, **changes)
+  fill(writer)
+  return writer.finish()
+
+
+def cell(path, **changes) -> config.Config:
+  flat = {
+    'sae.n_latents': 8, 'sae.k': 2, 'data.path': str(path), 'data.seed': 2, 'train.batch_tokens': 4,
+    'train.tokens': 8, 'eval.tokens': 4, 'eval.batch_tokens': 2,
+  }  # fmt: skip
+  return config.resolve(config.override(config.template(), flat | changes))
+
+
+@pytest.fixture(scope='module')
+def pristine(tmp_path_factory):
+  path = tmp_path_factory.mktemp('store') / 's'
+  write_store(path)
+  return path
+
+
+@pytest.fixture
+def copy(pristine, tmp_path):
+  return shutil.copytree(pristine, tmp_path / 'copy')
+
+
+def expected(epochs: int) -> np.ndarray:
+  """The stream written out: normalised rows, blocks in the order of each epoch."""
+  x_BD = normalize.normalize(activations('train'), 'center_unit')[0]
+  blocks = np.split(x_BD, [15, 30, 45])
+  orders = [range(4), *(order.permutation(4, 'blocks', 2, e) for e in range(1, epochs))]
+  return np.concatenate([blocks[b] for blocks_of_epoch in orders for b in blocks_of_epoch])
+
+
+@pytest.mark.parametrize('start,stop', [(0, 1), (14, 16), (3, 50), (40, 100), (0, 159), (158, 159), (53, 53)])
+def test_rows_cross_blocks_and_epochs(pristine, start, stop):
+  rows = store.Store(cell(pristine, **{'data.epochs': 3})).rows(start, stop)
+  assert rows.dtype == np.float32
+  np.testing.assert_array_equal(rows, expected(3)[start:stop])
+
+
+def test_held_out_rows_are_those_written(pristine):
+  held_out = store.Store(cell(pristine)).held_out
+  x_BD = normalize.normalize(activations('held_out'), 'center_unit')[0]
+  np.testing.assert_array_equal(np.concatenate([held_out(0, 13), held_out(13, 19)]), x_BD)
+
+
+def test_source_is_opened_by_the_config_and_says_where_it_comes_from(pristine):
+  opened = source.open_source(cell(pristine))
+  assert (opened.d_model, opened.flops_per_token) == (D, 11.0)
+  assert opened.provenance['maker'] == 'test'
+  facts = {'subject': 'toy', 'site': 'resid_post.1', 'normalize': 'center_unit'}
+  assert facts.items() <= opened.provenance.items()
+  assert opened.provenance['identity'] == cell(pristine).data.identity
+  json.dumps(opened.provenance)
+
+
+def test_positions_past_the_end_are_refused(pristine):
+  opened = store.Store(cell(pristine, **{'data.epochs': 2}))
+  with pytest.raises(UserError, match='holds 106 over 2 epochs'):
+    opened.rows(100, 107)
+  with pytest.raises(UserError, match='holds 19'):
+    opened.held_out(0, 20)
+
+
+def test_float16_store_is_within_its_rounding(tmp_path):
+  write_store(tmp_path, dtype='float16')
+  rows = store.Store(cell(tmp_path)).rows(0, TRAIN)
+  assert rows.dtype == np.float32
+  np.testing.assert_allclose(rows, expected(1), rtol=2**-11, atol=1e-7)
+  assert (rows != expected(1)).any()
+
+
+def test_statistics_are_those_of_the_rows(pristine):
+  x_BD = expected(1).astype(np.float64)
+  raw_BD = activations('train').astype(np.float64)
+  statistics = config.read_store_file(str(pristine))['statistics']['train']
+  np.testing.assert_allclose(statistics['mean'], x_BD.mean(axis=0), rtol=1e-6)
+  assert statistics['variance'] == pytest.approx(np.square(x_BD - x_BD.mean(axis=0)).sum(axis=1).mean())
+  centred = raw_BD - raw_BD.mean(axis=1, keepdims=True)
+  assert statistics['mean_norm'] == pytest.approx(np.linalg.norm(centred, axis=1).mean())
+
+
+def test_identity_follows_content_order_and_space(tmp_path, pristine):
+  same = write_store(tmp_path / 'same')
+  assert same['identity'] == config.read_store_file(str(pristine))['identity']
+  others = [write_store(tmp_path / key, **{key: value}) for key, value in (('seed', 5), ('dtype', 'float16'))]
+  writer = open_writer(tmp_path / 'content')
+  fill(writer, 3)
+  changed = activations('train')[45:].copy()
+  changed[0, 0] += 1
+  writer.write('train', 3, changed)
+  fill(writer)
+  others.append(writer.finish())
+  assert len({meta['identity'] for meta in [same, *others]}) == 4
+
+
+def test_constant_token_becomes_zero_and_is_counted(tmp_path):
+  writer = open_writer(tmp_path)
+  x_BD = activations('train')[:15].copy()
+  x_BD[4], x_BD[9] = 0.0, 0.1
+  writer.write('train', 0, x_BD)
+  fill(writer)
+  assert writer.finish()['statistics']['train']['zero_tokens'] == 2
+  rows = store.Store(cell(tmp_path)).rows(0, 15)
+  assert np.isfinite(rows).all()
+  assert not rows[[4, 9]].any()
+
+
+def test_block_of_zeros_is_a_block(tmp_path):
+  writer = open_writer(tmp_path)
+  writer.write('train', 2, np.zeros((15, D), np.float32))
+  assert writer.done('train', 2)
+  fill(writer)
+  writer.finish()
+  assert not store.Store(cell(tmp_path)).rows(30, 45).any()
+  store.verify(str(tmp_path))
+
+
+@pytest.mark.parametrize('killed_after', [0, 1, 5])
+def test_writing_resumes_and_looks_unfinished_until_the_end(tmp_path, pristine, killed_after):
+  fill(open_writer(tmp_path), killed_after)
+  with pytest.raises(UserError, match='no finished activation store'):
+    cell(tmp_path)
+  writer = open_writer(tmp_path)
+  assert len(fill(writer)) == 6 - killed_after
+  assert writer.finish() == config.read_store_file(str(pristine))
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['held_out', 'store.json', 'train']
+
+
+@pytest.mark.parametrize('damage', ['flip', 'truncate', 'delete', 'record'])
+def test_resume_writes_a_damaged_block_again(tmp_path, damage):
+  fill(open_writer(tmp_path), 3)
+  harm(tmp_path / 'train/c/1/0' if damage != 'record' else tmp_path / 'journal-train-000001.json', damage)
+  assert ('train', 1) in fill(open_writer(tmp_path))
+
+
+@pytest.mark.parametrize('key,value', [('site', 'resid_post.2'), ('seed', 9), ('dtype', 'float16')])
+def test_unfinished_store_with_other_settings_is_refused(tmp_path, key, value):
+  fill(open_writer(tmp_path), 1)
+  with pytest.raises(UserError, match=f'{key}={SETTINGS[key]!r}, not {value!r}'):
+    open_writer(tmp_path, **{key: value})
+
+
+def test_finished_store_is_recognised_and_never_overwritten(pristine, tmp_path):
+  assert not store_writer.finished(str(tmp_path), SETTINGS, {})
+  assert store_writer.finished(str(pristine), SETTINGS, {'maker': 'test'})
+  with pytest.raises(UserError, match=r"site='resid_post\.1'"):
+    store_writer.finished(str(pristine), SETTINGS | {'site': 'resid_post.3'}, {})
+  with pytest.raises(UserError, match='finished store'):
+    open_writer(pristine)
+
+
+def test_full_disk_is_one_line_and_keeps_what_was_written(tmp_path, pristine):
+  writer = open_writer(tmp_path)
+  fill(writer, 2)
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # a file may not grow past 100 bytes
+  try:
+    with pytest.raises(UserError, match=r'block 2 of train in .* cannot be written'):
+      fill(writer)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  writer = open_writer(tmp_path)
+  assert len(fill(writer)) == 4
+  assert writer.finish() == config.read_store_file(str(pristine))
+
+
+def test_values_outside_the_dtype_are_refused(tmp_path):
+  writer = open_writer(tmp_path, dtype='float16', normalize='none')
+  x_BD = activations('train')[:15].copy()
+  x_BD[3, 3] = 70_000.0
+  with pytest.raises(UserError, match='range of float16; use float32'):
+    writer.write('train', 0, x_BD)
+  x_BD[3, 3] = np.nan
+  with pytest.raises(UserError, match='not finite'):
+    writer.write('train', 0, x_BD)
+
+
+def harm(path, damage: str) -> None:
+  data = bytearray(path.read_bytes())
+  if damage == 'flip':
+    data[37] ^= 1
+  if damage in ('truncate', 'record'):
+    data = data[: len(data) // 2]
+  path.unlink()
+  if damage != 'delete':
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize('damage', ['flip', 'truncate', 'delete'])
+def test_damaged_block_is_named_when_it_is_read(copy, damage):
+  opened = store.Store(cell(copy))
+  intact = (copy / 'train/c/2/0').read_bytes()
+  harm(copy / 'train/c/2/0', damage)
+  harm(copy / 'held_out/c/1/0', damage)
+  np.testing.assert_array_equal(opened.rows(0, 30), expected(1)[:30])  # the blocks before it are good
+  with pytest.raises(UserError, match='block 2 of train'):
+    opened.rows(29, 31)
+  with pytest.raises(UserError, match='block 1 of held_out'):
+    opened.held_out(14, 16)
+  with pytest.raises(UserError, match=r'2 blocks are missing or changed \(train 2, held_out 1\)'):
+    store.verify(str(copy))
+  (copy / 'train/c/2/0').write_bytes(intact)
+  np.testing.assert_array_equal(opened.rows(29, 31), expected(1)[29:31])
+
+
+def test_another_width_is_refused(pristine):
+  with pytest.raises(UserError, match='d_model=9'):
+    cell(pristine, **{'sae.d_model': 9})
+  made = cell(pristine)
+  wide = dataclasses.replace(made, sae=dataclasses.replace(made.sae, d_model=9))
+  with pytest.raises(UserError, match='width 7'):
+    store.Store(wide)
+
+
+def test_store_replaced_after_the_cell_was_made_is_refused(tmp_path):
+  write_store(tmp_path / 's')
+  made = cell(tmp_path / 's')
+  shutil.rmtree(tmp_path / 's')
+  write_store(tmp_path / 's', dtype='float16')
+  with pytest.raises(UserError, match='identity'):
+    store.Store(made)
+
+
+@pytest.mark.parametrize(
+  'key,value',
+  [
+    ('tokens', 106), ('tokens', '53'), ('tokens', -1), ('block_tokens', 0), ('d_model', 8), ('blocks', {}),
+    ('blocks', {'train': ['x'] * 4, 'held_out': ['y'] * 2}), ('schema', 2), ('provenance', []), ('config', None),
+    ('subject_flops_per_token', 'many'),
+  ],
+)  # fmt: skip
+def test_edited_store_file_is_refused(copy, key, value):
+  meta = json.loads((copy / 'store.json').read_text())
+  (copy / 'store.json').write_text(json.dumps(meta | {key: value}))
+  with pytest.raises(UserError):
+    store.verify(str(copy))
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{"identity": 1', 'null', '\x00'])
+def test_broken_store_file_is_refused(copy, content):
+  (copy / 'store.json').write_text(content)
+  with pytest.raises(UserError, match='not a store description'):
+    store.verify(str(copy))
+
+
+def test_places_without_a_driver_are_refused():
+  with pytest.raises(UserError, match='local disk or gs://'):
+    open_writer('s3://bucket/store')
+  with pytest.raises(UserError, match='local disk or gs://'):
+    store.verify('http://example.org/store')
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+  with pytest.raises(SystemExit) as stop:
+    store.main(list(argv))
+  return stop.value.code, *capsys.readouterr()
+
+
+def test_import_of_npy_files_keeps_every_row(tmp_path, capsys):
+  x_BD = activations('train')
+  np.save(tmp_path / 'a.npy', x_BD[:20].astype(np.float64))
+  np.save(tmp_path / 'b.npy', x_BD[20:])
+  argv = ['import', '--from', f'{tmp_path}/a.npy', f'{tmp_path}/b.npy', f'--out={tmp_path}/s', '--held_out=11',
+          '--dtype=float32', '--block_tokens=8', '--normalize=none', '--seed=2']  # fmt: skip
+  code, out, _ = run(capsys, *argv)
+  assert code == 0
+  assert '42 training and 11 held-out tokens of width 7' in out
+  opened = store.Store(cell(tmp_path / 's'))
+  np.testing.assert_array_equal(opened.held_out(0, 11), x_BD[42:])
+  rows = opened.rows(0, 42)
+  assert rows.tolist() != x_BD[:42].tolist()
+  assert sorted(rows.tolist()) == sorted(x_BD[:42].tolist())
+  assert run(capsys, *argv)[0] == 0  # finished: nothing to do
+  assert run(capsys, 'verify', f'{tmp_path}/s')[0] == 0
+  np.save(tmp_path / 'b.npy', x_BD[20:] + 1)
+  code, _, error = run(capsys, *argv)
+  assert code == 2
+  assert 'imported_sha256' in error
+
+
+@pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_import_of_one_tensor_of_several(tmp_path, capsys, dtype):
+  x_BD = activations('train').astype(dtype)
+  tensors = {'other': np.zeros((3, 2), np.float32), 'acts': x_BD, 'last': np.zeros(5, np.int32)}
+  safetensors.numpy.save_file(tensors, tmp_path / 'a.safetensors')
+  argv = ['import', '--held_out=5', '--dtype=float32', '--block_tokens=16', '--seed=2', f'--out={tmp_path}/s']
+  assert run(capsys, *argv, f'--from={tmp_path}/a.safetensors:acts')[0] == 0
+  want = normalize.normalize(x_BD.astype(np.float32), 'center_unit')[0]
+  np.testing.assert_array_equal(store.Store(cell(tmp_path / 's')).held_out(0, 5), want[-5:])
+  code, _, error = run(capsys, *argv, f'--from={tmp_path}/a.safetensors')
+  assert code == 2
+  assert 'acts, last, other' in error
+
+
+def hostile_files(folder) -> dict[str, str]:
+  """Files that must be refused, with a word of the reason."""
+  good = activations('train')
+  bad_row, constant, infinite = good.copy(), good.copy(), good.astype(np.float64)
+  bad_row[31, 2], constant[44], infinite[7, 0] = np.nan, 1.5, 1e300
+  arrays = {
+    'nan': bad_row, 'constant': constant, 'infinite': infinite, 'flat': good.ravel(), 'cube': good.reshape(1, TRAIN, D),
+    'empty': good[:0], 'narrow': good[:, :0], 'integers': good.astype(np.int32), 'complex': good.astype(complex),
+    'objects': np.array([{}, []], object), 'records': np.zeros(3, [('a', 'f4')]),
+  }  # fmt: skip
+  for name, array in arrays.items():
+    np.save(folder / f'{name}.npy', array, allow_pickle=True)
+  np.savez(folder / 'zip.npz', a=good)
+  (folder / 'zip.npz').rename(folder / 'zip.npy')
+  data = (folder / 'constant.npy').read_bytes()
+  (folder / 'cut.npy').write_bytes(data[: len(data) // 2])
+  (folder / 'nothing.npy').write_bytes(b'')
+  (folder / 'pickle.npy').write_bytes(b'\x80\x04K\x01.')
+  (folder / 'text.csv').write_text('1,2,3')
+  (folder / 'noise.safetensors').write_bytes(b'\xff' * 99)
+  outside = json.dumps({'a': {'dtype': 'F32', 'shape': [9, 9], 'data_offsets': [0, 324]}}).encode()
+  (folder / 'outside.safetensors').write_bytes(len(outside).to_bytes(8, 'little') + outside + b'\0' * 100)
+  safetensors.numpy.save_file({'a': good.astype(np.int32)}, folder / 'integers.safetensors')
+  safetensors.numpy.save_file({'a': good[:0]}, folder / 'empty.safetensors')
+  return {
+    'nan.npy': 'row 31 holds NaN', 'constant.npy': 'row 44 is constant', 'infinite.npy': 'row 7 holds NaN or inf',
+    'flat.npy': 'shape (371,)', 'cube.npy': 'shape (1, 53, 7)', 'empty.npy': 'shape (0, 7)',
+    'narrow.npy': 'shape (53, 0)', 'integers.npy': 'int32', 'complex.npy': 'complex128', 'objects.npy': 'not a plain',
+    'records.npy': 'float32', 'zip.npy': 'float32', 'cut.npy': 'not a plain', 'nothing.npy': 'not a plain',
+    'pickle.npy': 'not a plain', 'text.csv': 'neither', 'noise.safetensors': 'not a safetensors',
+    'outside.safetensors': 'not a safetensors', 'integers.safetensors': 'I32', 'empty.safetensors': 'shape (0, 7)',
+    'missing.npy': 'does not exist', 'missing.safetensors': 'does not exist',
+  }  # fmt: skip
+
+
+def test_import_of_hostile_files_is_one_line(tmp_path, capsys):
+  for name, reason in hostile_files(tmp_path).items():
+    code, out, error = run(
+      capsys, 'import', f'--from={tmp_path}/{name}', f'--out={tmp_path}/{name}-out', '--held_out=5'
+    )
+    assert (code, out, error.count('\n')) == (2, '', 1), (name, error)
+    assert reason in error, (name, error)
+    assert not (tmp_path / f'{name}-out' / 'store.json').exists()
+
+
+def test_import_of_numbers_out_of_range_is_one_line(tmp_path, capsys):
+  np.save(tmp_path / 'a.npy', activations('train'))
+  np.save(tmp_path / 'b.npy', activations('train')[:, :3])
+  base = ['import', f'--out={tmp_path}/s', f'--from={tmp_path}/a.npy']
+  for more, reason in (
+    (['--held_out=53'], 'held_out=53'), (['--held_out=1'], 'held_out=1'),
+    (['--held_out=5', '--block_tokens=0'], 'block_tokens=0'), (['--held_out=5', '--seed=-1'], 'seed=-1'),
+    (['--held_out=5', '--from', f'{tmp_path}/a.npy', f'{tmp_path}/b.npy'], 'widths [3, 7]'),
+  ):  # fmt: skip
+    code, _, error = run(capsys, *base, *more)
+    assert (code, error.count('\n')) == (2, 1)
+    assert reason in error
+
+
+def test_many_threads_read_what_one_reads(pristine):
+  opened = store.Store(cell(pristine, **{'data.epochs': 3}))
+  ranges = [(i, i + 37) for i in range(0, 120, 3)]
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    found = list(pool.map(lambda r: opened.rows(*r), ranges))
+  for (start, stop), rows in zip(ranges, found, strict=True):
+    np.testing.assert_array_equal(rows, expected(3)[start:stop])
