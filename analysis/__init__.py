@@ -1,0 +1,31 @@
+"""Tables, laws and figures from a ledger; never imports jax.
+
+In a notebook: `table = analysis.load_ledger(path)`, `fit = analysis.fit_law(table, law='joint_nk')`,
+`analysis.plots.joint(fit)`. Nothing heavy is imported before it is used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from analysis import plots
+  from analysis.fit import fit_law
+  from analysis.table import best_learning_rate, load_curves, load_ledger
+
+__all__ = ['best_learning_rate', 'fit_law', 'load_curves', 'load_ledger', 'plots']
+
+
+def __getattr__(name: str) -> Any:
+  # Written out rather than imported by string, so that a search for a name finds its use.
+  if name == 'plots':
+    import analysis.plots
+
+    return analysis.plots
+  if name == 'fit_law':
+    from analysis.fit import fit_law
+
+    return fit_law
+  if name in ('load_ledger', 'load_curves', 'best_learning_rate'):
+    from analysis import table
+
+    return getattr(table, name)
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

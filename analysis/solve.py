@@ -1,0 +1,157 @@
+"""Fits a law many times at once: hundreds of starts and resamples in one batched Levenberg-Marquardt.
+
+Everything is float64 and in fit coordinates. The objective is the sum over points of r^2 / 2, or Huber(r), where r
+is ln predicted - ln observed; logls is delta = inf.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from analysis.laws import Array, Law
+from sae_jax.errors import UserError
+
+_STARTS = 200
+_STEPS = 300
+_REACH = 4.0  # largest change of the log of a term in one step
+_CHUNK = 2_000_000  # numbers in one batch of Jacobians
+
+
+def estimate(law, u_NQ, v_N, weight_N, delta, rng) -> tuple[Array, float, float, Array]:
+  """Best parameters of many starts, their objective, the share of starts that agree, and how far those lie apart."""
+  on = weight_N > 0
+  u, v = u_NQ[on], v_N[on]
+  every = np.zeros(_STARTS, int)
+  theta_MP, value_M = _solve(law, u, v, weight_N[None, on], every, law.starts(u, v, _STARTS, rng), delta)
+  best = np.nanargmin(value_M)
+  # An exact fit ends in rounding noise, where 1 % of the objective means nothing: count rms 1e-6 as equal too.
+  agree_M = value_M <= 1.01 * value_M[best] + 0.5e-12 * weight_N.sum()
+  spread_P = np.ptp(law.outside(theta_MP[agree_M]), axis=0)
+  return theta_MP[best], float(value_M[best]), float(agree_M.mean()), spread_P
+
+
+def refit(law, u_NQ, v_N, weight_BN, theta_P, delta, rng, fresh: int = 2) -> Array:
+  """Best parameters [B, P] for every weighting, from the estimate and a few fresh starts."""
+  count, width = len(weight_BN), len(theta_P)
+  start_MP = np.concatenate([np.tile(theta_P, (count, 1)), law.starts(u_NQ, v_N, fresh * count, rng)])
+  which_M = np.tile(np.arange(count), fresh + 1)
+  theta_MP, value_M = _solve(law, u_NQ, v_N, weight_BN, which_M, start_MP, delta)
+  value_SB = value_M.reshape(fresh + 1, count)
+  best_B = np.where(np.isfinite(value_SB), value_SB, np.inf).argmin(axis=0)
+  return theta_MP.reshape(fresh + 1, count, width)[best_B, np.arange(count)]
+
+
+def resamples(labels_N: Array, settings_N: Array, least: int, count: int, rng: np.random.Generator) -> Array:
+  """Weights [1 + B, N]: ones, then resamples that still have `least` different points (up to `count` of them)."""
+  groups = int(labels_N.max()) + 1
+  kept = [np.ones((1, len(labels_N)))]
+  found = 0
+  for _ in range(20):  # most resamples of a handful of points cannot carry the law
+    if found >= count:
+      break
+    weight_BN = rng.multinomial(groups, np.full(groups, 1 / groups), size=count)[:, labels_N].astype(float)
+    different_B = np.array([len(np.unique(settings_N[w > 0])) for w in weight_BN])
+    kept.append(weight_BN[different_B >= least][: count - found])
+    found += len(kept[-1])
+  return np.concatenate(kept)
+
+
+def settings(law: Law, x_NQ: Array, columns: Sequence[str]) -> Array:
+  """Index [N] of the distinct point each row lies on. Raises `UserError` when they cannot carry the law."""
+  if len(columns) != len(law.axes):
+    raise UserError(
+      f'{law.name} is over {len(law.axes)} variable(s), not {", ".join(columns)}: {law.formula}'
+    )
+  if not len(x_NQ):
+    raise UserError(f'no points to fit {law.name} to; finish some cells first')
+  for column, values in zip(columns, x_NQ.T, strict=True):
+    if len(np.unique(values)) < 2:
+      raise UserError(
+        f'{column} has one value ({values[0]:g}); {law.name} needs at least two, or use a law without it'
+      )
+  index_N = np.unique(x_NQ, axis=0, return_inverse=True)[1].ravel()
+  count, width = len(np.unique(index_N)), len(law.names)
+  if count < width:
+    raise UserError(
+      f'{count} different points in {", ".join(columns)} for the {width} constants of {law.name}; add sizes'
+    )
+  return index_N
+
+
+def labels(points: pd.DataFrame, group: str | None) -> Array:
+  """Index [N] of what is resampled together: the row, or the value of the group column."""
+  if group is None:
+    return np.arange(len(points))
+  if group not in points.columns:
+    raise UserError(f'group {group!r} is not a column; the table has {", ".join(map(str, points.columns))}')
+  index_N = pd.factorize(points[group], use_na_sentinel=False)[0]
+  if index_N.max(initial=0) < 1:
+    raise UserError(f'group {group!r} has one value; resampling needs at least two')
+  return index_N
+
+
+def at(law: Law, theta_P: Array, u_NQ: Array, v_N: Array) -> tuple[Array, Array]:
+  """Log residuals [N] and their Jacobian [N, P]."""
+  f_MN, jacobian_MNP = law.log_prediction(theta_P[None], u_NQ)
+  return f_MN[0] - v_N, jacobian_MNP[0]
+
+
+def _solve(law, u_NQ, v_N, weight_BN, which_M, theta_MP, delta) -> tuple[Array, Array]:
+  """Levenberg-Marquardt on M problems at once: parameters [M, P] and objectives [M] of local optima.
+
+  Problem m has the weights `weight_BN[which_M[m]]` and starts at `theta_MP[m]`. Huber enters through weights
+  min(1, delta/|r|), whose quadratic lies above it: a step that lowers the quadratic lowers the objective.
+  """
+  theta_MP, value_M = theta_MP.copy(), np.empty(len(theta_MP))
+  size = max(1, _CHUNK // (len(v_N) * theta_MP.shape[1]))
+  for i in range(0, len(theta_MP), size):
+    part = slice(i, i + size)
+    theta_MP[part], value_M[part] = _solve_chunk(
+      law, u_NQ, v_N, weight_BN[which_M[part]], theta_MP[part], delta
+    )
+  return theta_MP, value_M
+
+
+def _solve_chunk(law, u_NQ, v_N, weight_MN, theta_MP, delta) -> tuple[Array, Array]:
+  theta_MP = theta_MP.copy()
+  eye_PP = np.eye(theta_MP.shape[1])
+  value_M, normal_MPP, gradient_MP = _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta)
+  damping_M = np.full(len(theta_MP), 1e-2)
+  active = np.flatnonzero(np.isfinite(value_M))
+  for _ in range(_STEPS):
+    if not active.size:
+      break
+    scale = np.diagonal(normal_MPP[active], axis1=1, axis2=2)
+    # The second term keeps the matrix regular when a term of the law has vanished from all points.
+    ridge = damping_M[active, None] * scale + 1e-15 * scale.sum(axis=1, keepdims=True) + 1e-300
+    matrix = normal_MPP[active] + ridge[:, :, None] * eye_PP
+    step = np.linalg.solve(matrix, gradient_MP[active, :, None])[:, :, 0]
+    # Terms are linear in the parameters, so this is the largest change of any term at any point. Without a cap a
+    # vanishing term runs away to exp(-hundreds).
+    change = np.abs(law.log_terms(step, u_NQ)).max(axis=(0, 2))
+    trial = theta_MP[active] - step * np.minimum(1, _REACH / np.maximum(change, 1e-300))[:, None]
+    value, normal, gradient = _quadratic(law, u_NQ, v_N, weight_MN[active], trial, delta)
+    better = value < value_M[active]  # False for NaN
+    gain = (value_M[active] - value) / np.maximum(value_M[active], 1e-300)
+    moved = active[better]
+    theta_MP[moved], value_M[moved] = trial[better], value[better]
+    normal_MPP[moved], gradient_MP[moved] = normal[better], gradient[better]
+    # A small gain under heavy damping is a short step, not a minimum.
+    done = (better & (gain < 1e-10) & (damping_M[active] <= 1e-3)) | (damping_M[active] > 1e10)
+    damping_M[active] = np.where(better, np.maximum(0.2 * damping_M[active], 1e-12), 5 * damping_M[active])
+    active = active[~done]
+  return theta_MP, value_M
+
+
+def _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta) -> tuple[Array, Array, Array]:
+  """Objective [M], and normal matrix [M, P, P] and gradient [M, P] of its quadratic."""
+  with np.errstate(over='ignore', invalid='ignore'):  # a wild trial step becomes NaN and is refused
+    f_MN, jacobian_MNP = law.log_prediction(theta_MP, u_NQ)
+    residual_MN = f_MN - v_N
+    size_MN = np.abs(residual_MN)
+    curvature_MN = weight_MN * np.minimum(1, delta / np.maximum(size_MN, 1e-300))
+    loss_MN = np.where(size_MN <= delta, size_MN**2 / 2, delta * (size_MN - delta / 2))
+    weighted_MPN = (jacobian_MNP * curvature_MN[:, :, None]).swapaxes(1, 2)
+    gradient_MP = (weighted_MPN @ residual_MN[:, :, None])[:, :, 0]
+    return (weight_MN * loss_MN).sum(axis=1), weighted_MPN @ jacobian_MNP, gradient_MP

@@ -1,0 +1,117 @@
+"""What a fit does not know: standard errors, correlations, intervals, and whether the irreducible loss is a guess."""
+
+import numpy as np
+from scipy import special
+
+from analysis import table
+from analysis.laws import Array
+
+LEVEL = 0.9  # of every interval
+TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+
+
+def covariance(residual_N: Array, jacobian_NP: Array) -> Array | None:
+  """s^2 (J^T J)^-1 in fit coordinates; None when the points do not determine it."""
+  count, width = jacobian_NP.shape
+  if count <= width or np.linalg.cond(jacobian_NP) > 1e10:
+    return None
+  return residual_N @ residual_N / (count - width) * np.linalg.inv(jacobian_NP.T @ jacobian_NP)
+
+
+def correlation(jacobian_NP: Array) -> list[list[float]] | None:
+  if len(jacobian_NP) < jacobian_NP.shape[1] or np.linalg.cond(jacobian_NP) > 1e10:
+    return None
+  inverse = np.linalg.inv(jacobian_NP.T @ jacobian_NP)
+  scale = np.sqrt(np.diagonal(inverse))
+  return (inverse / scale / scale[:, None]).tolist()
+
+
+def params(law, theta_P, draws_BP, covariance_PP, freedom) -> tuple[dict[str, dict[str, float]], str]:
+  """Estimates with intervals, and how the intervals were made: 'bootstrap', 'standard errors' or 'none'."""
+  estimate_P = law.outside(theta_P[None])[0]
+  deviation_P = (
+    np.full(len(theta_P), np.nan) if covariance_PP is None else np.sqrt(np.diagonal(covariance_PP))
+  )
+  slope_P = np.array([p.slope(t) for p, t in zip(law.parameters, theta_P, strict=True)])
+  if len(draws_BP):
+    ends, method = np.quantile(law.outside(draws_BP), TAILS, axis=0), 'bootstrap'
+    ends = np.sort(np.concatenate([ends, estimate_P[None]]), axis=0)[
+      [0, 2]
+    ]  # few resamples may miss the estimate
+  else:
+    reach = special.stdtrit(freedom, TAILS[1]) * deviation_P if freedom > 0 else deviation_P
+    ends = np.sort(law.outside(np.stack([theta_P - reach, theta_P + reach])), axis=0)
+    method = 'none' if covariance_PP is None else 'standard errors'
+  columns = (estimate_P, ends[0], ends[1], np.abs(slope_P) * deviation_P)
+  keys = ('estimate', 'low', 'high', 'standard_error')
+  return {
+    name: dict(zip(keys, values, strict=True))
+    for name, *values in zip(law.names, *(c.tolist() for c in columns), strict=True)
+  }, method
+
+
+def interval_warnings(params: dict[str, dict[str, float]], method: str) -> list[dict[str, str]]:
+  """Says when intervals are missing or unbounded."""
+  if method == 'none':
+    return [table.warning('no_interval', 'no resamples and no standard errors: intervals are unknown')]
+  ends = [value for p in params.values() for value in (p['low'], p['high'])]
+  if not np.isfinite(ends).all():
+    return [table.warning('not_finite', 'an interval is unbounded: the data do not determine that constant')]
+  return []
+
+
+def data_warnings(
+  log_range: dict[str, float], settings: int, width: int, agreement: float
+) -> list[dict[str, str]]:
+  """Says when a variable spans less than a decade, when points are few, and when starts end in different places."""
+  out = []
+  for column, log_factor in log_range.items():
+    if log_factor < np.log(10):
+      text = f'{column} spans a factor of {np.exp(log_factor):.3g}, less than a decade'
+      out.append(table.warning('short_range', text))
+  if settings < 2 * width:
+    text = f'{settings} different points for {width} constants: the intervals rest on little'
+    out.append(table.warning('few_points', text))
+  if agreement < 0.5:
+    out.append(table.warning('starts_disagree', f'only {agreement:.0%} of starts reach the best objective'))
+  return out
+
+
+def floor_warnings(law, u_NQ, theta_P, draws_BP, covariance_PP) -> list[dict[str, str]]:
+  """Says when the irreducible loss is a guess: at the largest point, its interval spans a factor of four."""
+  if law.floor is None:
+    return []
+  corner_1Q = u_NQ.max(axis=0, keepdims=True)
+  level = law.log_terms(theta_P[None], corner_1Q)[law.floor, 0, 0]
+  share = np.exp(level - law.log_prediction(theta_P[None], corner_1Q)[0][0, 0])
+  first = sum(len(term) for term in law.terms[: law.floor])
+  gradient = law.features(corner_1Q)[law.floor][0]
+  part = slice(first, first + len(gradient))
+  if len(draws_BP):
+    width = np.ptp(np.quantile(law.log_terms(draws_BP, corner_1Q)[law.floor, :, 0], TAILS))
+  elif covariance_PP is not None:
+    width = 2 * special.ndtri(TAILS[1]) * np.sqrt(gradient @ covariance_PP[part, part] @ gradient)
+  else:
+    width = np.inf
+  if width < np.log(4) and share > 0.01:
+    return []
+  if share <= 0.01:
+    text = 'the fit leaves no irreducible loss, which does not show that there is none'
+  else:
+    text = f'the irreducible loss is {share:.0%} of the loss at the largest point and its 90 % interval '
+    if not np.isfinite(width):
+      text += 'is unknown'
+    else:
+      text += f'spans a factor of {np.exp(width):.3g}' if width < np.log(1000) else 'reaches down to nothing'
+    text += '; do not read it as a limit'
+  return [table.warning('asymptote_not_identified', text)]
+
+
+def aicc(squares: float, count: int, width: int) -> float | None:
+  """Akaike's criterion with its small-sample correction; the variance counts as one more parameter."""
+  p = width + 1
+  return (
+    count * np.log(squares / count) + 2 * p + 2 * p * (p + 1) / (count - p - 1)
+    if count > p + 1 and squares > 0
+    else None
+  )

@@ -1,0 +1,195 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from analysis import table
+from sae_jax import files
+from sae_jax.errors import UserError
+
+
+def write_cell(
+  ledger, cell_id, *, n=64, k=3, learning_rate=1e-3, seed=0, nmse=0.5, lines=(), result=True, changes=()
+):
+  """One cell of a ledger as training leaves it; `changes` replace entries of result.json."""
+  folder = files.join(ledger, 'cells', cell_id)
+  config = {
+    'schema': 1, 'id': cell_id, 'recipe': {'name': 'gao2024', 'learning_rate_at_16k': learning_rate},
+    'sae': {'d_model': 13, 'n_latents': n, 'k': k}, 'optim': {'learning_rate': learning_rate, 'ema_decay': 0.9},
+    'train': {'batch_tokens': 11, 'tokens': 1100, 'seed': seed, 'checkpoint_every': 7},
+    'data': {'source': 'planted', 'subject': '', 'seed': 0, 'path': ''}, 'mesh': {'data': 1, 'latent': 1},
+  }  # fmt: skip
+  record = {
+    'id': cell_id, 'n_latents': n, 'k': k, 'd_model': 13, 'activation': 'topk', 'seed': seed,
+    'learning_rate': learning_rate, 'batch_tokens': 11, 'steps': 100, 'tokens': 1100, 'flops_useful': 2.0 * n * 13 * 1100,
+    'flops_dense': 12.0 * n * 13 * 1100, 'flops_subject': 0.0, 'nmse_raw': nmse * 1.01, 'nmse_ema': nmse, 'nmse': nmse,
+    'weights': 'ema', 'mse': nmse / 13, 'l0': float(k), 'dead_fraction': 0.0, 'params_digest': 'd', 'bit_exact': True,
+    'wall_s': 1.5, 'device_kind': 'cpu', 'n_devices': 1, 'mesh': [1, 1], 'versions': {'jax': '1'}, 'git_commit': 'c',
+  } | dict(changes)  # fmt: skip
+  files.replace(files.join(folder, 'config.json'), json.dumps(config).encode())
+  if lines:
+    files.replace(
+      files.join(folder, 'metrics.jsonl'), ''.join(json.dumps(line) + '\n' for line in lines).encode()
+    )
+  if result:
+    files.replace(files.join(folder, 'result.json'), json.dumps(record).encode())
+  return folder
+
+
+def test_load_ledger_keeps_finished_cells_only(tmp_path):
+  ledger = str(tmp_path)
+  write_cell(ledger, 'a', n=64, nmse=0.4)
+  write_cell(ledger, 'b', result=False)
+  failed = write_cell(ledger, 'c', result=False)
+  files.replace(
+    files.join(failed, 'failure.json'), json.dumps({'error': 'out of memory', 'attempts': 2}).encode()
+  )
+  done = table.load_ledger(ledger)
+  assert done['id'].tolist() == ['a']
+  assert done['nmse'].tolist() == [0.4] and done['flops_useful'].tolist() == [2.0 * 64 * 13 * 1100]
+  assert {o['id']: o['state'] for o in done.attrs['not_done']} == {'b': 'unfinished', 'c': 'failed'}
+  cells = table.load_cells(ledger).set_index('id')
+  assert cells.loc['c', 'reason'] == 'out of memory'
+  assert pd.isna(cells.loc['b', 'nmse'])  # missing, not 0
+  assert [w['code'] for w in done.attrs['warnings']] == ['cells_missing']
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'nmse': None},
+    {'nmse': 'low'},
+    {'nmse': 0.0},
+    {'n_latents': True},
+    {'id': 'other'},
+    {'flops_useful': -1.0},
+  ],
+)
+def test_load_cells_refuses_a_result_it_cannot_believe(tmp_path, changes):
+  write_cell(str(tmp_path), 'a', changes=changes)
+  assert table.load_cells(str(tmp_path))['state'].tolist() == ['invalid']
+  assert table.load_ledger(str(tmp_path)).empty
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+  st.binary(max_size=40)
+  | st.recursive(st.none() | st.floats() | st.text(max_size=5), st.lists).map(
+    lambda v: json.dumps(v).encode()
+  )
+)
+def test_load_cells_survives_any_file(data):
+  ledger = 'memory://fuzz'
+  folder = write_cell(ledger, 'a')
+  for name in ('result.json', 'config.json', 'metrics.jsonl'):
+    files.replace(files.join(folder, name), data)
+  assert table.load_cells(ledger)['state'].tolist() == ['invalid']
+  assert table.load_curves(ledger).empty
+
+
+def test_load_ledger_says_where_none_is(tmp_path):
+  with pytest.raises(UserError, match='no ledger'):
+    table.load_ledger(str(tmp_path / 'nothing'))
+
+
+def test_load_curves_takes_the_later_line_and_drops_a_torn_one(tmp_path):
+  lines = [{'step': s, 'tokens': 11 * s, 'flops_useful': 5.0 * s, 'eval/nmse': 1.0 / s} for s in (1, 2, 3)]
+  folder = write_cell(
+    str(tmp_path), 'a', lines=[*lines, {'step': 2, 'tokens': 22, 'flops_useful': 10.0, 'eval/nmse': 0.7}]
+  )
+  with open(files.join(folder, 'metrics.jsonl'), 'a') as f:
+    f.write('{"step": 4, "eval/nm')
+  curves = table.load_curves(str(tmp_path))
+  assert curves['step'].tolist() == [1, 2, 3]
+  assert curves['nmse'].tolist() == [1.0, 0.7, 1 / 3]
+  assert curves['l0'].isna().all()  # never written, so missing
+  assert curves['n_latents'].tolist() == [64] * 3 and set(curves['state']) == {'done'}
+
+
+def test_load_curves_merges_attempts_of_an_object_store():
+  ledger = 'memory://attempts'
+  folder = write_cell(ledger, 'a')
+  for attempt, loss in (('0009', 0.9), ('0010', 0.8)):
+    line = json.dumps({'step': 5, 'eval/nmse': loss}).encode() + b'\n'
+    files.replace(files.join(folder, f'metrics.{attempt}.jsonl'), line)
+  assert table.load_curves(ledger)['nmse'].tolist() == [0.8]
+
+
+def test_best_learning_rate_keeps_the_seeds_of_the_best_mean(tmp_path):
+  losses = {
+    1e-3: (0.50, 0.60),
+    2e-3: (0.52, 0.53),
+    4e-3: (0.70, 0.40),
+  }  # the lowest single loss is not the lowest mean
+  for i, (rate, pair) in enumerate(losses.items()):
+    for seed, nmse in enumerate(pair):
+      write_cell(str(tmp_path), f'{i}{seed}', learning_rate=rate, seed=seed, nmse=nmse)
+  best = table.best_learning_rate(table.load_ledger(str(tmp_path)))
+  assert sorted(best['nmse']) == [0.52, 0.53]
+  assert best.attrs['warnings'] == []
+
+
+def test_best_learning_rate_warns_at_the_edge_of_each_setting(tmp_path):
+  for n in (64, 128):
+    for i, rate in enumerate((1e-3, 2e-3, 4e-3)):
+      write_cell(
+        str(tmp_path),
+        f'{n}{i}',
+        n=n,
+        learning_rate=rate,
+        nmse=0.5 + (0.1 * i if n == 64 else 0.1 * abs(i - 1)),
+      )
+  best = table.best_learning_rate(table.load_ledger(str(tmp_path)))
+  assert best.set_index('n_latents')['learning_rate'].to_dict() == {64: 1e-3, 128: 2e-3}
+  (found,) = best.attrs['warnings']
+  assert found['code'] == 'edge_minimum' and 'n=64' in found['message'] and 'n=128' not in found['message']
+
+
+def test_load_ledger_warns_of_mixed_versions(tmp_path):
+  write_cell(str(tmp_path), 'a')
+  write_cell(str(tmp_path), 'b', n=128)
+  assert table.load_ledger(str(tmp_path)).attrs['warnings'] == []
+  write_cell(str(tmp_path), 'c', n=256, changes={'versions': {'jax': '2'}})
+  assert [w['code'] for w in table.load_ledger(str(tmp_path)).attrs['warnings']] == ['mixed_versions']
+
+
+def test_matching_compares():
+  frame = pd.DataFrame({'n': [1, 2, 3], 'eval/x': [0.1, np.nan, 0.3]})
+  assert table.matching(frame, 'n>=2').tolist() == [False, True, True]
+  assert table.matching(frame, ' eval/x < 2e-1 ').tolist() == [True, False, False]
+  assert table.matching(frame, 'n != 2').tolist() == [True, False, True]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+  st.text(max_size=20)
+  | st.sampled_from(['n>1 or n<0', '__import__("os")>1', 'n>nan', 'n>1e', 'm>1', 'n=>1', 'n>1_', '>1'])
+)
+def test_matching_refuses_what_is_not_one_comparison(rule):
+  with pytest.raises(UserError):
+    table.matching(pd.DataFrame({'n': [1, 2]}), rule)
+
+
+@pytest.mark.parametrize(
+  ('values', 'words'),
+  [
+    (['1', 'many'], "'many' in row 2"),
+    ([1.0, 0.0], 'row 2'),
+    ([np.nan, 1.0], 'row 1'),
+    ([1.0, np.inf], 'row 2'),
+    ([True, True], 'row 1'),
+  ],
+)
+def test_positive_names_the_row_it_refuses(values, words):
+  with pytest.raises(UserError, match=words):
+    table.positive(pd.DataFrame({'n': values}), ['n'])
+
+
+@pytest.mark.parametrize('content', [b'', b'a,b\n', b'\xff\xfe\x00\x80', b'"a\n1'])
+def test_read_csv_refuses_what_is_no_table(tmp_path, content):
+  (tmp_path / 'x.csv').write_bytes(content)
+  with pytest.raises(UserError, match=r'x\.csv'):
+    table.read_csv(str(tmp_path / 'x.csv'))
