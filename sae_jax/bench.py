@@ -36,7 +36,7 @@ def measure(shape: tuple[int, int, int, int], repeats: int) -> dict[str, Any]:
   x_BD = jax.random.normal(jax.random.key(1), (batch, d))
   x_BD = x_BD / jnp.linalg.norm(x_BD, axis=-1, keepdims=True)
   state = init(jnp.zeros(d), jnp.float32(d))
-  parts = _parts(cell, state, x_BD)
+  parts = _parts(cell, state, x_BD, sharding.compiler_options(mesh))
   # Donated, so that it reads and writes one buffer as the optimizer does; a fresh output each time would be timed
   # with its page faults (three times slower here) and make a floor too easy to reach.
   copy, held = jax.jit(lambda a: a + 1, donate_argnums=0), jnp.ones(_COPY_FLOATS)
@@ -72,11 +72,11 @@ def measure(shape: tuple[int, int, int, int], repeats: int) -> dict[str, Any]:
   }
 
 
-def _parts(cell: config.Config, state, x_BD) -> dict[str, tuple[Callable, tuple]]:
+def _parts(cell: config.Config, state, x_BD, options) -> dict[str, tuple[Callable, tuple]]:
   """Each part of the step alone, compiled, with arguments on the device."""
   params, k, batch = state.params, cell.sae.k, cell.train.batch_tokens
   pre_BF = jax.jit(lambda x, w: jnp.einsum('bd,fd->bf', x, w))(x_BD, params['w_enc_FD'])
-  v_BK, idx_BK = jax.jit(lambda pre: topk.top_k(pre, k))(pre_BF)
+  v_BK, idx_BK = jax.jit(lambda pre: topk.top_k(pre, state.params['b_enc_F'], k))(pre_BF)
   tx = optim.make_optimizer(cell.optim, batch)
 
   def weight_gradients(idx, z, x):
@@ -91,16 +91,19 @@ def _parts(cell: config.Config, state, x_BD) -> dict[str, tuple[Callable, tuple]
   grads = jax.tree.map(jnp.ones_like, params)
   jitted = {
     'encoder_matmul': (lambda x, w: jnp.einsum('bd,fd->bf', x, w), (x_BD, params['w_enc_FD'])),
-    'top_k': (lambda pre: topk.top_k(pre, k), (pre_BF,)),
+    'top_k': (lambda pre, bias: topk.top_k(pre, bias, k), (pre_BF, params['b_enc_F'])),
     'decode': (sparse.decode, (v_BK, idx_BK, params['w_dec_FD'])),
     'code_gradient': (sparse.code_gradient, (idx_BK, params['w_dec_FD'], x_BD)),
     'weight_gradients': (weight_gradients, (idx_BK, v_BK, x_BD)),
     'update': (update, (params, grads, state.opt_state, state.ema)),
   }
-  copies = {name: (jax.jit(f), jax.tree.map(jnp.copy, args)) for name, (f, args) in jitted.items()}
+  copies = {
+    name: (jax.jit(f, compiler_options=options), jax.tree.map(jnp.copy, args))
+    for name, (f, args) in jitted.items()
+  }
   # The step consumes its state, so the parts keep copies; the update donates as the step does, and takes its own
   # output as the next input.
-  donating = jax.jit(update, donate_argnums=(0, 2, 3))
+  donating = jax.jit(update, donate_argnums=(0, 2, 3), compiler_options=options)
   held = list(copies['update'][1])
 
   def run_update():

@@ -1,7 +1,8 @@
-"""The update: projected decoder gradients, optional clipping, Adam, unit-norm decoder rows, EMA of the weights.
+"""The update: optional clipping, Adam, unit-norm decoder rows, EMA of the weights.
 
-In the order of Gao et al.'s intent: project against unit-norm rows, clip, Adam, renormalise, then average the new
-weights, so that rows are exactly unit norm after every step and the average does not lag.
+In the order of Gao et al.'s intent: gradients come projected against unit-norm rows (sae.loss_and_grads), then clip,
+Adam, renormalise, and average the new weights, so that rows are exactly unit norm after every step and the average
+does not lag.
 """
 
 import jax
@@ -13,7 +14,7 @@ from sae_jax.sae import Params
 
 
 def make_optimizer(config: OptimConfig, batch_tokens: int) -> optax.GradientTransformation:
-  """Adam with the paper's constants on projected gradients; warm-up is linear and counted in tokens."""
+  """Adam with the paper's constants; warm-up is linear and counted in tokens."""
   warmup_steps = config.warmup_tokens // batch_tokens
   rate = optax.constant_schedule(config.learning_rate)
   if warmup_steps:
@@ -23,18 +24,7 @@ def make_optimizer(config: OptimConfig, batch_tokens: int) -> optax.GradientTran
     )
   clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
   adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
-  return optax.chain(project_decoder(), *clip, adam, optax.scale_by_learning_rate(rate))
-
-
-def project_decoder() -> optax.GradientTransformation:
-  """Removes from each decoder row's gradient the component along the row, which has unit norm."""
-
-  def update(grads, state, params=None):
-    g_FD, w_FD = grads['w_dec_FD'], params['w_dec_FD']
-    along_F1 = jnp.sum(g_FD * w_FD, axis=-1, keepdims=True)
-    return grads | {'w_dec_FD': g_FD - along_F1 * w_FD}, state
-
-  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+  return optax.chain(*clip, adam, optax.scale_by_learning_rate(rate))
 
 
 def unit_norm_decoder(params: Params) -> Params:

@@ -87,22 +87,21 @@ def encoder_scale(params: Params, probe_BD: jax.Array, k: int, axes: Axes) -> ja
 
 
 def encode(params: Params, x_BD: jax.Array, k: int, axes: Axes, dtype) -> tuple[jax.Array, Codes, jax.Array]:
-  """Pre-activations [B, F], this shard's codes, and x - b_pre.
+  """(x - b_pre) W_enc^T [B, F] without the bias, this shard's codes, and x - b_pre [B, D].
 
   `dtype` is that of the matmul's inputs, None for that of the parameters. It accumulates in the parameters' and the
   selection reads that: on bfloat16 pre-activations half the rows tie at the k-th value.
   """
   xc_BD = x_BD - params['b_pre_D'][None]
   dtype = dtype or xc_BD.dtype
-  pre_BF = jnp.einsum(
+  product_BF = jnp.einsum(
     'bd,fd->bf',
     xc_BD.astype(dtype),
     params['w_enc_FD'].astype(dtype),
     preferred_element_type=xc_BD.dtype,
   )
-  pre_BF = pre_BF + params['b_enc_F'][None]
-  v_BK, idx_BK, kept_BK = topk.select(pre_BF, k, axes.latent)
-  return pre_BF, Codes(jax.nn.relu(jnp.where(kept_BK, v_BK, 0)), idx_BK), xc_BD
+  v_BK, idx_BK, kept_BK = topk.select(product_BF, params['b_enc_F'], k, axes.latent)
+  return product_BF, Codes(jax.nn.relu(jnp.where(kept_BK, v_BK, 0)), idx_BK), xc_BD
 
 
 def reconstruct(params: Params, x_BD: jax.Array, k: int, axes: Axes, dtype) -> tuple[jax.Array, Codes]:
@@ -141,10 +140,14 @@ def loss_and_grads(
     scale: 1 / mean (x - mean x)^2, once for the run (section 1, "constant in the training loss").
     batch: tokens in the global batch.
 
+  The decoder's gradient is projected: the component along each unit-norm row is removed (section 4), so that Adam
+  does not spend itself on what the renormalisation undoes. Row j of it is sum z g, so <g_j, w_j> is the sum of z dz
+  over the tokens that use j: B k numbers instead of another pass over two [F, D] arrays.
+
   Firing is combined over the whole batch before the dead mask is taken. Gradients are reduced over the data axis
   once, after the loops over k; nothing of size B x n leaves the shard.
   """
-  pre_BF, codes, xc_BD = encode(params, x_BD, sae.k, axes, dtype)
+  product_BF, codes, xc_BD = encode(params, x_BD, sae.k, axes, dtype)
   x_hat_BD = _sum(sparse.decode(*codes, params['w_dec_FD']), axes.latent) + params['b_pre_D'][None]
   error_BD = x_BD - x_hat_BD
 
@@ -163,13 +166,13 @@ def loss_and_grads(
   if loss.aux_coefficient > 0 and sae.k_aux > 0:
     # Inside the condition no [F, D] array passes through: both branches make the accumulators that the main
     # loops then add to, so a step without dead latents pays one comparison.
-    dw_enc_FD, dw_dec_FD, db_enc_F, aux_loss = jax.lax.cond(
+    dw_enc_FD, dw_dec_FD, db_enc_F, along_F, aux_loss = jax.lax.cond(
       n_dead > 0,
-      lambda: _auxk(params, pre_BF, dead_F, error_BD, xc_BD, sae=sae, loss=loss, batch=batch, axes=axes),
+      lambda: _auxk(params, product_BF, dead_F, error_BD, xc_BD, sae=sae, loss=loss, batch=batch, axes=axes),
       lambda: _no_auxk(params),
     )
   else:
-    dw_enc_FD, dw_dec_FD, db_enc_F, aux_loss = _no_auxk(params)
+    dw_enc_FD, dw_dec_FD, db_enc_F, along_F, aux_loss = _no_auxk(params)
 
   g_BD = losses.mse_gradient(error_BD, scale, batch)
   dz_BK = jnp.where(codes.z_BK > 0, sparse.code_gradient(codes.idx_BK, params['w_dec_FD'], g_BD), 0)
@@ -177,12 +180,14 @@ def loss_and_grads(
     dw_enc_FD, dw_dec_FD, codes.idx_BK, dz_BK, xc_BD, codes.z_BK, g_BD
   )
   db_enc_F = sparse.add_at(db_enc_F, codes.idx_BK, dz_BK)
+  along_F = sparse.add_at(along_F, codes.idx_BK, codes.z_BK * dz_BK)
 
-  dw_enc_FD, dw_dec_FD, db_enc_F, db_pre_D, square_error, active = _sum(
+  dw_enc_FD, dw_dec_FD, db_enc_F, along_F, db_pre_D, square_error, active = _sum(
     (
       dw_enc_FD,
       dw_dec_FD,
       db_enc_F,
+      along_F,
       jnp.sum(g_BD, axis=0),
       jnp.sum(error_BD * error_BD),
       jnp.sum(codes.z_BK > 0, dtype=jnp.int32),
@@ -193,21 +198,22 @@ def loss_and_grads(
   through_encoder_D, active = _sum((db_enc_F @ params['w_enc_FD'], active), axes.latent)
   grads = {
     'w_enc_FD': dw_enc_FD,
-    'w_dec_FD': dw_dec_FD,
+    'w_dec_FD': dw_dec_FD - along_F[:, None] * params['w_dec_FD'],
     'b_enc_F': db_enc_F if sae.latent_bias else jnp.zeros_like(db_enc_F),
     'b_pre_D': db_pre_D - through_encoder_D,
   }
   return grads, idle_F, StepSums(square_error, active, aux_loss, n_dead)
 
 
-def _auxk(params, pre_BF, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes):
+def _auxk(params, product_BF, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes):
   """AuxK (section 2.3): dead latents reconstruct the residual e = x - x_hat.
 
   b_pre is in neither target nor prediction (adding it to only one is a known bug elsewhere), and the residual is
   a constant: no gradient reaches the main reconstruction.
   """
   # -inf, not 0: with fewer than k_aux positive dead latents a 0 would select live ones.
-  v_BK, idx_BK, kept_BK = topk.select(jnp.where(dead_F[None], pre_BF, -jnp.inf), sae.k_aux, axes.latent)
+  dead_bias_F = jnp.where(dead_F, params['b_enc_F'], -jnp.inf)
+  v_BK, idx_BK, kept_BK = topk.select(product_BF, dead_bias_F, sae.k_aux, axes.latent)
   y_BK = jax.nn.relu(jnp.where(kept_BK, v_BK, 0))
   slots = sparse.used_slots(y_BK)  # a handful of dead latents must not cost k_aux passes
   difference_BD = _sum(sparse.decode(y_BK, idx_BK, params['w_dec_FD'], slots), axes.latent) - error_BD
@@ -217,17 +223,19 @@ def _auxk(params, pre_BF, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes):
   variance = losses.residual_variance(square_sum, sum_D, batch)
   h_BD = losses.auxk_gradient(difference_BD, variance, loss.aux_coefficient, batch)
   dy_BK = jnp.where(y_BK > 0, sparse.code_gradient(idx_BK, params['w_dec_FD'], h_BD, slots), 0)
-  dw_enc_FD, dw_dec_FD, db_enc_F, _ = _no_auxk(params)
+  dw_enc_FD, dw_dec_FD, db_enc_F, along_F, _ = _no_auxk(params)
   dw_enc_FD, dw_dec_FD = sparse.add_weight_gradients(
     dw_enc_FD, dw_dec_FD, idx_BK, dy_BK, xc_BD, y_BK, h_BD, slots
   )
   db_enc_F = sparse.add_at(db_enc_F, idx_BK, dy_BK)
-  return dw_enc_FD, dw_dec_FD, db_enc_F, losses.auxk_loss(difference_square_sum, variance, batch, sum_D.size)
+  along_F = sparse.add_at(along_F, idx_BK, y_BK * dy_BK)
+  aux_loss = losses.auxk_loss(difference_square_sum, variance, batch, sum_D.size)
+  return dw_enc_FD, dw_dec_FD, db_enc_F, along_F, aux_loss
 
 
 def _no_auxk(params):
-  zeros_FD = jnp.zeros_like(params['w_enc_FD'])
-  return zeros_FD, zeros_FD, jnp.zeros_like(params['b_enc_F']), jnp.zeros((), zeros_FD.dtype)
+  zeros_FD, zeros_F = jnp.zeros_like(params['w_enc_FD']), jnp.zeros_like(params['b_enc_F'])
+  return zeros_FD, zeros_FD, zeros_F, zeros_F, jnp.zeros((), zeros_FD.dtype)
 
 
 def _sum(values, axis: str | None):

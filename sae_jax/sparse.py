@@ -47,12 +47,24 @@ def add_weight_gradients(
 ) -> tuple[jax.Array, jax.Array]:
   """Adds sum_b dz[b, k] x[b] to row idx[b, k] of the first and sum_b z[b, k] g[b] to that of the second."""
 
+  if slots is None:
+    # Row by row, x[b] and g[b] stay in the nearest cache: 40 of 470 ms of the step at the shape above, 25 of 148 at
+    # (512, 8192, 2048, 32), and two loops can run at once.
+    def add_row(values_BK, rows_BD):
+      return lambda b, total_FD: total_FD.at[idx_BK[b]].add(values_BK[b][:, None] * rows_BD[b][None])
+
+    n_rows = idx_BK.shape[0]
+    return (
+      jax.lax.fori_loop(0, n_rows, add_row(dz_BK, x_BD), dw_enc_FD),
+      jax.lax.fori_loop(0, n_rows, add_row(z_BK, g_BD), dw_dec_FD),
+    )
+
   def add_slot(j, grads):
     dw_enc, dw_dec = grads
     rows_B = idx_BK[:, j]
     return dw_enc.at[rows_B].add(dz_BK[:, j, None] * x_BD), dw_dec.at[rows_B].add(z_BK[:, j, None] * g_BD)
 
-  return jax.lax.fori_loop(0, _count(idx_BK, slots), add_slot, (dw_enc_FD, dw_dec_FD))
+  return jax.lax.fori_loop(0, slots, add_slot, (dw_enc_FD, dw_dec_FD))
 
 
 def add_at(total_F: jax.Array, idx_BK: jax.Array, values_BK: jax.Array) -> jax.Array:

@@ -7,41 +7,43 @@ selection across shards is written out for use inside `shard_map`.
 import jax
 import jax.numpy as jnp
 
-# Measured on 2 AVX-512 cores, B=2,048, n=32,768, k=32: lax.top_k 88 ms, groups of 16 39 ms, of 64 44 ms. At
-# n = 8,192 the two are level, so short rows take the plain one.
+# Measured on 2 AVX-512 cores, B=2,048, n=32,768, k=32: lax.top_k 88 ms, groups of 16 39 ms, of 64 44 ms.
 _GROUP = 16
-_TWO_STAGE_FROM = 16_384
+_TWO_STAGE_FROM = 4096
 
 
-def top_k(pre_BF: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """The k largest entries of each row, descending: values [B, k] and int32 indices [B, k].
+def top_k(product_BF: jax.Array, bias_F: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """The k largest entries of each row of product + bias, descending: values [B, k] and int32 indices [B, k].
 
-  Equals `jax.lax.top_k`, ties included. Rows are long enough for a two-stage search from 16,384 columns on.
+  Equals `jax.lax.top_k(product + bias)`, ties included. Long rows take a two-stage search that never writes the sum:
+  a second [B, F] array cost 115 of 560 ms of a step at the shape above, mostly in page faults.
   """
-  width = pre_BF.shape[-1]
+  width = product_BF.shape[-1]
   if width < _TWO_STAGE_FROM or width % _GROUP or 4 * k * _GROUP > width:
-    return jax.lax.top_k(pre_BF, k)
-  return two_stage(pre_BF, k, _GROUP)
+    return jax.lax.top_k(product_BF + bias_F[None], k)
+  return two_stage(product_BF, bias_F, k, _GROUP)
 
 
-def two_stage(pre_BF: jax.Array, k: int, group: int) -> tuple[jax.Array, jax.Array]:
+def two_stage(product_BF: jax.Array, bias_F: jax.Array, k: int, group: int) -> tuple[jax.Array, jax.Array]:
   """Top-k by way of the k groups of columns with the largest maxima, which hold every winner."""
-  rows, width = pre_BF.shape
-  pre_BGg = pre_BF.reshape(rows, width // group, group)
-  _, groups_BK = jax.lax.top_k(pre_BGg.max(-1), k)
+  rows, width = product_BF.shape
+  product_BGg, bias_Gg = product_BF.reshape(rows, width // group, group), bias_F.reshape(-1, group)
+  _, groups_BK = jax.lax.top_k((product_BGg + bias_Gg[None]).max(-1), k)
   # In ascending order the candidates keep their column order, and so ties go to the lowest column.
   groups_BK = jnp.sort(groups_BK, axis=-1)
-  candidates = jnp.take_along_axis(pre_BGg, groups_BK[:, :, None], axis=1).reshape(rows, k * group)
-  v_BK, j_BK = jax.lax.top_k(candidates, k)
+  candidates = jnp.take_along_axis(product_BGg, groups_BK[:, :, None], axis=1) + bias_Gg[groups_BK]
+  v_BK, j_BK = jax.lax.top_k(candidates.reshape(rows, k * group), k)
   idx_BK = jnp.take_along_axis(groups_BK, j_BK // group, axis=1) * group + j_BK % group
   return v_BK, idx_BK
 
 
-def select(pre_BF: jax.Array, k: int, latent_axis: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def select(
+  product_BF: jax.Array, bias_F: jax.Array, k: int, latent_axis: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """This shard's part of the global top-k of each row.
 
   Args:
-    pre_BF: float32 pre-activations of this shard's latents.
+    product_BF, bias_F: pre-activations of this shard's latents, float32, as product + bias.
     k: latents to keep over all shards.
     latent_axis: mesh axis that latents are sharded over, or None on one shard.
 
@@ -49,8 +51,8 @@ def select(pre_BF: jax.Array, k: int, latent_axis: str | None) -> tuple[jax.Arra
     values [B, m] descending, local indices [B, m] and a mask [B, m] of those kept, m = min(k, local width).
     Over all shards exactly k entries a row are kept, ties to the lowest global index.
   """
-  m = min(k, pre_BF.shape[-1])
-  v_Bm, idx_Bm = top_k(pre_BF, m)
+  m = min(k, product_BF.shape[-1])
+  v_Bm, idx_Bm = top_k(product_BF, bias_F, m)
   if latent_axis is None:
     return v_Bm, idx_Bm, jnp.ones_like(idx_Bm, dtype=bool)
   # Only values cross the wire. Candidates sit in shard order and within a shard in (value, index) order, so among

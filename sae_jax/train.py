@@ -119,6 +119,7 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
     in_shardings=(state_shardings, NamedSharding(mesh, sharding.BATCH)),
     out_shardings=(state_shardings, replicated),
     donate_argnames='state',
+    compiler_options=sharding.compiler_options(mesh),
   )
   return init, step
 

@@ -23,13 +23,10 @@ def random_tree(rng):
 
 
 def reference(params, gradients, c: OptimConfig, batch: int):
-  """Project, clip, Adam, unit norm, EMA; returns final parameters and the bias-corrected average."""
+  """Clip, Adam, unit norm, EMA; returns final parameters and the bias-corrected average."""
   zeros = {k: np.zeros_like(v) for k, v in params.items()}
   m, v, ema = dict(zeros), dict(zeros), dict(zeros)
   for t, grads in enumerate(gradients, 1):
-    w = params['w_dec_FD']
-    grads = dict(grads)
-    grads['w_dec_FD'] = grads['w_dec_FD'] - np.sum(grads['w_dec_FD'] * w, 1, keepdims=True) * w
     norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
     if c.clip_norm and norm > c.clip_norm:
       grads = {k: g * c.clip_norm / norm for k, g in grads.items()}

@@ -36,7 +36,7 @@ def test_select_equals_unsharded(data, latent, k):
   pre_BF[2] = 0.5  # all tied
 
   def local(pre):
-    return tuple(a[None] for a in topk.select(pre, k, 'latent'))
+    return tuple(a[None] for a in topk.select(pre, jnp.zeros(pre.shape[1]), k, 'latent'))
 
   spec = P('latent', 'data')
   got = jax.jit(
@@ -56,11 +56,13 @@ def test_two_stage_equals_lax(seed, groups, group, levels, data):
   k = data.draw(st.integers(1, groups))
   pre_BF = jnp.asarray(tied_rows(seed, 3, groups * group, levels))
   pre_BF = pre_BF.at[0, : group + 1].set(-jnp.inf)  # masked latents
-  for got, expected in zip(topk.two_stage(pre_BF, k, group), jax.lax.top_k(pre_BF, k), strict=True):
+  bias_F = jnp.asarray(tied_rows(seed + 1, 1, groups * group, 1)[0])
+  expected_pair = jax.lax.top_k(pre_BF + bias_F[None], k)
+  for got, expected in zip(topk.two_stage(pre_BF, bias_F, k, group), expected_pair, strict=True):
     np.testing.assert_array_equal(got, expected)
 
 
 def test_top_k_long_rows_take_two_stages_and_agree():
   pre_BF = jnp.asarray(tied_rows(0, 3, 16_384, 50))
-  for got, expected in zip(topk.top_k(pre_BF, 11), jax.lax.top_k(pre_BF, 11), strict=True):
+  for got, expected in zip(topk.top_k(pre_BF, jnp.zeros(16_384), 11), jax.lax.top_k(pre_BF, 11), strict=True):
     np.testing.assert_array_equal(got, expected)
