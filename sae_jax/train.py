@@ -346,7 +346,7 @@ def _finish(config, workdir, state, source, line, facts, mesh) -> None:
         'mesh': facts['mesh'],
         'versions': facts['versions'],
         'git_commit': metrics.git_commit(),
-      },  # fmt: skip
+      },
     )
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('result.json')

@@ -1,6 +1,5 @@
 """The same answer on every mesh, and a compiled step that sends only what it must."""
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ from sae_jax import train as training
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
 from sae_jax.evaluate import Evaluator
+from tests import hlo
 
 B, D, F, K = 40, 11, 88, 13  # k exceeds the 11 latents of a shard of the 1x8 mesh
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4)]
@@ -105,7 +105,7 @@ def test_compiled_step_gathers_nothing_of_batch_by_latents(compiled_step):
 
 
 def test_compiled_step_reduces_gradients_and_fired_mask_once(compiled_step):
-  (data, latent), found = compiled_step
+  (_, latent), found = compiled_step
   reduced = [r for c in found if c.kind == 'all-reduce' for r in c.results]
   per_shard = F // latent
   assert reduced.count(f'f32[{per_shard},{D}]') == 2  # encoder and decoder, once each
