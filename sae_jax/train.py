@@ -5,6 +5,7 @@ from the newest good checkpoint, batches are a function of the step, and the bit
 """
 
 import argparse
+import errno
 import math
 import os
 import sys
@@ -357,8 +358,8 @@ def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog='python -m sae_jax.train', description=__doc__.splitlines()[0])
   parser.add_argument('--workdir', required=True, help='cell folder; starting again in it resumes')
   args, config_dict = config_flags.parse(parser, argv)
-  distributed.initialize()
   config = resolve(config_dict)
+  distributed.initialize()
   workdir = os.path.abspath(args.workdir) if files.is_local(args.workdir) else args.workdir
   files.check_exclusive_create(workdir)
   try:
@@ -368,6 +369,8 @@ def main(argv: list[str]) -> int:
       metrics.record_failure(workdir, error, permanent=isinstance(error, Diverged))
     if isinstance(error, Diverged):
       raise UserError(str(error)) from error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise UserError(f'{workdir}: {error.strerror}; free some space and start again: it resumes') from error
     raise
   if outcome == 'preempted':
     print(f'{config.id}: preempted, checkpoint saved; the same command resumes', file=sys.stderr)
