@@ -88,7 +88,10 @@ def record_failure(
     'host': socket.gethostname(),
     'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
   }
-  files.replace(path, json.dumps(record, indent=1).encode() + b'\n')
+  try:
+    files.replace(path, json.dumps(record, indent=1).encode() + b'\n')
+  except OSError as unwritten:  # on a full disk the error itself matters more than its record
+    print(f'{path} could not be written ({unwritten.strerror})', file=sys.stderr)
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ from the newest good checkpoint, batches are a function of the step, and the bit
 
 import argparse
 import errno
+import logging
 import math
 import os
 import sys
@@ -358,6 +359,7 @@ def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog='python -m sae_jax.train', description=__doc__.splitlines()[0])
   parser.add_argument('--workdir', required=True, help='cell folder; starting again in it resumes')
   args, config_dict = config_flags.parse(parser, argv)
+  logging.getLogger('absl').setLevel(logging.CRITICAL)  # orbax logs the traceback of what it also raises
   config = resolve(config_dict)
   distributed.initialize()
   workdir = os.path.abspath(args.workdir) if files.is_local(args.workdir) else args.workdir

@@ -227,7 +227,7 @@ def test_bad_flag_is_one_line(tmp_path, capsys, flag, message):
   assert stopped.value.code == 2 and message in err and err.count('\n') == 1
 
 
-def test_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+def test_full_disk_is_one_line(tmp_path):
   """A filesystem of 400 KB where the checkpoint does not fit."""
   mount = tmp_path / 'small'
   mount.mkdir()
@@ -235,8 +235,18 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
   if mounted.returncode:
     pytest.skip('needs the right to mount')
   try:
-    with pytest.raises(UserError, match='no space left'):
-      training.train(cell(**{'sae.n_latents': 4001}), str(mount))
+    flags = [f'--config.{k}' for k in ('sae.n_latents=4001', 'train.checkpoint_every=5', 'eval.tokens=64')]
+    command_line = [
+      sys.executable,
+      '-m',
+      'sae_jax.train',
+      '--config=experiments/tiny.py',
+      f'--workdir={mount}',
+      *flags,
+    ]
+    ended = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and 'Traceback' not in ended.stderr
+    assert 'no space left' in ended.stderr.lower().splitlines()[-1]
     assert not (mount / 'result.json').exists()
   finally:
     subprocess.run(['umount', '-l', mount], check=True)

@@ -1,0 +1,95 @@
+"""The subject run live: the stream of a harvested store, computed as it is needed, with no disk.
+
+The order is that of `sae_jax.data.order`, so `rows` gives what a store of the same settings would, rounding included.
+"""
+
+import concurrent.futures
+import functools
+
+import numpy as np
+
+from sae_jax import subjects
+from sae_jax.config import Config
+from sae_jax.data import harvest, order
+from sae_jax.data.normalize import normalize
+from sae_jax.errors import UserError
+from sae_jax.subjects import llama, text
+from sae_jax.subjects.subject import layer_of
+
+_CACHED_BLOCKS = 3
+
+
+class Live:
+  """Implements `sae_jax.data.source.Source`. The next block runs through the subject in a background thread.
+
+  Raises `UserError` for a subject, site or text that does not exist, another width than `sae.d_model`, or more
+  tokens than `data.store_tokens` x `data.epochs`.
+  """
+
+  def __init__(self, config: Config):
+    data = config.data
+    self._settings = {
+      'seed': data.seed, 'block_windows': data.block_windows, 'window_tokens': data.window_tokens,
+    }  # fmt: skip
+    self._normalize, self._dtype, self._epochs = data.normalize, data.dtype, data.epochs
+    if config.train.tokens > data.store_tokens * data.epochs:
+      raise UserError(
+        f'train.tokens={config.train.tokens} but the stream has data.store_tokens={data.store_tokens} x '
+        f'data.epochs={data.epochs}; raise either or lower train.tokens'
+      )
+    if config.eval.tokens > data.held_out_tokens:
+      raise UserError(
+        f'eval.tokens={config.eval.tokens} but data.held_out_tokens={data.held_out_tokens}; raise the latter'
+      )
+    documents = text.load(data.text)
+    self._subject = subjects.load(data.subject, data.site)
+    self.d_model = self._subject.arch.d_model
+    if self.d_model != config.sae.d_model:
+      raise UserError(
+        f'sae.d_model={config.sae.d_model} but {data.subject} has width {self.d_model}; use that'
+      )
+    self._layer = layer_of(data.site, self._subject.arch.n_layers)
+    self.flops_per_token = llama.flops_per_token(self._subject.arch, self._layer, data.window_tokens)
+    self._plan = order.plan(
+      self._subject.encode([document for _, document in documents]), start_token=self._subject.start_token,
+      window_tokens=data.window_tokens, store_tokens=data.store_tokens, held_out_tokens=data.held_out_tokens,
+      seed=data.seed,
+    )  # fmt: skip
+    self.provenance = self._subject.provenance | {
+      'subject': data.subject, 'site': data.site, 'text': data.text, 'normalize': data.normalize, 'identity': '',
+      'text_sha256': text.sha256(documents),
+    }  # fmt: skip
+    block_tokens = data.block_windows * (data.window_tokens - 1)
+    self._streams = {
+      'train': order.Stream(data.store_tokens, block_tokens, data.seed),
+      'held_out': order.Stream(data.held_out_tokens, block_tokens, data.seed),
+    }
+    self._runner = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='subject')
+    # Futures, so that a block in flight is waited for and not run twice.
+    self._block = functools.lru_cache(maxsize=_CACHED_BLOCKS)(self._start_block)
+
+  def rows(self, start: int, stop: int) -> np.ndarray:
+    return self._range('train', start, stop, self._streams['train'].tokens * self._epochs)
+
+  def held_out(self, start: int, stop: int) -> np.ndarray:
+    return self._range('held_out', start, stop, self._streams['held_out'].tokens)
+
+  def _range(self, name: str, start: int, stop: int, held: int) -> np.ndarray:
+    stream, parts, position = self._streams[name], [], start
+    for block, first, last in stream.locate(start, stop):
+      pending = self._block(name, block)
+      after = position + stream.size(block) - first
+      if after < held:
+        self._block(name, stream.locate(after, after + 1)[0][0])
+      parts.append(pending.result()[first:last])
+      position += last - first
+    return np.concatenate(parts)
+
+  def _start_block(self, name: str, block: int) -> concurrent.futures.Future:
+    return self._runner.submit(self._run_block, name, block)
+
+  def _run_block(self, name: str, block: int) -> np.ndarray:
+    windows_WT = {'train': self._plan.train_WT, 'held_out': self._plan.held_out_WT}[name]
+    x_BD = harvest.block_activations(self._subject, self._layer, windows_WT, name, block, self._settings)
+    x_BD = normalize(x_BD[: self._streams[name].size(block)], self._normalize)[0]
+    return x_BD.astype(self._dtype).astype(np.float32)  # rounded as a store would
