@@ -1,6 +1,8 @@
 """The one exception that means "the user asked for something impossible"; entry points print it as a single line."""
 
 import functools
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -24,6 +26,9 @@ def one_line_errors(main: Callable[[list[str]], int]) -> Callable[[list[str] | N
     except UserError as error:
       print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
       code = USER_ERROR_EXIT
+    except BrokenPipeError:  # `... | head` has read enough; what is buffered must not raise again at exit
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      code = 128 + signal.SIGPIPE
     sys.exit(code)
 
   return run

@@ -8,6 +8,7 @@ import os
 import pathlib
 import posixpath
 import secrets
+from collections.abc import Callable
 
 import fsspec
 
@@ -75,14 +76,8 @@ def create(path: str, data: bytes) -> None:
     with fs.open(name, 'xb') as f:
       f.write(data)
     return
-  target = local(path)
-  target.parent.mkdir(parents=True, exist_ok=True)
-  temporary = _temporary(target)
-  try:
-    _write_durably(temporary, data)
-    os.link(temporary, target)  # atomic and exclusive, where open('x') would expose a half-written file
-  finally:
-    temporary.unlink(missing_ok=True)
+  # A link is atomic and exclusive, where open('x') would expose a half-written file.
+  _via_temporary(local(path), data, os.link)
 
 
 def replace(path: str, data: bytes) -> None:
@@ -93,14 +88,7 @@ def replace(path: str, data: bytes) -> None:
     with fs.open(name, 'wb') as f:
       f.write(data)
     return
-  target = local(path)
-  target.parent.mkdir(parents=True, exist_ok=True)
-  temporary = _temporary(target)
-  try:
-    _write_durably(temporary, data)
-    os.replace(temporary, target)
-  finally:
-    temporary.unlink(missing_ok=True)
+  _via_temporary(local(path), data, os.replace)
 
 
 def remove(path: str) -> None:
@@ -113,12 +101,17 @@ def remove(path: str) -> None:
     fs.rm_file(name)
 
 
-def _temporary(target: pathlib.Path) -> pathlib.Path:
-  return target.with_name(f'.{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp')
-
-
-def _write_durably(path: pathlib.Path, data: bytes) -> None:
-  with open(path, 'xb') as f:
-    f.write(data)
-    f.flush()
-    os.fsync(f.fileno())
+def _via_temporary(
+  target: pathlib.Path, data: bytes, put: Callable[[pathlib.Path, pathlib.Path], None]
+) -> None:
+  """Writes beside the target, to the disk, and then puts the whole file in place."""
+  target.parent.mkdir(parents=True, exist_ok=True)
+  temporary = target.with_name(f'.{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp')
+  try:
+    with open(temporary, 'xb') as f:
+      f.write(data)
+      f.flush()
+      os.fsync(f.fileno())
+    put(temporary, target)
+  finally:
+    temporary.unlink(missing_ok=True)

@@ -25,12 +25,12 @@ from jax.sharding import PartitionSpec as P
 from sae_jax import artifact, config_flags, distributed, files, flops, metrics, optim, sae, sharding
 from sae_jax.checkpoint import Checkpoints, combined_digest
 from sae_jax.config import Config, from_json, resolve
-from sae_jax.data.source import Source, open_source
+from sae_jax.data.source import open_source
 from sae_jax.errors import UserError, one_line_errors
 from sae_jax.evaluate import Evaluator
+from sae_jax.sample import start_up_sample
 
 PREEMPTED_EXIT = 42
-_SAMPLE_TOKENS = 32_768  # for b_pre and the loss scale, as in the reference code
 _PROBES = 256
 
 
@@ -183,7 +183,7 @@ def train(
     same = all(saved[key] == facts[key] for key in ('mesh', 'versions'))
     facts |= {'bit_exact': saved['bit_exact'] and same, 'wall_s': saved['wall_s']}
   else:
-    state = init(*start_up_sample(source, config))
+    state = init(*start_up_sample(source, config.train.tokens))
   start = int(state.step)
   began = time.monotonic() - facts['wall_s']
   log = metrics.MetricsFile(workdir) if jax.process_index() == 0 else None
@@ -234,30 +234,6 @@ def train(
     should_stop()  # a holder that lost its lease ends here rather than write beside its successor
   _finish(config, workdir, state, source, line, facts, mesh)
   return 'done'
-
-
-def start_up_sample(source: Source, config: Config) -> tuple[np.ndarray, np.ndarray]:
-  """b_pre [D], the geometric median of the first tokens, and the loss scale 1 / mean (x - mean x)^2, float32."""
-  x_TD = source.rows(0, min(_SAMPLE_TOKENS, config.train.tokens)).astype(np.float64)
-  variance = float(np.mean((x_TD - x_TD.mean(axis=0)) ** 2))
-  if not (math.isfinite(variance) and variance > 0):
-    raise UserError(
-      f'the first {len(x_TD)} activations have variance {variance}; the source must vary and be finite'
-    )
-  return geometric_median(x_TD).astype(np.float32), np.float32(1 / variance)
-
-
-def geometric_median(x_TD: np.ndarray, iterations: int = 50) -> np.ndarray:
-  """The point [D] with the least sum of Euclidean distances to the rows, by Weiszfeld's iteration."""
-  point_D = x_TD.mean(axis=0)
-  for _ in range(iterations):
-    distance_T = np.linalg.norm(x_TD - point_D, axis=1)
-    weight_T = 1 / np.maximum(distance_T, 1e-12)
-    moved_D = weight_T @ x_TD / weight_T.sum()
-    if np.linalg.norm(moved_D - point_D) <= 1e-7 * np.linalg.norm(moved_D):
-      return moved_D
-    point_D = moved_D
-  return point_D
 
 
 def log_spaced(steps: int, per_decade: int) -> set[int]:

@@ -11,6 +11,7 @@ from sae_jax import train as training
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
 from sae_jax.evaluate import Evaluator
+from sae_jax.sample import start_up_sample
 from tests import hlo
 
 B, D, F, K = 40, 11, 88, 13  # k exceeds the 11 latents of a shard of the 1x8 mesh
@@ -35,7 +36,7 @@ def run(config_: config.Config, steps: int, dtype):
   mesh = sharding.make_mesh(config_.mesh)
   source = open_source(config_)
   init, step = training.make_step(config_, mesh)
-  b_pre_D, scale = training.start_up_sample(source, config_)
+  b_pre_D, scale = start_up_sample(source, config_.train.tokens)
   state = init(b_pre_D.astype(dtype), scale.astype(dtype))
   losses = []
   for i in range(steps):

@@ -1,0 +1,37 @@
+"""What the first tokens decide before training: the pre-bias and the constant of the loss (Gao et al., sections 1, 3)."""
+
+import math
+
+import numpy as np
+
+from sae_jax.data.source import Source
+from sae_jax.errors import UserError
+
+_SAMPLE_TOKENS = 32_768  # as in the reference code
+
+
+def start_up_sample(source: Source, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+  """b_pre [D], the geometric median of the first tokens, and the loss scale 1 / mean (x - mean x)^2, float32.
+
+  `tokens` is what the run may read; at most 32,768 are. Raises `UserError` when they do not vary or are not finite.
+  """
+  x_TD = source.rows(0, min(_SAMPLE_TOKENS, tokens)).astype(np.float64)
+  variance = float(np.mean((x_TD - x_TD.mean(axis=0)) ** 2))
+  if not (math.isfinite(variance) and variance > 0):
+    raise UserError(
+      f'the first {len(x_TD)} activations have variance {variance}; the source must vary and be finite'
+    )
+  return geometric_median(x_TD).astype(np.float32), np.float32(1 / variance)
+
+
+def geometric_median(x_TD: np.ndarray, iterations: int = 50) -> np.ndarray:
+  """The point [D] with the least sum of Euclidean distances to the rows, by Weiszfeld's iteration."""
+  point_D = x_TD.mean(axis=0)
+  for _ in range(iterations):
+    distance_T = np.linalg.norm(x_TD - point_D, axis=1)
+    weight_T = 1 / np.maximum(distance_T, 1e-12)
+    moved_D = weight_T @ x_TD / weight_T.sum()
+    if np.linalg.norm(moved_D - point_D) <= 1e-7 * np.linalg.norm(moved_D):
+      return moved_D
+    point_D = moved_D
+  return point_D
