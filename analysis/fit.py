@@ -7,7 +7,7 @@ All starts and all resamples are solved together by one batched Levenberg-Marqua
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,20 @@ def warning_lines(fits: Sequence[Fit]) -> list[str]:
   return lines
 
 
+def with_holdout(fit: Callable[[str | None], Fit], holdout: str | None) -> Fit:
+  """`fit(holdout)`, or `fit(None)` with a warning where the rows left after holding out cannot carry the law.
+
+  Raises `UserError` when not even all rows can.
+  """
+  if holdout is None:
+    return fit(None).warned(table.warning('no_holdout', 'no held-out error: there is one size'))
+  try:
+    return fit(holdout)
+  except UserError as error:
+    reason = str(error)
+  return fit(None).warned(table.warning('no_holdout', f'no held-out error: {reason}'))
+
+
 def fit_law(
   points: pd.DataFrame,
   law: str = 'joint_nk',
@@ -135,7 +149,8 @@ def fit_law(
   Args:
     points: the table; other columns are carried along.
     law: a name in `laws.LAWS`.
-    x: columns in the order of the law's axes; by default those the law is named after.
+    x: columns in the order of the law's axes; by default those the law is named after. Any columns do: the loss of a
+      language model against NMSE is law='growth', x=['nmse'].
     y: column of the loss.
     objective: 'logls' (least squares) or 'huber' on the log of the loss.
     delta: where Huber turns from squares to absolute values, in log loss.

@@ -144,6 +144,19 @@ POWER = Law(
 POWER_NO_FLOOR = Law(
   'power_no_floor', 'L(x) = a x^-b', r'a\,<0>^{-b}', ('n_latents',), terms=(_POWER,), floor=None
 )  # fmt: skip
+GROWTH = Law(
+  'growth',
+  'y(x) = c x^p',
+  r'c\,<0>^{p}',
+  ('n_latents',),
+  terms=(
+    (
+      Parameter('c', 'value at x = 1, in the unit of y', (), 'amplitude'),
+      Parameter('p', 'exponent of x, without unit: y grows where it is positive', (0,)),
+    ),
+  ),
+  floor=None,
+)  # power_no_floor with the sign of what grows: tokens to convergence, best sizes, downstream loss
 JOINT_NK = Law(
   'joint_nk',
   'L(n,k) = exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)',
@@ -179,7 +192,7 @@ ADDITIVE2 = Law(
   floor=0,
 )
 
-LAWS = {law.name: law for law in (POWER, POWER_NO_FLOOR, JOINT_NK, JOINT_NK_NO_FLOOR, ADDITIVE2)}
+LAWS = {law.name: law for law in (POWER, POWER_NO_FLOOR, GROWTH, JOINT_NK, JOINT_NK_NO_FLOOR, ADDITIVE2)}
 
 
 def named(name: str) -> Law:

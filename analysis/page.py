@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.compare import Comparison
 from analysis.fit import Fit
 
 _COLUMNS = {
@@ -74,6 +75,7 @@ def render(
   cells: pd.DataFrame,
   done: pd.DataFrame,
   fits: Sequence[Fit],
+  comparisons: Sequence[Comparison],
   warnings: Sequence[str],
   pictures: Mapping[str, bytes],
 ) -> str:
@@ -98,6 +100,8 @@ def render(
   if dense:
     summary = '<summary>The compute laws in the FLOPs of a dense implementation</summary>'
     parts.append(f'<details>{summary}{"".join(map(_law, dense))}</details>')
+  if comparisons:
+    parts.append('<h2>Is there an irreducible loss?</h2>' + _comparisons(comparisons))
   parts.append('<h2>Finished cells</h2>' + _cells(done))
   missing = cells[cells['state'] != 'done']
   if len(missing):
@@ -126,9 +130,8 @@ def _law(fit: Fit) -> str:
     for p in fit.law.parameters
   )
   interval = fit.diagnostics['interval']
-  by = (
-    f'{interval["resamples"]} resamples by {interval["by"]}' if interval['resamples'] else interval['method']
-  )
+  resampled = f'{interval["resamples"]} resamples by {interval["by"]}'
+  by = interval['method'].replace('bootstrap', resampled)
   facts = (
     f'{len(fit.table)} points; rms log residual {fit.diagnostics["rms_log_residual"]:.4f}; objective {fit.objective}; '
     f'{fit.start_agreement:.0%} of starts agree; intervals from {by}.'
@@ -141,6 +144,35 @@ def _law(fit: Fit) -> str:
     '<div class="scroll"><table><thead><tr><th>constant</th><th>estimate</th><th>90 % from</th><th>to</th>'
     f'<th class="text">meaning</th></tr></thead><tbody>{rows}</tbody></table></div><p class="note">{_text(facts)}</p>'
     f'{doubts and f"""<ul class="note">{doubts}</ul>"""}</section>'
+  )
+
+
+def _comparisons(pairs: Sequence[Comparison]) -> str:
+  head = (
+    'law',
+    'rms with',
+    'without',
+    'held-out error with',
+    'without',
+    'AICc without less with',
+    'irreducible loss',
+  )
+  rows = []
+  for pair in pairs:
+    rms = [_number(fit.diagnostics['rms_log_residual']) for fit in (pair.floored, pair.plain)]
+    errors = [f'{error:.2%}' if np.isfinite(error) else '' for error in pair.holdout_errors]
+    cells = ''.join(f'<td>{cell}</td>' for cell in (*rms, *errors, _number(pair.aicc_gain)))
+    rows.append(
+      f'<tr><td>{_text(pair.floored.label)}</td>{cells}<td class="text">{_text(pair.verdict)}</td></tr>'
+    )
+  heads = ''.join(f'<th scope="col">{_text(cell)}</th>' for cell in head)
+  note = (
+    'The same law with and without an irreducible loss. AICc above zero: the points are described better with it. '
+    'The points of L(C) are not independent, so there the held-out error counts.'
+  )
+  return (
+    f'<p class="note">{note}</p><div class="scroll"><table><thead><tr>{heads}</tr></thead>'
+    f'<tbody>{"".join(rows)}</tbody></table></div>'
   )
 
 

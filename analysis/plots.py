@@ -107,6 +107,9 @@ def power(fits: Fit | Sequence[Fit]) -> Figure:
     ax.plot(fit.table[x], fit.table[y], marker, ms=5, color=color, mec='white', mew=0.4, zorder=4)
     _draw_law(ax, fit, {}, color, beyond=4)
     handles.append(Line2D([], [], color=color, marker=marker, label=_constants(fit)))
+  # By the points: a band that explodes at one end would flatten everything else.
+  losses = pd.concat([fit.table[y] for fit in fits])
+  ax.set_ylim(0.8 * losses.min(), 1.2 * losses.max())
   return _finish(fig, ax, fits, x, y, _equation(fits[0]), handles)
 
 

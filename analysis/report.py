@@ -6,14 +6,15 @@ A law that cannot be fitted is named with its reason, and the report is written 
 import argparse
 import dataclasses
 import io
-import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import page, plots, table
-from analysis.fit import Fit, fit_law, warning_lines, write_json
+from analysis import convergence, page, plots, table
+from analysis.compare import WITHOUT, Comparison
+from analysis.fit import Fit, fit_law, warning_lines, with_holdout, write_json
 from analysis.frontier import fit_frontier
 from sae_jax import files
 from sae_jax.errors import UserError, one_line_errors
@@ -32,11 +33,17 @@ class Findings:
   power: list[Fit]  # L(n), one a k
   frontier: list[Fit]  # L(C) in useful FLOPs, one a k
   frontier_dense: list[Fit]  # the same in dense FLOPs
+  comparisons: list[Comparison]  # of joint, power and frontier with the same laws without an irreducible loss
   warnings: list[dict[str, str]]
 
   @property
   def fits(self) -> list[Fit]:
     return [*([self.joint] if self.joint else []), *self.power, *self.frontier, *self.frontier_dense]
+
+  def to_json(self) -> list[dict[str, Any]]:
+    """The content of laws.json."""
+    compared = {(c.floored.label, c.floored.x): {'comparison': c.to_json()} for c in self.comparisons}
+    return [fit.to_json() | compared.get((fit.label, fit.x), {}) for fit in self.fits]
 
   def warning_lines(self) -> list[str]:
     """Those of the ledger, then those of the fits that say something else."""
@@ -56,16 +63,25 @@ def analyse(ledger: str, bootstrap: int = 500) -> Findings:
   sizes = sorted(best['n_latents'].unique())
   largest = f'n_latents>{sizes[-2]:g}' if len(sizes) > 1 else None
 
-  def fit_n(law: str, points: pd.DataFrame) -> Callable[[str | None], Fit]:
+  def fit_n(law: str, points: pd.DataFrame, bootstrap: int = bootstrap) -> Callable[[str | None], Fit]:
     return lambda holdout: fit_law(points, law, bootstrap=bootstrap, holdout=holdout)
 
-  def fit_c(x: str, points: pd.DataFrame) -> Callable[[str | None], Fit]:
-    return lambda holdout: fit_frontier(points, x, bootstrap=bootstrap, holdout=holdout)
+  def fit_c(
+    x: str, points: pd.DataFrame, law: str = 'power', bootstrap: int = bootstrap
+  ) -> Callable[[str | None], Fit]:
+    return lambda holdout: fit_frontier(points, x, law=law, bootstrap=bootstrap, holdout=holdout)
+
+  comparisons: list[Comparison] = []
+
+  def compare(floored: Fit | None, plain: Callable[[str | None], Fit], holdout: str | None) -> None:
+    if floored and (other := _attempt(f'{floored.label} without e', plain, holdout, warnings)):
+      comparisons.append(Comparison(floored, other))
 
   joint = _attempt('L(n,k)', fit_n('joint_nk', best), largest, warnings)
-  if risen := risen_cells(best):
-    warnings.append(table.warning('not_at_convergence', _risen_text(risen, len(best))))
-    joint = joint and joint.warned(warnings[-1])
+  risen = convergence.risen_warnings(best)
+  warnings += risen + convergence.unconverged_warnings(curves, best['id'])
+  joint = joint and joint.warned(*risen)
+  compare(joint, fit_n(WITHOUT['joint_nk'], best, 0), largest)
   power, frontier, dense = [], [], []
   for k in sorted(best['k'].unique()):
     points, measured = best[best['k'] == k], curves[curves['k'] == k]
@@ -75,33 +91,15 @@ def analyse(ledger: str, bootstrap: int = 500) -> Findings:
       warnings.append(table.warning('not_fitted', text))
     else:
       power.append(_attempt(f'L(n) at k={k}', fit_n('power', points), largest, warnings, k))
+      compare(power[-1], fit_n(WITHOUT['power'], points, 0), largest)
     for x, fits in (('flops_useful', frontier), ('flops_dense', dense)):
       # Held out in the variable one extrapolates in: the envelope of the last factor of five.
       far = f'{x}>{measured[x].max() / 5:.2g}'
       fits.append(_attempt(f'L(C) at k={k} in {x}', fit_c(x, measured), far, warnings, k))
+      if x == 'flops_useful':
+        compare(fits[-1], fit_c(x, measured, WITHOUT['power'], 0), far)
   power, frontier, dense = ([fit for fit in fits if fit] for fits in (power, frontier, dense))
-  return Findings(cells, done, curves, joint, power, frontier, dense, warnings)
-
-
-def risen_cells(best: pd.DataFrame) -> list[str]:
-  """Cells whose loss is not below that of the next smaller n at their k, or the next smaller k at their n.
-
-  Both must fall at convergence; each entry names the cells and the comparison.
-  """
-  means = (
-    best.groupby(['n_latents', 'k'], sort=True).agg(nmse=('nmse', 'mean'), ids=('id', list)).reset_index()
-  )
-  out = []
-  for fixed, moving, a, b in (('k', 'n_latents', 'k', 'n'), ('n_latents', 'k', 'n', 'k')):
-    for value, line in means.groupby(fixed):
-      rows = line.sort_values(moving).to_dict('records')
-      for smaller, larger in itertools.pairwise(rows):
-        if larger['nmse'] >= smaller['nmse']:
-          out.append(
-            f'{", ".join(larger["ids"])} ({a}={value:g}: {larger["nmse"]:.4g} at {b}={larger[moving]:g}, '
-            f'{smaller["nmse"]:.4g} at {b}={smaller[moving]:g})'
-          )
-  return out
+  return Findings(cells, done, curves, joint, power, frontier, dense, comparisons, warnings)
 
 
 def figures(found: Findings) -> dict[str, Figure]:
@@ -129,11 +127,12 @@ def write(found: Findings, out: str, title: str) -> str:
       if kind == 'png':
         pictures[name] = buffer.getvalue()
   _replace(files.join(out, 'table.csv'), found.done.to_csv(index=False).encode())
-  write_json(files.join(out, 'laws.json'), [fit.to_json() for fit in found.fits])
+  write_json(files.join(out, 'laws.json'), found.to_json())
   path = files.join(out, 'index.html')
-  _replace(
-    path, page.render(title, found.cells, found.done, found.fits, found.warning_lines(), pictures).encode()
+  text = page.render(
+    title, found.cells, found.done, found.fits, found.comparisons, found.warning_lines(), pictures
   )
+  _replace(path, text.encode())
   return path
 
 
@@ -146,15 +145,8 @@ def _attempt(
 ) -> Fit | None:
   """The fit with its held-out error, else without, else None and the reason among `warnings`."""
   where = {} if k is None else {'k': int(k)}
-  if holdout:
-    try:
-      return dataclasses.replace(fit(holdout), where=where)
-    except UserError as error:
-      unheld = table.warning('no_holdout', f'no held-out error: {error}')
-  else:
-    unheld = table.warning('no_holdout', 'no held-out error: there is one size')
   try:
-    return dataclasses.replace(fit(None), where=where).warned(unheld)
+    return dataclasses.replace(with_holdout(fit, holdout), where=where)
   except UserError as error:
     warnings.append(table.warning('not_fitted', f'{what}: {error}'))
     return None
@@ -167,14 +159,6 @@ def _mixed_settings(best: pd.DataFrame) -> list[dict[str, str]]:
     return []
   text = f'cells with different {", ".join(mixed)} are in one ledger; laws over n and k ignore that'
   return [table.warning('mixed_settings', text)]
-
-
-def _risen_text(risen: list[str], count: int) -> str:
-  return (
-    f'loss must fall with n and with k, and does not at {"; ".join(risen)}. These are not at convergence. The joint '
-    f'law is of converged autoencoders: fitted to these {count} cells it interpolates at this training budget, and '
-    'its constants and its extrapolation are worth little'
-  )
 
 
 def _replace(path: str, data: bytes) -> None:
@@ -204,6 +188,8 @@ def main(argv: list[str]) -> int:
   ]  # the dense count is in laws.json and on the page
   for fit in shown:
     print(fit.summary())
+  for pair in found.comparisons:
+    print(f'irreducible loss in {pair.floored.label}: {pair.verdict}')
   for line in found.warning_lines():
     print(f'warning: {line}')
   states = found.cells['state'].value_counts().to_dict()

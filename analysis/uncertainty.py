@@ -8,6 +8,7 @@ from analysis.laws import Array
 
 LEVEL = 0.9  # of every interval
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+_VAGUE = np.log(4)  # reach of the log of an irreducible loss beyond which it may as well be none
 
 
 def covariance(residual_N: Array, jacobian_NP: Array) -> Array | None:
@@ -27,22 +28,34 @@ def correlation(jacobian_NP: Array) -> list[list[float]] | None:
 
 
 def params(law, theta_P, draws_BP, covariance_PP, freedom) -> tuple[dict[str, dict[str, float]], str]:
-  """Estimates with intervals, and how the intervals were made: 'bootstrap', 'standard errors' or 'none'."""
+  """Estimates with intervals, and how the intervals were made: from resamples, standard errors, both, or 'none'.
+
+  Percentiles of resamples are too narrow on the few points a sweep has (measured: a 90 % interval holds the truth in
+  74 % of tables of 4 points of a power law, in 80-86 % of 9 or of 24 of the joint law), so the wider end of both is
+  taken; not for an irreducible loss that is not identified, whose standard error would put it above the data.
+  """
   estimate_P = law.outside(theta_P[None])[0]
   deviation_P = (
     np.full(len(theta_P), np.nan) if covariance_PP is None else np.sqrt(np.diagonal(covariance_PP))
   )
   slope_P = np.array([p.slope(t) for p, t in zip(law.parameters, theta_P, strict=True)])
-  if len(draws_BP):
-    ends, method = np.quantile(law.outside(draws_BP), TAILS, axis=0), 'bootstrap'
-    ends = np.sort(np.concatenate([ends, estimate_P[None]]), axis=0)[
-      [0, 2]
-    ]  # few resamples may miss the estimate
-  else:
-    reach = special.stdtrit(freedom, TAILS[1]) * deviation_P if freedom > 0 else deviation_P
-    ends = np.sort(law.outside(np.stack([theta_P - reach, theta_P + reach])), axis=0)
+  reach_P = special.stdtrit(freedom, TAILS[1]) * deviation_P if freedom > 0 else deviation_P
+  errors_2P = law.outside(np.stack([theta_P - reach_P, theta_P + reach_P]))
+  if not len(draws_BP):
+    ends_2P = np.sort(errors_2P, axis=0)
     method = 'none' if covariance_PP is None else 'standard errors'
-  columns = (estimate_P, ends[0], ends[1], np.abs(slope_P) * deviation_P)
+  else:
+    # The estimate is among them because the percentiles of few resamples may miss it.
+    candidates = [np.quantile(law.outside(draws_BP), TAILS, axis=0), estimate_P[None]]
+    method = 'bootstrap'
+    if freedom > 0 and covariance_PP is not None:
+      floor_P = np.array(
+        [j == law.floor and p.kind == 'amplitude' for j, term in enumerate(law.terms) for p in term]
+      )
+      candidates.append(np.where(floor_P & (reach_P > _VAGUE), estimate_P, errors_2P))
+      method = 'bootstrap or standard errors, the wider'
+    ends_2P = np.sort(np.concatenate(candidates), axis=0)[[0, -1]]
+  columns = (estimate_P, ends_2P[0], ends_2P[1], np.abs(slope_P) * deviation_P)
   keys = ('estimate', 'low', 'high', 'standard_error')
   return {
     name: dict(zip(keys, values, strict=True))

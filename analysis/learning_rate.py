@@ -1,0 +1,63 @@
+"""The best learning rate of every size, from the valley of its loss, and its law c n^-p.
+
+A size whose best rate is the lowest or highest tried, or whose valley is flat, gives no point to the law and is named.
+"""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from analysis import table, valley
+from analysis.fit import Fit, fit_law
+from sae_jax.errors import UserError
+
+_SETTING = ('n_latents', 'k', 'd_model', 'batch_tokens', 'tokens', 'setting')
+
+
+def valleys(cells: pd.DataFrame, flat: float = valley.FLAT) -> pd.DataFrame:
+  """One row a setting (all but learning rate and seed): its sizes, `learning_rate`, `low`, `high`, `nmse`, `verdict`,
+  `reason`. Only where `verdict` is 'minimum' are the numbers not NaN.
+
+  Args:
+    cells: as from `table.load_ledger`.
+    flat: relative rise over all rates below which a valley has no best rate.
+  """
+  table.positive(cells, ['n_latents', 'k', 'learning_rate', 'nmse'])
+  keys = [key for key in _SETTING if key in cells]
+  rows = []
+  for _, group in cells.groupby(keys, sort=True, dropna=False):
+    found = valley.fit_valley(group['learning_rate'].to_numpy(), group['nmse'].to_numpy(), flat)
+    rows.append({key: group[key].iloc[0] for key in keys} | {
+      'rates': group['learning_rate'].nunique(), 'learning_rate': found.x, 'low': found.low, 'high': found.high,
+      'nmse': found.y, 'curvature': found.curvature, 'verdict': found.verdict, 'reason': found.reason,
+    })  # fmt: skip
+  columns = [*keys, 'rates', 'learning_rate', 'low', 'high', 'nmse', 'curvature', 'verdict', 'reason']
+  return pd.DataFrame(rows, columns=pd.Index(columns))
+
+
+def fit_learning_rate(cells: pd.DataFrame, flat: float = valley.FLAT, *, bootstrap: int = 500) -> Fit:
+  """The law lr = a n^-b through the minima of the valleys; give it cells of one k, or say that k does not matter.
+
+  Raises:
+    UserError: fewer than two sizes have a valley with a bottom.
+  """
+  found = valleys(cells, flat)
+  points = found[found['verdict'] == 'minimum'].reset_index(drop=True)
+  refused = found[found['verdict'] != 'minimum'].to_dict('records')
+  if points['n_latents'].nunique() < 2:
+    why = f': {refusals(refused)}' if refused else ''
+    raise UserError(
+      f'{points["n_latents"].nunique()} sizes have a best learning rate, the law needs two; try more rates{why}'
+    )
+  fit = fit_law(points, 'power_no_floor', ['n_latents'], 'learning_rate', bootstrap=bootstrap)
+  if not refused:
+    return fit
+  return fit.warned(
+    table.warning('edge_minimum', f'{len(refused)} of {len(found)} valleys are left out: {refusals(refused)}')
+  )
+
+
+def refusals(rows: Sequence[dict]) -> str:
+  """What was refused and why, in a line."""
+  shown = [f'n={row["n_latents"]:g}, k={row["k"]:g}: {row["verdict"]} ({row["reason"]})' for row in rows[:6]]
+  return '; '.join(shown) + (f' and {len(rows) - 6} more' if len(rows) > 6 else '')

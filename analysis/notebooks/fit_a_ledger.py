@@ -1,0 +1,115 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Fit the laws to a ledger
+#
+# A sweep leaves a ledger: one folder a cell, with its configuration, its curve and its result. This notebook reads one
+# and fits what it can carry. It runs as it is on the ledger of `make demo`; set `SAE_LEDGER` for another.
+
+# %%
+import os
+
+import numpy as np
+
+import analysis
+from analysis import convergence, frontier, isoflop, learning_rate, predict
+from sae_jax.errors import UserError
+
+LEDGER = os.environ.get('SAE_LEDGER', 'runs/demo/ledger')
+BOOTSTRAP = int(os.environ.get('SAE_BOOTSTRAP', '500'))
+
+# %% [markdown]
+# ## The cells
+#
+# One row a finished cell. What is not finished is listed, never filled in.
+
+# %%
+table = analysis.load_ledger(LEDGER)
+curves = analysis.load_curves(LEDGER)
+print(f'{len(table)} finished cells; not finished: {table.attrs["not_done"] or "none"}')
+print(table.pivot_table('nmse', 'n_latents', 'k').round(4))
+
+# %% [markdown]
+# ## The joint law
+#
+# Of every size only the best learning rate is fitted. The largest n is predicted from the others, which is the error to
+# expect one size further on. Read the warnings before the constants.
+
+# %%
+best = analysis.best_learning_rate(table)
+sizes = np.sort(best['n_latents'].unique())
+joint = analysis.fit_law(best, 'joint_nk', bootstrap=BOOTSTRAP, holdout=f'n_latents>{sizes[-2]}')
+print(joint.summary())
+for warning in joint.warnings:
+  print('warning:', warning['message'])
+figure_joint = analysis.plots.joint(joint)
+figure_residuals = analysis.plots.residuals(joint)
+
+# %% [markdown]
+# The exponent of n at a given k is `beta_n + gamma ln k`, not `beta_n`: that one is for k = 1.
+
+# %%
+for k in np.sort(best['k'].unique()):
+  exponent = joint.params['beta_n']['estimate'] + joint.params['gamma']['estimate'] * np.log(k)
+  print(f'k = {k:g}: the reducible loss falls as n^{exponent:.3f}')
+
+# %% [markdown]
+# ## Is this at convergence?
+#
+# A run has converged where a doubling of its tokens improves NMSE by less than 1 %. Runs that never do are named. If most
+# do not, the law above is one of this training budget.
+
+# %%
+for warning in convergence.risen_warnings(best) + convergence.unconverged_warnings(curves, best['id']):
+  print('warning:', warning['message'])
+try:
+  print(convergence.fit_convergence(curves[curves['id'].isin(best['id'])], bootstrap=BOOTSTRAP).summary())
+except UserError as error:
+  print('tokens to convergence:', error)
+
+# %% [markdown]
+# ## Loss against compute, at one k
+#
+# A larger k lowers every loss, so runs of one k are compared.
+
+# %%
+k = np.sort(best['k'].unique())[-1]
+mine = curves[curves['k'] == k]
+try:
+  envelope = frontier.fit_frontier(mine, bootstrap=BOOTSTRAP)
+  print(envelope.summary())
+  figure_frontier = analysis.plots.frontier(envelope, mine[mine['state'] == 'done'])
+except UserError as error:
+  print('L(C):', error)
+
+# %% [markdown]
+# ## The best size for a budget, and the best learning rate for a size
+#
+# Both are bottoms of valleys. A best value at the edge of those tried is no minimum and is refused.
+
+# %%
+budgets = np.geomspace(mine['flops_useful'].quantile(0.5), mine['flops_useful'].max(), 5)
+_, profiles = isoflop.profiles(mine, budgets)
+print(profiles[['budget', 'sizes', 'n_latents', 'verdict', 'reason']].to_string(index=False))
+valleys = learning_rate.valleys(table)
+print(valleys[['n_latents', 'k', 'rates', 'learning_rate', 'verdict', 'reason']].to_string(index=False))
+
+# %% [markdown]
+# ## One size further
+#
+# The interval is of one new cell trained like these. It holds noise and the law's uncertainty, not the law being wrong
+# there: that is what the held-out error is for. The same from a shell:
+# `python -m analysis.predict --ledger=DIR --at "n_latents=8192,k=32"`
+
+# %%
+found = predict.predict(LEDGER, {'n_latents': int(2 * sizes[-1]), 'k': int(k)}, bootstrap=BOOTSTRAP)
+print(found.summary())
+for warning in found.warnings:
+  print('warning:', warning['message'])

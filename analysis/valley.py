@@ -1,0 +1,93 @@
+"""The bottom of a valley: a parabola of the log loss in the log of what was varied, and when there is no bottom.
+
+A least value at the edge of what was tried is no minimum, a parabola that opens downwards has none, and a valley
+flatter than its scatter has no best value. Each is refused by name, never passed on as a number.
+"""
+
+import dataclasses
+
+import numpy as np
+from scipy import special
+
+from analysis.laws import Array
+from analysis.uncertainty import TAILS
+
+FLAT = 0.003  # relative rise over the whole valley below which no choice is better than another
+
+
+@dataclasses.dataclass(frozen=True)
+class Valley:
+  """Where the loss is least. All numbers but `curvature` are NaN unless `verdict` is 'minimum'.
+
+  The 90 % interval is Fieller's, exact for a ratio of two coefficients; NaN when points are too few for one or the
+  data allow any value.
+  """
+
+  verdict: str  # 'minimum', 'edge', 'maximum', 'flat', 'few'
+  reason: str  # empty for a minimum
+  x: float
+  low: float
+  high: float
+  y: float  # loss at the minimum
+  curvature: float  # of ln y over ln x, NaN with fewer than three values
+
+
+def fit_valley(x_N: Array, y_N: Array, flat: float = FLAT) -> Valley:
+  """The minimum of y over x, both positive; repeats of one x (seeds) are welcome.
+
+  The parabola is through the logs of all points. Far from its bottom a valley is no parabola, so try values within a
+  factor of ten or so.
+  """
+  u_N, v_N = np.log(np.asarray(x_N, float)), np.log(np.asarray(y_N, float))
+  tried_S, where_N = np.unique(u_N, return_inverse=True)
+  if len(tried_S) < 3:
+    return _none('few', f'{len(tried_S)} values, a parabola needs 3', np.nan)
+  mean_S = np.bincount(where_N, v_N) / np.bincount(where_N)
+  center = tried_S.mean()  # keeps the columns of the parabola apart
+  a_N3 = np.stack([np.ones_like(u_N), u_N - center, (u_N - center) ** 2], axis=1)
+  coefficient_3 = np.linalg.lstsq(a_N3, v_N, rcond=None)[0]
+  _, slope, curvature = coefficient_3
+  squares, freedom = float(np.sum((v_N - a_N3 @ coefficient_3) ** 2)), len(v_N) - 3
+  if np.ptp(mean_S) < flat:
+    return _none('flat', f'the loss varies by {np.expm1(np.ptp(mean_S)):.2%} over all values', curvature)
+  if freedom > 1 and squares > 0:  # one degree of freedom would refuse everything
+    shape = (np.sum((v_N - v_N.mean()) ** 2) - squares) / 2 / (squares / freedom)
+    if special.fdtr(2, freedom, shape) < 1 - 2 * TAILS[0]:
+      return _none('flat', 'no valley stands out of the scatter', curvature)
+  lowest = int(mean_S.argmin())
+  if lowest in (0, len(tried_S) - 1):
+    side = 'lowest' if lowest == 0 else 'highest'
+    return _none('edge', f'the best value, {np.exp(tried_S[lowest]):.3g}, is the {side} tried', curvature)
+  if curvature <= 0:
+    return _none('maximum', 'the parabola opens downwards', curvature)
+  bottom = center - slope / (2 * curvature)
+  if not tried_S[0] < bottom < tried_S[-1]:
+    return _none(
+      'edge', f'the parabola has its bottom at {np.exp(bottom):.3g}, outside the values tried', curvature
+    )
+  low, high = _fieller(slope, curvature, a_N3, squares, freedom)
+  y = float(np.exp(coefficient_3[0] - slope**2 / (4 * curvature)))
+  ends = (float(np.exp(end + center)) for end in (low, high))
+  return Valley('minimum', '', float(np.exp(bottom)), *ends, y, float(curvature))
+
+
+def _none(verdict: str, reason: str, curvature: float) -> Valley:
+  return Valley(verdict, reason, np.nan, np.nan, np.nan, np.nan, float(curvature))
+
+
+def _fieller(
+  slope: float, curvature: float, a_N3: Array, squares: float, freedom: int
+) -> tuple[float, float]:
+  """The values t with |slope + 2 t curvature| within its own 90 % reach: an interval, or NaN when unbounded."""
+  if freedom < 1:
+    return np.nan, np.nan
+  cov = squares / freedom * np.linalg.inv(a_N3.T @ a_N3)
+  reach = special.stdtrit(freedom, TAILS[1]) ** 2
+  square = 4 * (curvature**2 - reach * cov[2, 2])
+  linear = 4 * (slope * curvature - reach * cov[1, 2])
+  constant = slope**2 - reach * cov[1, 1]
+  inside = linear**2 - 4 * square * constant
+  if square <= 0 or inside < 0:
+    return np.nan, np.nan
+  root = np.sqrt(inside)
+  return (-linear - root) / (2 * square), (-linear + root) / (2 * square)

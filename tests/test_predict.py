@@ -1,0 +1,141 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import fit, laws, predict, solve
+from sae_jax import flops
+from sae_jax.errors import UserError
+from tests import planted_ledger
+
+
+@pytest.fixture(scope='module')
+def ledger(tmp_path_factory):
+  return planted_ledger.write(tmp_path_factory.mktemp('predict'), noise=0.003)
+
+
+def test_predict_finds_the_loss_of_a_larger_cell(ledger):
+  found = predict.predict(ledger, {'n_latents': 65536, 'k': 7}, bootstrap=60)
+  truth = planted_ledger.loss(65536, 7)
+  assert found.nmse == pytest.approx(truth, rel=0.02)
+  assert found.low < truth < found.high
+  assert found.beyond == {'n_latents': pytest.approx(np.log10(2)), 'k': 0.0}
+  assert found.fit.holdout['rule'] == 'n_latents>16384'
+
+
+def test_predict_counts_the_cost_at_the_tokens_of_the_ledger(ledger):
+  found = predict.predict(ledger, {'n_latents': 3000, 'k': 7}, bootstrap=0)
+  steps, batch, d = planted_ledger.STEPS, planted_ledger.BATCH, planted_ledger.D
+  spent = flops.step_flops(3000, 7, d, batch)
+  assert found.tokens == steps * batch
+  assert found.flops_useful == pytest.approx(steps * spent['useful'])
+  assert found.flops_dense == pytest.approx(steps * spent['dense'])
+  assert np.isnan(found.flops_subject)  # the ledger does not say, and that is not 0
+  assert found.to_json()['flops_subject'] is None
+
+
+def test_predict_interval_widens_with_distance_and_says_how_far(ledger):
+  sizes = (8192, 2**17, 2**22)
+  found = [predict.predict(ledger, {'n_latents': n, 'k': 7}, bootstrap=60) for n in sizes]
+  width = [np.log(p.high / p.low) for p in found]
+  assert width[0] < width[1] < width[2]
+  codes = [{w['code'] for w in p.warnings} for p in found]
+  assert [{'far_extrapolation'} <= c for c in codes] == [False, False, True]
+  assert [{'beyond_holdout'} <= c for c in codes] == [False, True, True]
+  below = predict.predict(ledger, {'n_latents': 512, 'k': 2}, bootstrap=0)
+  assert below.beyond == {'n_latents': pytest.approx(-np.log10(2)), 'k': pytest.approx(np.log10(2 / 3))}
+
+
+def test_predict_of_cells_that_still_improve_says_so(tmp_path):
+  at = {'n_latents': 65536, 'k': 7}
+  still = planted_ledger.write(tmp_path, converged=False)
+  assert 'still_improving' in {w['code'] for w in predict.predict(still, at, bootstrap=0).warnings}
+
+
+def test_predict_from_one_k_uses_a_law_over_n(tmp_path):
+  ledger = planted_ledger.write(tmp_path, ks=(7,))
+  found = predict.predict(ledger, {'n_latents': 65536, 'k': 7}, bootstrap=0)
+  assert found.fit.law.name == 'power' and found.low < planted_ledger.loss(65536, 7) < found.high
+  with pytest.raises(UserError, match='k=3 cannot be predicted'):
+    predict.predict(ledger, {'n_latents': 65536, 'k': 3}, bootstrap=0)
+
+
+def test_predict_refuses_a_ledger_of_two_widths(tmp_path):
+  planted_ledger.write(tmp_path)
+  planted_ledger.write(tmp_path, sizes=(512,), d_model=17)
+  with pytest.raises(UserError, match='d_model 13, 17'):
+    predict.predict(str(tmp_path), {'n_latents': 65536, 'k': 3}, bootstrap=0)
+
+
+@pytest.mark.parametrize(('law', 'sizes', 'count'), [('power', 4, 200), ('joint_nk', 5, 60)])
+def test_predict_interval_covers_a_new_cell_at_the_nominal_rate(law, sizes, count, monkeypatch):
+  """At most 5 standard deviations of a binomial below 90 %: 159 of 200, where resamples alone give 146 for four
+  points."""
+  monkeypatch.setattr(solve, '_STARTS', 16)  # these tables are easy, and starts are most of the time
+  n = 2.0 ** np.arange(6, 6 + sizes)
+  points = pd.DataFrame([(a, b) for a in n for b in (5.0, 11.0, 23.0)], columns=['n_latents', 'k'])
+  theta = list(planted_ledger.PLOTTED.values())
+  if law == 'power':
+    points, theta = points.iloc[::3].reset_index(drop=True), [np.log(0.1), np.log(3.0), -0.4]
+  chosen, at = laws.named(law), {'n_latents': 4.0 * n[-1], 'k': 11.0}
+  clean_N, new = (
+    chosen.log_prediction(np.array([theta]), np.log(np.atleast_2d(np.array([x[c] for c in chosen.axes]).T)))[
+      0
+    ][0]
+    for x in (points, at)
+  )
+  rng, hits = np.random.default_rng(7), 0
+  for _ in range(count):
+    noisy = points.assign(nmse=np.exp(clean_N + 0.01 * rng.normal(size=len(points))))
+    low, high = predict.interval(fit.fit_law(noisy, law, bootstrap=40), at)
+    hits += low <= np.exp(new[0] + 0.01 * rng.normal()) <= high
+  assert 0.9 * count - 5 * np.sqrt(count * 0.9 * 0.1) <= hits < count
+
+
+BAD = {
+  '': 'not a size',
+  'n_latents': 'not a size',
+  'n_latents=8,k=2,k=3': 'not a size',
+  'n_latents=8': 'n_latents and k',
+  'n_latents=8,k=2,d=3': 'n_latents and k',
+  'n_latents=many,k=2': 'not a number',
+  'n_latents=8.5,k=2': 'whole number',
+  'n_latents=nan,k=2': 'whole number',
+  'n_latents=1e400,k=2': 'whole number',
+  'n_latents=-8,k=2': 'whole number',
+  'n_latents=8,k=0': 'whole number',
+  'n_latents=8,k=9': 'exceeds',
+}
+
+
+@pytest.mark.parametrize('text', BAD)
+def test_predict_command_ends_with_one_line(text, ledger, capsys):
+  with pytest.raises(SystemExit) as code:
+    predict.main([f'--ledger={ledger}', f'--at={text}'])
+  assert code.value.code == 2
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1 and BAD[text] in error
+
+
+@pytest.mark.parametrize('sizes', [(), (1024, 2048)])
+def test_predict_from_too_few_cells_ends_with_one_line(sizes, tmp_path, capsys):
+  (tmp_path / 'cells').mkdir()
+  planted_ledger.write(tmp_path, sizes=sizes, ks=(3, 7))
+  with pytest.raises(SystemExit) as code:
+    predict.main([f'--ledger={tmp_path}', '--at=n_latents=4096,k=7'])
+  assert code.value.code == 2
+  assert capsys.readouterr().err.count('\n') == 1
+
+
+def test_predict_command_prints_the_held_out_error_and_writes_strict_json(ledger, tmp_path, capsys):
+  out = tmp_path / 'p.json'
+  with pytest.raises(SystemExit) as code:
+    predict.main([f'--ledger={ledger}', '--at=n_latents=1e7, k=7', f'--json={out}', '--bootstrap=30'])
+  assert code.value.code == 0
+  record = json.loads(out.read_text(), parse_constant=pytest.fail)
+  assert record['at'] == {'n_latents': 10_000_000, 'k': 7}
+  assert record['low'] < record['nmse'] < record['high'] and record['holdout']['mean_rel_err'] < 0.05
+  shown = capsys.readouterr().out
+  assert 'held out: 3 with n_latents>16384' in shown and '2.48 decades above n = 32768' in shown
+  assert 'far_extrapolation' in shown
