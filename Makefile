@@ -3,9 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
-# Huge pages for malloc where the kernel offers them on request: a step is 20 % faster (see LOG.md), and elsewhere
-# this does nothing.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: install demo test lint
 
