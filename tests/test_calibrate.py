@@ -1,0 +1,86 @@
+"""Predictions are written before the cells exist, and a cell inside its band is told from one outside."""
+
+import json
+import pathlib
+
+import pytest
+
+from analysis import calibrate
+from sae_jax.errors import UserError
+from tests import planted_ledger
+
+SMALL, LARGE = planted_ledger.SIZES[:4], planted_ledger.SIZES[4:]
+PAIRS = [(n, k) for n in LARGE for k in planted_ledger.KS]
+
+
+@pytest.fixture(scope='module')
+def planted(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('calibrate')
+  small = planted_ledger.write(folder / 'small', sizes=SMALL, noise=0.003, seed=1)
+  out = str(folder / 'predictions.json')
+  record = calibrate.write_predictions(small, PAIRS, out, bootstrap=50)
+  return folder, small, out, record
+
+
+def test_calibrate_cells_of_the_law_fall_inside(planted):
+  folder, _, out, record = planted
+  large = planted_ledger.write(folder / 'large', sizes=LARGE, noise=0.003, seed=2)
+  found = calibrate.check(out, large)
+  assert len(found.cells) == len(PAIRS) == len(record['predictions']) and not found.missing
+  assert found.inside >= len(PAIRS) - 1
+  assert found.cells['rel_err'].abs().max() < 0.05
+  assert f'{found.inside} of {len(PAIRS)} inside' in found.summary()
+  assert json.loads(json.dumps(found.to_json(), allow_nan=False))['n_cells'] == len(PAIRS)
+
+
+def test_calibrate_cells_of_another_law_fall_outside(planted):
+  folder, _, out, _ = planted
+  large = pathlib.Path(planted_ledger.write(folder / 'worse', sizes=LARGE, noise=0.003, seed=2))
+  for path in large.glob('cells/*/result.json'):
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {'nmse': record['nmse'] * 1.5}))
+  found = calibrate.check(out, str(large))
+  assert found.inside == 0 and found.p_so_few < 1e-4
+  assert (found.cells['rel_err'] < -0.2).all()
+
+
+def test_calibrate_names_what_is_not_finished(planted):
+  folder, _, out, _ = planted
+  part = planted_ledger.write(folder / 'part', sizes=LARGE[:1], noise=0.003)
+  found = calibrate.check(out, part)
+  assert len(found.missing) == len(planted_ledger.KS) and f'n={LARGE[1]} k=3' in found.summary()
+
+
+def test_calibrate_refuses_what_would_not_be_a_check(planted, tmp_path):
+  folder, small, out, record = planted
+  with pytest.raises(UserError, match='never replaced'):
+    calibrate.write_predictions(small, PAIRS, out, bootstrap=0)
+  with pytest.raises(UserError, match='does not hold'):
+    calibrate.write_predictions(small, [(SMALL[0], 3)], str(tmp_path / 'p.json'), bootstrap=0)
+  with pytest.raises(UserError, match='no finished cell'):
+    calibrate.check(out, small)
+  fitted = tmp_path / 'fitted.json'
+  own = record['predictions'][0] | {'n_latents': SMALL[0]}
+  fitted.write_text(json.dumps(record | {'predictions': [own]}))
+  with pytest.raises(UserError, match='was fitted'):
+    calibrate.check(str(fitted), small)
+  other = tmp_path / 'other.json'
+  tokens = [p | {'tokens': p['tokens'] + 11} for p in record['predictions']]
+  other.write_text(json.dumps(record | {'predictions': tokens}))
+  with pytest.raises(UserError, match='train it as predicted'):
+    calibrate.check(str(other), planted_ledger.write(folder / 'again', sizes=LARGE))
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"predictions": [{}]}', '{"predictions": 3}', 'null'])
+def test_calibrate_bad_file_is_one_line(planted, tmp_path, text, capsys):
+  path = tmp_path / 'bad.json'
+  path.write_text(text)
+  with pytest.raises(UserError, match='no file of predictions'):
+    calibrate.check(str(path), planted[1])
+
+
+def test_calibrate_command_line(planted, tmp_path, capsys):
+  _, small, _, _ = planted
+  with pytest.raises(SystemExit):
+    calibrate.main(['--ledger', small, '--n_latents', '2e3', '--k', '3', '--out', str(tmp_path / 'x')])
+  assert 'whole numbers' in capsys.readouterr().err
