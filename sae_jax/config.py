@@ -106,10 +106,14 @@ class DataConfig:
 class MeshConfig:
   data: int
   latent: int
+  member: int = 1  # parts of the devices that the cells of a group are dealt out over
+  row_chunks: int = 1  # parts that a device's tokens are encoded in, so that B x n never exists whole
+  exchange: str = 'auto'  # how shards agree on the top k: see topk.exchange; the choice changes no bit
 
 
 _CHOICES = {
   'sae.activation': ('topk',),
+  'mesh.exchange': ('auto', 'gather', 'count'),
   'train.compute_dtype': ('float32', 'bfloat16'),
   'data.source': ('planted', 'store', 'live'),
   'data.normalize': ('center_unit', 'none'),
@@ -123,7 +127,8 @@ _AT_LEAST = {
   'train.batch_tokens': 1, 'train.tokens': 1, 'train.seed': 0, 'train.checkpoint_every': 1,
   'eval.tokens': 2, 'eval.per_decade': 1, 'eval.batch_tokens': 1,
   'data.seed': 0, 'data.epochs': 1, 'data.window_tokens': 2, 'data.block_windows': 1,
-  'data.store_tokens': 1, 'data.held_out_tokens': 2, 'mesh.data': 1, 'mesh.latent': 1,
+  'data.store_tokens': 1, 'data.held_out_tokens': 2, 'mesh.data': 1, 'mesh.latent': 1, 'mesh.member': 1,
+  'mesh.row_chunks': 1,
   'data.planted.n_features': 1, 'data.planted.noise': 0,
 }  # fmt: skip
 _BELOW_ONE = ('optim.beta1', 'optim.beta2', 'optim.ema_decay')
@@ -176,6 +181,12 @@ class Config:
           f'{key}={flat[key]} is not divisible by mesh.data={self.mesh.data}; '
           f'use {down or self.mesh.data} or {down + self.mesh.data}'
         )
+    rows = self.train.batch_tokens // self.mesh.data
+    if rows % self.mesh.row_chunks:
+      raise UserError(
+        f'mesh.row_chunks={self.mesh.row_chunks} does not divide the {rows} tokens of a device '
+        '(train.batch_tokens / mesh.data); use a divisor'
+      )
     if self.train.tokens < self.train.batch_tokens:
       raise UserError(
         f'train.tokens={self.train.tokens} is less than one batch of {self.train.batch_tokens}; raise it'
@@ -195,6 +206,21 @@ class Config:
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
 
+  @property
+  def state_is_split(self) -> bool:
+    """Whether parameters at rest, gradients, moments and EMA are sharded over the data axis too."""
+    return self.mesh.data > 1 and self.sae.n_latents % (self.mesh.data * self.mesh.latent) == 0
+
+  @property
+  def stream(self) -> str:
+    """Equal for cells that can train together: same activations in the same batches, on the same devices."""
+    shared = {
+      key: value
+      for key, value in self.flat().items()
+      if key.startswith(('data.', 'mesh.')) or key in ('sae.d_model', 'train.batch_tokens', 'train.tokens')
+    }
+    return json.dumps(shared, sort_keys=True, allow_nan=False)
+
   def to_json(self) -> bytes:
     record = {'schema': SCHEMA, 'id': self.id} | dataclasses.asdict(self)
     return json.dumps(record, indent=1, allow_nan=False).encode() + b'\n'
@@ -205,6 +231,7 @@ def from_json(data: bytes) -> Config:
   try:
     record = json.loads(data)
     schema, recorded_id = record.pop('schema'), record.pop('id')
+    record['mesh'] = template().mesh.to_dict() | record['mesh']  # where it ran may predate a key
     config = _build(Config, record)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
@@ -249,7 +276,7 @@ def template() -> ml_collections.ConfigDict:
     store_tokens=unset_int(), held_out_tokens=unset_int(), dtype=unset_str(),
     planted=dict(n_features=512, active=8.0, exponent=0.5, noise=0.05, seed=0),
   )  # fmt: skip
-  c.mesh = dict(data=1, latent=1)
+  c.mesh = dict(data=1, latent=1, member=1, row_chunks=1, exchange='auto')
   return c
 
 

@@ -1,11 +1,13 @@
 """Where arrays live: the (data, latent) mesh, partition specs by array name, and host-to-device placement."""
 
 import concurrent.futures
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,19 +28,40 @@ PARAM_SPECS = {name: SPECS.get(name, P()) for name in ('w_enc_FD', 'w_dec_FD', '
 BATCH = P('data', None)
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh over the first data x latent devices. Raises `UserError` when there are fewer."""
-  devices = jax.devices()
+  devices = jax.devices() if devices is None else devices
   size = config.data * config.latent
   if size > len(devices):
     raise UserError(
       f'mesh.data={config.data} x mesh.latent={config.latent} needs {size} devices and there are '
       f'{len(devices)}; use a smaller mesh'
     )
-  # Auto and said so: the default is Explicit, under which every gather and scatter wants an out_sharding.
-  return jax.make_mesh(
-    (config.data, config.latent), ('data', 'latent'), axis_types=(AxisType.Auto,) * 2, devices=devices[:size]
+  if len({getattr(device, 'slice_index', 0) for device in devices[:size]}) > 1:
+    raise UserError(
+      f'mesh.data={config.data} x mesh.latent={config.latent} spans TPU slices; use one slice a cell'
+    )
+  # Where a mesh axis is no axis of the torus (4 x 128 on 8x8x8), jax.make_mesh refuses; split one instead.
+  placed = mesh_utils.create_device_mesh(
+    (config.data, config.latent), devices[:size], allow_split_physical_axes=True
   )
+  # Auto and said so: under Explicit every gather and scatter wants an out_sharding.
+  return Mesh(placed, ('data', 'latent'), axis_types=(AxisType.Auto,) * 2)
+
+
+def member_meshes(config: MeshConfig) -> list[Mesh]:
+  """`mesh.member` meshes over disjoint devices, each data x latent: one for each part of a group of cells."""
+  devices, size = jax.devices(), config.data * config.latent
+  if config.member * size > len(devices):
+    raise UserError(
+      f'mesh.member={config.member} x mesh.data={config.data} x mesh.latent={config.latent} needs '
+      f'{config.member * size} devices and there are {len(devices)}; use a smaller mesh'
+    )
+  if config.member > 1 and jax.process_count() > 1:
+    raise UserError(
+      f'mesh.member={config.member} on {jax.process_count()} processes; use mesh.member=1, or one process a worker'
+    )
+  return [make_mesh(config, devices[i * size : (i + 1) * size]) for i in range(config.member)]
 
 
 def axes_of(mesh: Mesh) -> Axes:
@@ -86,16 +109,18 @@ def place_rows(mesh: Mesh, shape: tuple[int, int], rows) -> jax.Array:
   return jax.make_array_from_callback(shape, NamedSharding(mesh, BATCH), piece)
 
 
-def batches(source: Source, mesh: Mesh, batch: int, start: int, stop: int) -> Iterator[jax.Array]:
-  """Training batches start..stop, each read and placed while the step before it runs."""
+def batches(
+  source: Source, meshes: Sequence[Mesh], batch: int, start: int, stop: int
+) -> Iterator[list[jax.Array]]:
+  """Training batches start..stop, one array a mesh, each read once and placed while the step before it runs."""
 
   def load(step):
-    offset = step * batch
-    return place_rows(mesh, (batch, source.d_model), lambda a, b: source.rows(offset + a, offset + b))
+    rows = functools.cache(lambda a, b: source.rows(step * batch + a, step * batch + b))
+    return [place_rows(mesh, (batch, source.d_model), rows) for mesh in meshes]
 
   with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='batches') as pool:
     ahead = pool.submit(load, start) if start < stop else None
     for step in range(start, stop):
-      x_BD = ahead.result()
+      placed = ahead.result()
       ahead = pool.submit(load, step + 1) if step + 1 < stop else None
-      yield x_BD
+      yield placed

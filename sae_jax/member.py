@@ -1,0 +1,185 @@
+"""One cell in training: its folder, checkpoints, measurements and result.
+
+A run steps one member or a group of them; what a member leaves behind is the same either way.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from sae_jax import artifact, files, flops, metrics, optim
+from sae_jax.checkpoint import Checkpoints, combined_digest
+from sae_jax.config import Config, from_json
+from sae_jax.data.source import Source
+from sae_jax.errors import UserError
+from sae_jax.evaluate import Evaluator
+
+
+class Diverged(Exception):
+  """The loss is no longer finite."""
+
+
+class Member:
+  """A cell between its first step and its result.
+
+  Args:
+    config: the cell.
+    workdir: its folder, claimed by `claim_folder`.
+    mesh: where it runs.
+    source: its activations.
+    share: part of the run's time that is this cell's, for `wall_s`; 1 when it trains alone.
+  """
+
+  def __init__(self, config: Config, workdir: str, mesh: Mesh, source: Source, share: float = 1.0):
+    self.config, self.workdir, self.mesh = config, workdir, mesh
+    self._source, self._share = source, share
+    self._evaluator = Evaluator(config, mesh, source)
+    self._checkpoints = Checkpoints(workdir, config.id)
+    self._log = metrics.MetricsFile(workdir) if jax.process_index() == 0 else None
+    self._evaluation_steps = log_spaced(config.train.steps, config.eval.per_decade)
+    self._facts: dict[str, Any] = {
+      'mesh': [config.mesh.data, config.mesh.latent],
+      'versions': metrics.versions(),
+      'bit_exact': True,
+      'wall_s': 0.0,
+    }
+    self._began = time.monotonic()
+    self._line: dict[str, Any] = {}
+
+  def start(self, abstract: Any, fresh: Callable[[], Any]) -> Any:
+    """The state of the newest good checkpoint, else a fresh one."""
+    restored = self._checkpoints.restore(
+      abstract, note=lambda text: print(f'{self.config.id}: {text}', file=sys.stderr)
+    )
+    if not restored:
+      return fresh()
+    state, saved = restored
+    same = all(saved[key] == self._facts[key] for key in ('mesh', 'versions'))
+    self._facts |= {'bit_exact': saved['bit_exact'] and same, 'wall_s': saved['wall_s']}
+    return state
+
+  def begin(self) -> None:
+    """Starts the clock behind `wall_s`."""
+    self._began = time.monotonic()
+
+  def evaluates_at(self, step: int) -> bool:
+    return step in self._evaluation_steps
+
+  def evaluate(self, at: int, state: Any, train_metrics: dict[str, float]) -> None:
+    """Measures raw and EMA weights on held-out tokens and writes a line. Raises `Diverged`."""
+    ema_decay, batch = self.config.optim.ema_decay, self.config.train.batch_tokens
+    raw, ema = self._evaluator(state.params, optim.ema_weights(state.ema, state.step, ema_decay))
+    spent = flops.spent(self.config, at, int(state.aux_steps))
+    better = 'ema' if ema.nmse < raw.nmse else 'raw'
+    best = {'ema': ema, 'raw': raw}[better]
+    line = {
+      'tokens': at * batch, 'flops_useful': spent['useful'], 'flops_dense': spent['dense'],
+      'flops_subject': self._source.flops_per_token * at * batch, 'wall_s': self._wall_s(),
+      'eval/nmse': best.nmse, 'eval/nmse_raw': raw.nmse, 'eval/nmse_ema': ema.nmse, 'eval/weights': better,
+      'eval/mse': best.mse, 'eval/l0': best.l0,
+    } | train_metrics  # fmt: skip
+    check_finite(at, line)
+    if self._log:
+      self._log.write(at, line)
+    self._line = line
+
+  def save(self, at: int, state: Any) -> None:
+    self._checkpoints.save(at, state, self._facts | {'wall_s': self._wall_s()})
+
+  def close(self) -> None:
+    """Waits for checkpoints in flight."""
+    self._checkpoints.close()
+
+  def finish(self, state: Any) -> None:
+    """Writes the autoencoder and then result.json, the commit point, after an evaluation at the last step."""
+    config, line = self.config, self._line
+    digest = combined_digest(state.params)
+    ema = optim.ema_weights(state.ema, state.step, config.optim.ema_decay)
+    weights = {
+      name: {key: np.asarray(multihost_utils.process_allgather(a, tiled=True)) for key, a in params.items()}
+      for name, params in (('raw', state.params), ('ema', ema))
+    }
+    if jax.process_index() == 0:
+      sizes = {
+        'id': config.id, 'n_latents': config.sae.n_latents, 'k': config.sae.k, 'd_model': config.sae.d_model,
+        'activation': config.sae.activation,
+      }  # fmt: skip
+      artifact.save(
+        self.workdir, weights, sizes | {'weights': line['eval/weights']} | self._source.provenance
+      )
+      measured = {
+        key: line[f'eval/{key}'] for key in ('nmse', 'nmse_raw', 'nmse_ema', 'weights', 'mse', 'l0')
+      }
+      spent = {key: line[key] for key in ('tokens', 'flops_useful', 'flops_dense', 'flops_subject', 'wall_s')}
+      metrics.commit_result(
+        self.workdir,
+        sizes
+        | spent
+        | measured
+        | {
+          'seed': config.train.seed,
+          'learning_rate': config.optim.learning_rate,
+          'batch_tokens': config.train.batch_tokens,
+          'steps': config.train.steps,
+          'tokens_asked': config.train.tokens,
+          'aux_steps': int(state.aux_steps),
+          'dead_fraction': line['sae/dead_fraction'],
+          'params_digest': digest,
+          'bit_exact': self._facts['bit_exact'],
+          'device_kind': self.mesh.devices.flat[0].device_kind,
+          'n_devices': self.mesh.size,
+          'mesh': self._facts['mesh'],
+          'versions': self._facts['versions'],
+          'git_commit': metrics.git_commit(),
+        },
+      )
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices('result.json')
+
+  def _wall_s(self) -> float:
+    return self._facts['wall_s'] + self._share * (time.monotonic() - self._began)
+
+
+def log_spaced(steps: int, per_decade: int) -> set[int]:
+  """Steps to evaluate at: about `per_decade` a decade, and the last, so that one run is a whole loss curve."""
+  count = math.ceil(math.log10(steps) * per_decade) if steps > 1 else 0
+  return {round(10 ** (i / per_decade)) for i in range(count)} | {steps}
+
+
+def check_finite(step: int, values: dict[str, Any]) -> None:
+  """Raises `Diverged` naming what is not finite."""
+  bad = [
+    f'{key}={value}' for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)
+  ]
+  if bad:
+    raise Diverged(
+      f'not finite at step {step}: {", ".join(bad)}; lower optim.learning_rate or set optim.clip_norm'
+    )
+
+
+def claim_folder(config: Config, workdir: str) -> None:
+  """Writes config.json, or checks that the folder is this cell's. Raises `UserError` when it is another's."""
+  path = files.join(workdir, 'config.json')
+  if jax.process_index() == 0 and not files.exists(path):
+    try:
+      files.create(path, config.to_json())
+    except FileExistsError:
+      pass  # another worker was faster; the check below still holds
+    except OSError as error:
+      raise UserError(
+        f'cannot write {path} ({error.strerror}); free space or choose another workdir'
+      ) from error
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('config.json')
+  found = from_json(files.read(path))
+  if found.id != config.id:
+    raise UserError(
+      f'{workdir} holds cell {found.id} and the configuration is cell {config.id}; use another workdir'
+    )

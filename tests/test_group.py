@@ -1,0 +1,108 @@
+"""A group of cells in one compiled step leaves behind what each cell alone would."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+
+from experiments import tiny
+from sae_jax import config
+from sae_jax import train as training
+from sae_jax.errors import UserError
+
+STEPS = 12
+# Members that differ in k, learning rate, seed, coefficient and n.
+DIFFERENCES = (
+  {'sae.k': 3},
+  {'sae.k': 5, 'optim.learning_rate': 3e-3},
+  {'sae.k': 3, 'train.seed': 7, 'loss.aux_coefficient': 0.5, 'loss.dead_tokens': 70},
+  {'sae.k': 2, 'sae.n_latents': 37},
+)
+
+
+def cell(**overrides) -> config.Config:
+  small = {
+    'sae.n_latents': 61, 'sae.d_model': 13, 'sae.k_aux': 11, 'train.batch_tokens': 32, 'train.tokens': STEPS * 32,
+    'train.checkpoint_every': 5, 'eval.tokens': 53, 'eval.batch_tokens': 32, 'data.planted.n_features': 31,
+  }  # fmt: skip
+  return config.resolve(config.override(tiny.get_config(), small | overrides))
+
+
+def facts(workdir: pathlib.Path) -> dict:
+  record = json.loads((workdir / 'result.json').read_text())
+  return {key: value for key, value in record.items() if key not in ('wall_s', 'git_commit')}
+
+
+def stop_after(steps: int):
+  calls = iter(range(10_000))
+  return lambda: next(calls) >= steps - 1
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('alone')
+  for i, changes in enumerate(DIFFERENCES):
+    assert training.train(cell(**changes), str(folder / str(i))) == 'done'
+  return folder
+
+
+def members(folder: pathlib.Path, **more) -> list[tuple[config.Config, str]]:
+  return [(cell(**changes, **more), str(folder / str(i))) for i, changes in enumerate(DIFFERENCES)]
+
+
+def test_group_ends_with_the_bits_of_each_cell_alone(alone, tmp_path):
+  assert training.train_group(members(tmp_path)) == ['done'] * 4
+  for i in range(4):
+    assert facts(tmp_path / str(i)) == facts(alone / str(i))
+
+
+def test_group_checkpoints_are_the_cells_own(alone, tmp_path):
+  assert training.train_group(members(tmp_path), should_stop=stop_after(7)) == ['preempted'] * 4
+  # Two go on alone from the group's checkpoints, and one from the start; then the group is formed again from what is
+  # left, with one finished, one at step 7 and one at another step.
+  assert training.train(cell(**DIFFERENCES[0]), str(tmp_path / '0')) == 'done'
+  assert training.train(cell(**DIFFERENCES[1]), str(tmp_path / '1'), should_stop=stop_after(2)) == 'preempted'
+  assert training.train_group(members(tmp_path)) == ['done'] * 4
+  for i in range(4):
+    assert facts(tmp_path / str(i)) == facts(alone / str(i))
+
+
+def test_group_member_that_diverges_harms_no_other(alone, tmp_path):
+  wild = (cell(**DIFFERENCES[1] | {'optim.learning_rate': 1e30}), str(tmp_path / 'wild'))
+  cells = members(tmp_path)
+  outcomes = training.train_group([cells[0], wild, cells[2]])
+  assert outcomes[0] == outcomes[2] == 'done' and isinstance(outcomes[1], training.Diverged)
+  assert not (tmp_path / 'wild' / 'result.json').exists()
+  for i in (0, 2):
+    assert facts(tmp_path / str(i)) == facts(alone / str(i))
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason='needs eight virtual devices')
+def test_group_is_dealt_out_over_devices(alone, tmp_path):
+  assert training.train_group(members(tmp_path, **{'mesh.member': 3})) == ['done'] * 4
+  for i in range(4):
+    assert facts(tmp_path / str(i)) == facts(alone / str(i))
+
+
+def test_group_of_two_streams_is_refused(tmp_path):
+  cells = [(cell(), str(tmp_path / 'a')), (cell(**{'data.seed': 3}), str(tmp_path / 'b'))]
+  with pytest.raises(UserError, match='must share data'):
+    training.train_group(cells)
+  assert not (tmp_path / 'a').exists()
+
+
+def test_group_on_too_few_devices_is_refused(tmp_path):
+  with pytest.raises(UserError, match='needs 99 devices'):
+    training.train_group(members(tmp_path, **{'mesh.member': 99}))
+
+
+def test_group_reads_each_batch_once(tmp_path, monkeypatch):
+  from sae_jax.data import planted
+
+  asked = []
+  rows = planted.Planted.rows
+  monkeypatch.setattr(planted.Planted, 'rows', lambda self, a, b: asked.append((a, b)) or rows(self, a, b))
+  training.train_group(members(tmp_path, **{'mesh.member': 2})[:2])
+  batches = [span for span in asked if span[1] - span[0] == 32]
+  assert sorted(batches) == [(i * 32, i * 32 + 32) for i in range(STEPS)]
