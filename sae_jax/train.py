@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax import config_flags, distributed, files, flops, metrics, optim, sae, sharding
 from sae_jax.config import Config, resolve
-from sae_jax.data.source import open_source
+from sae_jax.data.source import Source, open_source
 from sae_jax.errors import UserError, one_line_errors
 from sae_jax.member import Diverged, Member, check_finite, claim_folder
 from sae_jax.sample import start_up_sample
@@ -58,13 +58,6 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
     (sharding.PARAM_SPECS, P()),
     P(),
   )
-  loss_and_grads = on_shards(
-    lambda params, idle_F, x_BD, scale: sae.loss_and_grads(
-      params, idle_F, x_BD, scale, sae=config.sae, loss=config.loss, batch=batch, axes=axes, dtype=dtype
-    ),
-    (sharding.PARAM_SPECS, sharding.SPECS['idle_F'], sharding.BATCH, P()),
-    (sharding.PARAM_SPECS, sharding.SPECS['idle_F'], P()),
-  )
 
   def init(b_pre_D, scale):
     key, probe_key = jax.random.split(jax.random.key(config.train.seed))
@@ -81,6 +74,29 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
       aux_steps=jnp.zeros((), jnp.int32),
       scale=scale,
     )
+
+  abstract = jax.eval_shape(
+    init, jax.ShapeDtypeStruct((width,), np.float32), jax.ShapeDtypeStruct((), np.float32)
+  )
+  state_shardings = sharding.shardings(mesh, abstract)
+  loss_and_grads = on_shards(
+    lambda params, idle_F, x_BD, scale: sae.loss_and_grads(
+      params,
+      idle_F,
+      x_BD,
+      scale,
+      sae=config.sae,
+      loss=config.loss,
+      batch=batch,
+      axes=axes,
+      dtype=dtype,
+      chunks=config.mesh.row_chunks,
+      exchange=config.mesh.exchange,
+      scatter=config.state_is_split,
+    ),
+    (sharding.PARAM_SPECS, sharding.SPECS['idle_F'], sharding.BATCH, P()),
+    ({name: where.spec for name, where in state_shardings.params.items()}, sharding.SPECS['idle_F'], P()),
+  )
 
   def step(state: TrainState, x_BD):
     grads, idle_F, sums = loss_and_grads(state.params, state.idle_F, x_BD, state.scale)
@@ -105,10 +121,6 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
     }
 
   replicated = NamedSharding(mesh, P())
-  abstract = jax.eval_shape(
-    init, jax.ShapeDtypeStruct((width,), np.float32), jax.ShapeDtypeStruct((), np.float32)
-  )
-  state_shardings = sharding.shardings(mesh, abstract)
   init = jax.jit(init, in_shardings=(replicated, replicated), out_shardings=state_shardings)
   step = jax.jit(
     step,
@@ -276,6 +288,15 @@ class _Part:
       self._step = make_group_step([t.member.config for t in self.trainees], self.mesh)
 
 
+def _feed(config: Config, source: Source, meshes: Sequence[Mesh], start: int) -> Iterator[list[jax.Array]]:
+  batch, steps = config.train.batch_tokens, config.train.steps
+  if config.data.source == 'live' and meshes[0].size > 1:
+    from sae_jax.data import live_mesh  # brings the subjects
+
+    return live_mesh.batches(source, meshes, batch, start, steps)
+  return sharding.batches(source, meshes, batch, start, steps)
+
+
 def _train_together(trainees, source, meshes, start, should_stop, label) -> dict[int, str | Diverged]:
   outcomes: dict[int, str | Diverged] = {t.index: 'done' for t in trainees}
   first = trainees[0].member.config
@@ -318,7 +339,7 @@ def _train_together(trainees, source, meshes, start, should_stop, label) -> dict
 
   pending: tuple[int, dict[int, dict[str, jax.Array]]] | None = None  # metrics are fetched one step late
   try:
-    for at, placed in enumerate(sharding.batches(source, meshes, batch, start, steps), start + 1):
+    for at, placed in enumerate(_feed(first, source, meshes, start), start + 1):
       for mesh, x_BD in zip(meshes, placed, strict=True):
         for part in parts:
           if part.mesh is mesh and part.trainees:

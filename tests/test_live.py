@@ -1,10 +1,14 @@
 """A live subject gives the numbers of a store harvested with the same settings, over epochs too."""
 
+import json
+
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from sae_jax import config
-from sae_jax.data import harvest
+from sae_jax import config, sharding
+from sae_jax import train as training
+from sae_jax.data import harvest, live_mesh
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
 from tests.test_harvest import settings, toy  # noqa: F401  the toy subject's fixture
@@ -42,3 +46,52 @@ def test_live_refuses_more_tokens_than_its_stream(toy):  # noqa: F811
 def test_live_refuses_another_width(toy):  # noqa: F811
   with pytest.raises(UserError, match='has width 6'):
     open_source(cell('live', '', **{'sae.d_model': 7}))
+
+
+@pytest.mark.parametrize('shape', [(2, 4), (8, 1), (1, 8)])
+def test_live_on_a_mesh_gives_the_rows_of_the_host(toy, shape):  # noqa: F811
+  source = open_source(cell('live', ''))
+  mesh = sharding.make_mesh(config.MeshConfig(*shape))
+  for start, stop in ((0, 20), (7, 13)):  # all blocks and both epochs; and from the middle, as a resumed run
+    got = list(live_mesh.batches(source, [mesh], 16, start, stop))
+    for step, (x_BD,) in enumerate(got, start):
+      expected_BD = source.rows(step * 16, step * 16 + 16)
+      np.testing.assert_allclose(np.asarray(x_BD), expected_BD, rtol=1e-4, atol=1e-5)  # rows have norm 1
+      assert x_BD.sharding.is_equivalent_to(NamedSharding(mesh, sharding.BATCH), 2)
+
+
+def test_live_on_a_mesh_is_a_function_of_the_step(toy):  # noqa: F811
+  source, mesh = open_source(cell('live', '')), sharding.make_mesh(config.MeshConfig(2, 4))
+  straight = [np.asarray(x) for (x,) in live_mesh.batches(source, [mesh], 16, 0, 20)]
+  resumed = [np.asarray(x) for (x,) in live_mesh.batches(source, [mesh], 16, 11, 20)]
+  np.testing.assert_array_equal(straight[11:], resumed)
+
+
+def test_live_trains_on_a_mesh_as_on_one_device(toy, tmp_path):  # noqa: F811
+  nmse = []
+  for shape in ((1, 1), (2, 4)):
+    changes = {'mesh.data': shape[0], 'mesh.latent': shape[1], 'eval.tokens': 43, 'train.checkpoint_every': 9}
+    folder = tmp_path / str(shape[0])
+    assert training.train(cell('live', '', **changes), str(folder)) == 'done'
+    record = json.loads((folder / 'result.json').read_text())
+    assert record['mesh'] == list(shape) and record['flops_subject'] > 0
+    nmse.append(record['nmse'])
+  assert nmse[0] == pytest.approx(nmse[1], rel=1e-4)
+
+
+def test_live_on_a_mesh_runs_every_block_once(toy, monkeypatch):  # noqa: F811
+  source, mesh = open_source(cell('live', '')), sharding.make_mesh(config.MeshConfig(2, 4))
+  calls = []
+  dispatch = live_mesh._Feed._dispatch
+
+  def counted(self, block, count):
+    before = len(block.outputs)
+    dispatch(self, block, count)
+    calls.extend([block.order_B.size] * max(0, len(block.outputs) - before))
+
+  monkeypatch.setattr(live_mesh._Feed, '_dispatch', counted)
+  list(live_mesh.batches(source, [mesh], 16, 0, 20))
+  stream = source.streams['train']
+  assert (
+    len(calls) <= 2 * stream.blocks
+  )  # two epochs, one call a block at this size; the last may not be needed

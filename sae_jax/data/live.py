@@ -28,10 +28,10 @@ class Live:
 
   def __init__(self, config: Config):
     data = config.data
-    self._settings = {
+    self.settings = {
       'seed': data.seed, 'block_windows': data.block_windows, 'window_tokens': data.window_tokens,
     }  # fmt: skip
-    self._normalize, self._dtype, self._epochs = data.normalize, data.dtype, data.epochs
+    self.normalization, self.dtype, self.epochs = data.normalize, data.dtype, data.epochs
     if config.train.tokens > data.store_tokens * data.epochs:
       raise UserError(
         f'train.tokens={config.train.tokens} but the stream has data.store_tokens={data.store_tokens} x '
@@ -42,45 +42,47 @@ class Live:
         f'eval.tokens={config.eval.tokens} but data.held_out_tokens={data.held_out_tokens}; raise the latter'
       )
     documents = text.load(data.text)
-    self._subject = subjects.load(data.subject, data.site)
-    self.d_model = self._subject.arch.d_model
+    self.subject = subjects.load(data.subject, data.site)
+    self.d_model = self.subject.arch.d_model
     if self.d_model != config.sae.d_model:
       raise UserError(
         f'sae.d_model={config.sae.d_model} but {data.subject} has width {self.d_model}; use that'
       )
-    self._layer = layer_of(data.site, self._subject.arch.n_layers)
-    self.flops_per_token = llama.flops_per_token(self._subject.arch, self._layer, data.window_tokens)
-    self._plan = order.plan(
-      self._subject.encode([document for _, document in documents]), start_token=self._subject.start_token,
+    self.layer = layer_of(data.site, self.subject.arch.n_layers)
+    self.flops_per_token = llama.flops_per_token(self.subject.arch, self.layer, data.window_tokens)
+    self.plan = order.plan(
+      self.subject.encode([document for _, document in documents]), start_token=self.subject.start_token,
       window_tokens=data.window_tokens, store_tokens=data.store_tokens, held_out_tokens=data.held_out_tokens,
       seed=data.seed,
     )  # fmt: skip
-    self.provenance = self._subject.provenance | {
+    self.provenance = self.subject.provenance | {
       'subject': data.subject, 'site': data.site, 'text': data.text, 'normalize': data.normalize, 'identity': '',
       'text_sha256': text.sha256(documents),
     }  # fmt: skip
     block_tokens = data.block_windows * (data.window_tokens - 1)
-    self._streams = {
+    self.streams = {
       'train': order.Stream(data.store_tokens, block_tokens, data.seed),
       'held_out': order.Stream(data.held_out_tokens, block_tokens, data.seed),
     }
     self._runner = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='subject')
     # Futures, so that a block in flight is waited for and not run twice.
-    self._block = functools.lru_cache(maxsize=_CACHED_BLOCKS)(self._start_block)
+    self._train_block = functools.lru_cache(maxsize=_CACHED_BLOCKS)(self._start_block)
+    self._held_out_block = functools.cache(self._start_block)  # read again at every evaluation of every cell
 
   def rows(self, start: int, stop: int) -> np.ndarray:
-    return self._range('train', start, stop, self._streams['train'].tokens * self._epochs)
+    return self._range('train', start, stop, self.streams['train'].tokens * self.epochs)
 
   def held_out(self, start: int, stop: int) -> np.ndarray:
-    return self._range('held_out', start, stop, self._streams['held_out'].tokens)
+    return self._range('held_out', start, stop, self.streams['held_out'].tokens)
 
   def _range(self, name: str, start: int, stop: int, held: int) -> np.ndarray:
-    stream, parts, position = self._streams[name], [], start
+    stream, parts, position = self.streams[name], [], start
+    start_block = self._train_block if name == 'train' else self._held_out_block
     for block, first, last in stream.locate(start, stop):
-      pending = self._block(name, block)
+      pending = start_block(name, block)
       after = position + stream.size(block) - first
       if after < held:
-        self._block(name, stream.locate(after, after + 1)[0][0])
+        start_block(name, stream.locate(after, after + 1)[0][0])
       parts.append(pending.result()[first:last])
       position += last - first
     return np.concatenate(parts)
@@ -89,7 +91,7 @@ class Live:
     return self._runner.submit(self._run_block, name, block)
 
   def _run_block(self, name: str, block: int) -> np.ndarray:
-    windows_WT = {'train': self._plan.train_WT, 'held_out': self._plan.held_out_WT}[name]
-    x_BD = harvest.block_activations(self._subject, self._layer, windows_WT, name, block, self._settings)
-    x_BD = normalize(x_BD[: self._streams[name].size(block)], self._normalize)[0]
-    return x_BD.astype(self._dtype).astype(np.float32)  # rounded as a store would
+    windows_WT = {'train': self.plan.train_WT, 'held_out': self.plan.held_out_WT}[name]
+    x_BD = harvest.block_activations(self.subject, self.layer, windows_WT, name, block, self.settings)
+    x_BD = normalize(x_BD[: self.streams[name].size(block)], self.normalization)[0]
+    return x_BD.astype(self.dtype).astype(np.float32)  # rounded as a store would
