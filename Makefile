@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: install demo test lint
+CALIBRATION := runs/calibration
+
+.PHONY: install demo calibrate test test-tpu test-slurm test-chaos chaos lint
 
 install: $(VENV)/.installed
 
@@ -20,8 +22,31 @@ demo: install
 	$(BIN)/python -m sweeps.launch --sweep=sweeps/grids/demo.py --ledger=$(RUN)/ledger --executor=local
 	$(BIN)/python -m analysis.report --ledger=$(RUN)/ledger --out=$(RUN)/report
 
+# Predicts 12 autoencoders from 16 smaller ones, then trains them and counts how many fell inside their band.
+calibrate: install
+	$(BIN)/python -m sae_jax.data.harvest --config=experiments/calibration.py --out=$(CALIBRATION)/store
+	$(BIN)/python -m sweeps.launch --sweep=sweeps/grids/calibration_small.py --ledger=$(CALIBRATION)/small --executor=local
+	test -e $(CALIBRATION)/predictions.json || $(BIN)/python -m analysis.calibrate --ledger=$(CALIBRATION)/small \
+	  --n_latents=2048,4096,8192 --k=8,16,32,64 --out=$(CALIBRATION)/predictions.json
+	$(BIN)/python -m sweeps.launch --sweep=sweeps/grids/calibration_large.py --ledger=$(CALIBRATION)/large --executor=local
+	$(BIN)/python -m analysis.calibrate --check=$(CALIBRATION)/predictions.json --ledger=$(CALIBRATION)/large
+
 test: install
 	$(BIN)/pytest
+
+# libtpu stays out of the environment: beside it, every jax process would look for a TPU first and complain.
+test-tpu: install
+	test -d $(VENV)/tpu || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tpu libtpu==0.0.42.1
+	PYTHONPATH=$(VENV)/tpu JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/pytest -m tpu
+
+test-slurm: install
+	$(BIN)/pytest -m slurm
+
+test-chaos: install
+	$(BIN)/pytest -m chaos
+
+chaos: install
+	$(BIN)/python -m tests.chaos --kills=200 --seed=0
 
 lint: install
 	$(BIN)/ruff check .
