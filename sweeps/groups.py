@@ -1,0 +1,47 @@
+"""Which waiting cells train together: those of one stream, whose checkpoints are at one step.
+
+A group pays once for the activations, which matters when the subject runs live. With a store a group saves nothing and
+costs memory and compile time, so cells of a store train alone unless `mesh.member` or the user asks for more.
+"""
+
+from collections.abc import Sequence
+
+from sae_jax import files
+from sae_jax.config import Config
+from sweeps import ledger
+
+_LIVE = 8  # cells of a live subject, unless the user states another number
+
+
+def most(config: Config, stated: int | None) -> int:
+  """How many cells may train together with one of this configuration."""
+  if stated is not None:
+    return stated
+  return max(config.mesh.member, _LIVE if config.data.source == 'live' else 1)
+
+
+def companions(
+  store: ledger.Ledger, first: ledger.CellState, waiting: Sequence[ledger.CellState], count: int
+) -> list[ledger.CellState]:
+  """At most `count` others of `waiting`, in their order, that can train with `first`.
+
+  Cells that failed before stay alone, so that a cell that takes its process down takes no other with it.
+  """
+  if count < 1 or first.attempts:
+    return []
+  step = newest_step(store, first.cell.id)
+  fitting = (
+    s
+    for s in waiting
+    if s.cell.id != first.cell.id
+    and not s.attempts
+    and s.cell.config.stream == first.cell.config.stream
+    and newest_step(store, s.cell.id) == step
+  )
+  return [s for s, _ in zip(fitting, range(count), strict=False)]
+
+
+def newest_step(store: ledger.Ledger, cell_id: str) -> int:
+  """The step of the newest checkpoint of a cell, 0 without one. It may turn out to be damaged; that is seen later."""
+  names = files.listdir(files.join(store.folder(cell_id), 'ckpt'))
+  return max((int(name) for name in names if name.isdecimal()), default=0)
