@@ -8,6 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
+from analysis import uncertainty
 from analysis.fit import Fit
 
 WITHOUT = {'power': 'power_no_floor', 'joint_nk': 'joint_nk_no_floor'}
@@ -39,6 +40,8 @@ class Comparison:
   def verdict(self) -> str:
     """'supported', 'not supported' or 'undecided', and why."""
     gain, (floored, plain) = self.aicc_gain, self.holdout_errors
+    if 'huber' in (self.floored.objective, self.plain.objective):
+      return f'undecided: {uncertainty.NO_AICC}'
     if not math.isfinite(gain) or not math.isfinite(floored + plain):
       return 'undecided: too few points for ' + ('AICc' if not math.isfinite(gain) else 'a held-out error')
     if abs(gain) < _CLEAR:

@@ -6,115 +6,19 @@ All starts and all resamples are solved together by one batched Levenberg-Marqua
 
 import argparse
 import dataclasses
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis import laws, solve, table, uncertainty
-from sae_jax import files
+from analysis import laws, profile, resample, seeds, solve, table, uncertainty
+from analysis.fitted import Fit, warning_lines, write_json
 from sae_jax.errors import UserError, one_line_errors
 
 Array = np.ndarray
 
 _MOST_RESAMPLES = 100_000
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Fit:
-  """A law with estimates, intervals, diagnostics and the points it was fitted to."""
-
-  law: laws.Law
-  x: tuple[str, ...]
-  y: str
-  objective: str
-  params: dict[str, dict[str, float]]  # name -> estimate, low, high, standard_error (NaN when unknown)
-  start_agreement: float  # share of starts within 1 % of the best objective
-  diagnostics: dict[str, Any]
-  holdout: dict[str, Any] | None  # rule, mean_rel_err, max_rel_err, … of a refit without the held-out points
-  warnings: list[dict[str, str]]
-  table: pd.DataFrame  # the points
-  theta_P: Array  # estimates in fit coordinates
-  draws_BP: Array  # the same for every resample; empty without bootstrap
-  where: dict[str, float] = dataclasses.field(default_factory=dict)  # common to all points, e.g. {'k': 32}
-
-  @property
-  def label(self) -> str:
-    """Such as 'L(n), k = 8'."""
-    symbols = ', '.join(laws.SYMBOLS.get(column, column) for column in self.x)
-    return f'L({symbols})' + ''.join(f', {key} = {value:g}' for key, value in self.where.items())
-
-  def predict(self, at: pd.DataFrame | Mapping[str, Any]) -> Array:
-    """Loss [N] at the rows of a table, or at scalars or arrays by column name."""
-    return np.exp(self.law.log_prediction(self.theta_P[None], self._logs(at))[0][0])
-
-  def band(self, at: pd.DataFrame | Mapping[str, Any]) -> tuple[Array, Array]:
-    """Bounds [N] of the 90 % interval of the law itself; NaN without bootstrap. It widens away from the data."""
-    u_NQ = self._logs(at)
-    if not len(self.draws_BP):
-      return np.full(len(u_NQ), np.nan), np.full(len(u_NQ), np.nan)
-    low, high = np.quantile(self.law.log_prediction(self.draws_BP, u_NQ)[0], uncertainty.TAILS, axis=0)
-    return np.exp(low), np.exp(high)
-
-  def warned(self, *more: dict[str, str]) -> 'Fit':
-    """The same fit with more warnings."""
-    return dataclasses.replace(self, warnings=[*self.warnings, *more])
-
-  def residuals(self) -> Array:
-    """ln predicted - ln observed [N] at the points of the fit."""
-    return np.log(self.predict(self.table)) - np.log(table.positive(self.table, [self.y])[:, 0])
-
-  def to_json(self) -> dict[str, Any]:
-    """An entry of laws.json: strict JSON, null where a number is unknown."""
-    record = {
-      'law': self.law.name, 'formula': self.law.formula, 'x': list(self.x), 'y': self.y, 'where': self.where,
-      'params': self.params, 'meaning': {p.name: p.meaning for p in self.law.parameters},
-      'objective': self.objective, 'n_points': len(self.table), 'start_agreement': self.start_agreement,
-      'holdout': self.holdout, 'warnings': self.warnings,
-    }  # fmt: skip
-    return _strict(record | self.diagnostics)
-
-  def summary(self) -> str:
-    """Lines for a terminal: the law, every constant with its interval, the checks; not the warnings."""
-    over = f'{self.law.name}: {self.y} over {", ".join(self.x)}, {len(self.table)} points'
-    lines = [f'{self.label}   ({over})', f'  {self.law.formula}']
-    for name, p in self.params.items():
-      estimate, low, high = (p[key] if not abs(p[key]) < 1e-6 else 0.0 for key in ('estimate', 'low', 'high'))
-      lines.append(f'  {name:7s} {estimate:12.5g}   90 % interval {low:.5g} to {high:.5g}')
-    lines.append(
-      f'  rms log residual {self.diagnostics["rms_log_residual"]:.5f}; {self.objective}; '
-      f'{self.start_agreement:.0%} of starts agree; interval by {self.diagnostics["interval"]["method"]}'
-    )
-    if self.holdout:
-      lines.append('  held out: ' + self.holdout_text())
-    return '\n'.join(lines)
-
-  def holdout_text(self) -> str:
-    """The held-out error in a sentence; empty when nothing was held out."""
-    if not self.holdout:
-      return ''
-    h = self.holdout
-    return (
-      f'{h["n_held_out"]} with {h["rule"]} predicted from the other {h["n_fitted"]}, '
-      f'error {h["mean_rel_err"]:.2%} on average, {h["max_rel_err"]:.2%} at most'
-    )
-
-  def _logs(self, at: pd.DataFrame | Mapping[str, Any]) -> Array:
-    if not isinstance(at, pd.DataFrame):
-      at = pd.DataFrame({key: np.ravel(value) for key, value in at.items()})
-    return np.log(table.positive(at, self.x))
-
-
-def warning_lines(fits: Sequence[Fit]) -> list[str]:
-  """One line a kind of warning: its code, the first message, and the fits it holds for when there are several."""
-  lines = []
-  for code in dict.fromkeys(w['code'] for fit in fits for w in fit.warnings):
-    hits = [(fit.label, w['message']) for fit in fits for w in fit.warnings if w['code'] == code]
-    labels = '; '.join(dict.fromkeys(label for label, _ in hits))
-    lines.append(f'{code}: {hits[0][1]}' + (f' [{labels}]' if len(fits) > 1 else ''))
-  return lines
 
 
 def with_holdout(fit: Callable[[str | None], Fit], holdout: str | None) -> Fit:
@@ -158,6 +62,8 @@ def fit_law(
     holdout: one comparison, e.g. 'n_latents>65536'. Those rows are predicted by a second fit to the other rows;
       the constants reported are always those of all rows.
     group: resample by the values of this column, for rows that are not independent (one run's checkpoints).
+      Without it, where settings were run with several seeds (column `seed` or `data_seed`), settings are resampled and
+      then the seeds in them; otherwise rows are.
     seed: of starts and resamples.
 
   Raises:
@@ -171,22 +77,33 @@ def fit_law(
   columns = tuple(x or chosen.axes)
   if sorted(columns) == sorted(chosen.axes):
     columns = chosen.axes  # these names say which axis they are, so their order cannot go wrong
+  if group is None and 'id' in points and points['id'].duplicated().any():
+    twice = points['id'][points['id'].duplicated()].iloc[0]
+    raise UserError(
+      f'id {str(twice)[:40]!r} is in the table twice; drop the copies, or resample by run with group (--group=id)'
+    )
   rng = np.random.default_rng(seed)
-  label_N = solve.labels(points, group)
-  setting_N = solve.settings(chosen, table.positive(points, columns), columns)
-  weight_BN = solve.resamples(label_N, setting_N, len(chosen.names), bootstrap, rng)
+  point_N = solve.settings(chosen, table.positive(points, columns), columns)
+  repeat_N = seeds.replicates(points, columns)
+  within = group is None and repeat_N is not None
+  label_N = repeat_N if within else resample.labels(points, group)
+  weight_BN = resample.weights(label_N, point_N, len(chosen.names), bootstrap, rng, within=within)
   held = None
   if holdout:
     test_N = table.matching(points, holdout)
     held = (holdout, (~test_N).astype(float), test_N)
-  by = group or 'row'
+  by = 'setting, then seed' if within else group or 'row'
   fit = fit_weighted(
     points, chosen, columns, y, weight_BN, objective=objective, delta=delta, holdout=held, by=by, rng=rng
   )  # fmt: skip
+  residual_N = fit.residuals()
+  noise, doubts = seeds.judge(
+    repeat_N, np.log(fit.table[y].to_numpy(float)), residual_N @ residual_N, len(chosen.names), objective == 'logls'
+  )  # fmt: skip
   share = np.bincount(label_N).max() / len(label_N)
   if group and share > 0.5:
-    return fit.warned(table.warning('one_run_dominates', f'one {group} holds {share:.0%} of the points'))
-  return fit
+    doubts.append(table.warning('one_run_dominates', f'one {group} holds {share:.0%} of the points'))
+  return dataclasses.replace(fit, diagnostics=fit.diagnostics | {'seed_noise': noise}).warned(*doubts)
 
 
 def fit_weighted(
@@ -222,14 +139,20 @@ def fit_weighted(
   theta_P, value, agreement, spread_P = solve.estimate(law, u_NQ, v_N, weight_BN[0], delta, rng)
   draws_BP = solve.refit(law, u_NQ, v_N, weight_BN[1:], theta_P, delta, rng)
   residual_N, jacobian_NP = solve.at(law, theta_P, u_NQ[used], v_N[used])
-  covariance_PP = uncertainty.covariance(residual_N, jacobian_NP) if objective == 'logls' else None
+  covariance_PP = uncertainty.covariance(residual_N, jacobian_NP, delta)
   count, width = len(residual_N), len(law.names)
   params, method = uncertainty.params(law, theta_P, draws_BP, covariance_PP, count - width)
+  profiled = objective == 'logls' and count > width
+  ends_2P = np.full((2, width), np.nan)
+  if profiled:
+    ends_2P = profile.ends(law, u_NQ[used], v_N[used], theta_P, covariance_PP)
+  unbounded = profile.add(law, params, ends_2P)
 
   found = list(points.attrs.get('warnings', []))
   found += [w for w in table.version_warnings(points[used]) if w not in found]
   found += uncertainty.interval_warnings(params, method)
-  found += uncertainty.floor_warnings(law, u_NQ[used], theta_P, draws_BP, covariance_PP)
+  loose = uncertainty.floor_is_loose(law, ends_2P[0])
+  found += uncertainty.floor_warnings(law, u_NQ[used], theta_P, draws_BP, covariance_PP, loose)
   found += uncertainty.data_warnings(
     dict(zip(x, np.ptp(u_NQ[used], axis=0), strict=True)), settings, width, agreement
   )
@@ -240,13 +163,15 @@ def fit_weighted(
     'rms_log_residual': float(np.sqrt(np.mean(residual_N**2))),
     'max_log_residual': float(np.abs(residual_N).max()),
     'aicc': uncertainty.aicc(2 * value, count, width) if objective == 'logls' else None,
+    'profile': {'level': uncertainty.LEVEL, 'unbounded': unbounded} if profiled else None,
+    'seed_noise': None,
     'interval': {'level': uncertainty.LEVEL, 'method': method, 'resamples': len(draws_BP), 'by': by},
     'start_spread': dict(zip(law.names, spread_P.tolist(), strict=True)),
     'condition_number': float(np.linalg.cond(jacobian_NP)),
     'correlation': uncertainty.correlation(jacobian_NP),
   }
   return Fit(
-    law, x, y, objective, params, agreement, diagnostics, held, found, points[used].reset_index(drop=True), theta_P, draws_BP
+    law, x, y, objective, params, agreement, diagnostics, held, found, points[used].reset_index(drop=True), theta_P, draws_BP, covariance_PP
   )  # fmt: skip
 
 
@@ -263,7 +188,7 @@ def _held_out(law, x, u_NQ, v_N, holdout, delta, rng) -> dict[str, Any]:
     raise UserError(f'after holding out {rule!r}: {error}') from None
   theta_P, *_ = solve.estimate(law, u_NQ, v_N, weight_N, delta, rng)
   error_N = np.expm1(solve.at(law, theta_P, u_NQ[test_N], v_N[test_N])[0])
-  covariance_PP = uncertainty.covariance(*solve.at(law, theta_P, u_NQ[on], v_N[on]))
+  covariance_PP = uncertainty.covariance(*solve.at(law, theta_P, u_NQ[on], v_N[on]), delta)
   return {
     'rule': rule,
     'mean_rel_err': float(np.abs(error_N).mean()),
@@ -276,25 +201,6 @@ def _held_out(law, x, u_NQ, v_N, holdout, delta, rng) -> dict[str, Any]:
       law, u_NQ[on], theta_P, np.empty((0, len(theta_P))), covariance_PP
     ),
   }
-
-
-def _strict(value: Any) -> Any:
-  """The value with every number that JSON does not know replaced by None."""
-  if isinstance(value, dict):
-    return {key: _strict(v) for key, v in value.items()}
-  if isinstance(value, list):
-    return [_strict(v) for v in value]
-  if isinstance(value, float | np.floating):
-    return float(value) if np.isfinite(value) else None
-  return value
-
-
-def write_json(path: str, record: Any) -> None:
-  """Strict JSON with a final newline. Raises `UserError` when `path` cannot be written."""
-  try:
-    files.replace(path, json.dumps(record, indent=1, allow_nan=False).encode() + b'\n')
-  except OSError as error:
-    raise UserError(f'cannot write {path} ({error.strerror}); choose another path') from None
 
 
 @one_line_errors

@@ -15,6 +15,7 @@ from sae_jax.errors import UserError
 
 _SIZE = 'n_latents'
 _BURN_IN = 0.05  # share of a run's compute
+_NAMED = 6  # runs named in a warning
 
 
 def envelope(
@@ -81,7 +82,7 @@ def fit_frontier(
   found = fit.fit_weighted(
     points[on_N], chosen, (x,), y, weight_BN[:, on_N], objective='logls', delta=np.inf, holdout=held, by='run', rng=rng
   )  # fmt: skip
-  return found.warned(*_warnings(found.table, points, len(curves['id'].unique()) - len(runs)))
+  return found.warned(*_warnings(found.table, points, sorted(set(curves['id']) - set(runs))))
 
 
 def _sorted(curves: pd.DataFrame, x: str, y: str, burn_in: float) -> pd.DataFrame:
@@ -116,7 +117,7 @@ def _records(points: pd.DataFrame, present_BR: np.ndarray, x: str, y: str) -> tu
   return seen_BN < before_BN, competing_BN >= 2
 
 
-def _warnings(used: pd.DataFrame, points: pd.DataFrame, left_out: int) -> list[dict[str, Any]]:
+def _warnings(used: pd.DataFrame, points: pd.DataFrame, left_out: list[str]) -> list[dict[str, Any]]:
   out = []
   shares = used['id'].value_counts(normalize=True)
   if shares.iloc[0] > 0.5:
@@ -131,9 +132,7 @@ def _warnings(used: pd.DataFrame, points: pd.DataFrame, left_out: int) -> list[d
       text = f'{share:.0%} of the envelope is from the {name} n ({size:g}): the best size may lie outside the sweep'
       out.append(table.warning('edge_minimum', text))
   if left_out:
-    out.append(
-      table.warning(
-        'cells_missing', f'{left_out} runs are not in the envelope: not finished, or nothing measured'
-      )
-    )
+    names = ', '.join(map(str, left_out[:_NAMED])) + (' and more' if len(left_out) > _NAMED else '')
+    text = f'{len(left_out)} runs are not in the envelope: not finished, or nothing measured ({names})'
+    out.append(table.warning('cells_missing', text))
   return out

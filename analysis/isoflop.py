@@ -74,15 +74,19 @@ def fit_best_size(
   flat: float = valley.FLAT,
   *,
   bootstrap: int = 500,
+  seed: int = 0,
 ) -> Fit:
   """The law n_opt = c C^p through the minima of the profiles.
 
-  Budgets read the same runs, so they are not independent and the interval is too narrow when they are close.
+  Budgets read the same runs, so their minima err together and the scatter around the law does not show it. The
+  intervals therefore come from resamples of whole runs: every profile and minimum is built again without the runs
+  left out, and the law through those minima; or from standard errors where these are wider. Still a little narrow:
+  on planted valleys a 90 % interval held the exponent in 83 % of sets of 9 runs and of 27.
 
   Raises:
     UserError: fewer than two budgets have a minimum.
   """
-  _, best = profiles(curves, budgets, x, y, flat)
+  measured, best = profiles(curves, budgets, x, y, flat)
   points = best[best['verdict'] == 'minimum'].reset_index(drop=True)
   refused = best[best['verdict'] != 'minimum'].to_dict('records')
   why = '; '.join(f'C={row["budget"]:.3g}: {row["verdict"]} ({row["reason"]})' for row in refused[:6])
@@ -90,9 +94,35 @@ def fit_best_size(
     raise UserError(
       f'{len(points)} of {len(best)} budgets have a best size, the law needs two; train smaller and larger n at them: {why}'
     )
-  fit = fit_law(points, 'growth', ['budget'], 'n_latents', bootstrap=bootstrap)
+  fit = fit_law(points, 'growth', ['budget'], 'n_latents', bootstrap=0)
+  if bootstrap:
+    draws_B2 = _resampled(
+      measured, points['budget'].to_numpy(float), y, bootstrap, np.random.default_rng(seed)
+    )
+    fit = fit.redrawn(draws_B2, 'run')
   if not refused:
     return fit
   return fit.warned(
     table.warning('edge_minimum', f'{len(refused)} of {len(best)} budgets are left out: {why}')
   )
+
+
+def _resampled(
+  points: pd.DataFrame, budgets: np.ndarray, y: str, count: int, rng: np.random.Generator
+) -> np.ndarray:
+  """ln c and p of up to `count` resamples of runs; those that leave fewer than two minima are dropped."""
+  name_R, run_N = np.unique(points['id'], return_inverse=True)
+  weight_BR = rng.multinomial(len(name_R), np.full(len(name_R), 1 / len(name_R)), size=count).astype(float)
+  bottom_BC = np.empty((count, len(budgets)))
+  for c, budget in enumerate(budgets):
+    mine_N = (points['budget'] == budget).to_numpy()
+    u_N, v_N = (np.log(points.loc[mine_N, column].to_numpy(float)) for column in ('n_latents', y))
+    bottom_BC[:, c] = valley.bottoms(u_N, v_N, weight_BR[:, run_N[mine_N]])
+  bottom_BC = bottom_BC[np.isfinite(bottom_BC).sum(axis=1) >= 2]
+  on_BC = np.isfinite(bottom_BC)
+  number_B = on_BC.sum(axis=1)
+  u_C, v_BC = np.log(budgets), np.where(on_BC, bottom_BC, 0.0)
+  mean_u_B, mean_v_B = on_BC @ u_C / number_B, v_BC.sum(axis=1) / number_B
+  away_BC = on_BC * (u_C - mean_u_B[:, None])
+  p_B = (away_BC * v_BC).sum(axis=1) / (away_BC**2).sum(axis=1)
+  return np.stack([mean_v_B - p_B * mean_u_B, p_B], axis=1)

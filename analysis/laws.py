@@ -18,7 +18,13 @@ SYMBOLS = {
   'tokens': 'T',
   'flops_useful': 'C',
   'flops_dense': 'C',
+  'budget': 'C',
 }  # of columns, in formulas
+QUANTITIES = {
+  'n_latents': 'n',
+  'learning_rate': 'lr',
+  'converged_tokens': 'T',
+}  # of what a law gives; else a loss L
 
 
 @dataclasses.dataclass(frozen=True)

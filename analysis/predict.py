@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import special
 
-from analysis import convergence, laws, solve, table, uncertainty
+from analysis import convergence, laws, table, uncertainty
 from analysis.fit import Fit, fit_law, warning_lines, with_holdout, write_json
 from sae_jax import flops
 from sae_jax.errors import UserError, one_line_errors
@@ -122,37 +121,9 @@ def predict(ledger: str, at: Mapping[str, int], *, bootstrap: int = 500) -> Pred
 
 
 def interval(fit: Fit, at: Mapping[str, float]) -> tuple[float, float]:
-  """The 90 % interval of one new observation at a point; NaN when the points do not determine it.
-
-  The wider, at each end, of two: resampled laws with resampled residuals (scaled for the constants that were
-  fitted), and standard errors with Student's t. Alone, the first is too narrow on few points, where resamples
-  leave out whole sizes, and the second knows nothing of a curved law far away.
-  """
-  u_NQ = np.log(table.positive(fit.table, fit.x))
-  v_N = np.log(table.positive(fit.table, [fit.y])[:, 0])
-  residual_N, jacobian_NP = solve.at(fit.law, fit.theta_P, u_NQ, v_N)
-  freedom = len(residual_N) - len(fit.theta_P)
-  if freedom < 1:
-    return math.nan, math.nan
-  u_1Q = np.log(np.array([[float(at[column]) for column in fit.x]]))
-  f_MN, gradient_MNP = fit.law.log_prediction(fit.theta_P[None], u_1Q)
-  center, gradient_P = f_MN[0, 0], gradient_MNP[0, 0]
-  ends = []
-  covariance_PP = uncertainty.covariance(residual_N, jacobian_NP)
-  if covariance_PP is not None:
-    variance = residual_N @ residual_N / freedom + gradient_P @ covariance_PP @ gradient_P
-    reach = special.stdtrit(freedom, uncertainty.TAILS[1]) * math.sqrt(variance)
-    ends.append((center - reach, center + reach))
-  if len(fit.draws_BP):
-    drawn_B = fit.law.log_prediction(fit.draws_BP, u_1Q)[0][:, 0]
-    noise_N = residual_N * math.sqrt(len(residual_N) / freedom)
-    low, high = np.quantile((drawn_B[:, None] - noise_N).ravel(), uncertainty.TAILS)
-    ends.append((low, high))
-  if not ends:
-    return math.nan, math.nan
-  # A law far outside its data may leave the range of float64, which is "unbounded", not an error.
-  with np.errstate(over='ignore'):
-    return float(np.exp(min(low for low, _ in ends))), float(np.exp(max(high for _, high in ends)))
+  """The 90 % interval of one new observation at a point, as `Fit.interval`; NaN when the points do not determine it."""
+  low_1, high_1 = fit.interval(at)
+  return float(low_1[0]), float(high_1[0])
 
 
 def parse_at(text: str) -> dict[str, int]:

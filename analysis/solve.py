@@ -1,13 +1,13 @@
 """Fits a law many times at once: hundreds of starts and resamples in one batched Levenberg-Marquardt.
 
 Everything is float64 and in fit coordinates. The objective is the sum over points of r^2 / 2, or Huber(r), where r
-is ln predicted - ln observed; logls is delta = inf.
+is ln predicted - ln observed; logls is delta = inf. No variable projection: on logs a sum of terms is not linear in
+its amplitudes, so projecting needs an inner iteration, which finds the same optimum and is slower.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 
 from analysis.laws import Array, Law
 from sae_jax.errors import UserError
@@ -42,19 +42,10 @@ def refit(law, u_NQ, v_N, weight_BN, theta_P, delta, rng, fresh: int = 2) -> Arr
   return theta_MP.reshape(fresh + 1, count, width)[best_B, np.arange(count)]
 
 
-def resamples(labels_N: Array, settings_N: Array, least: int, count: int, rng: np.random.Generator) -> Array:
-  """Weights [1 + B, N]: ones, then resamples that still have `least` different points (up to `count` of them)."""
-  groups = int(labels_N.max()) + 1
-  kept = [np.ones((1, len(labels_N)))]
-  found = 0
-  for _ in range(20):  # most resamples of a handful of points cannot carry the law
-    if found >= count:
-      break
-    weight_BN = rng.multinomial(groups, np.full(groups, 1 / groups), size=count)[:, labels_N].astype(float)
-    different_B = np.array([len(np.unique(settings_N[w > 0])) for w in weight_BN])
-    kept.append(weight_BN[different_B >= least][: count - found])
-    found += len(kept[-1])
-  return np.concatenate(kept)
+def constrained(law, u_NQ, v_N, start_MP, free_MP) -> tuple[Array, Array]:
+  """Least squares over the parameters that are free (1), the others (0) as in the start: [M, P], objectives [M]."""
+  one_1N, every = np.ones((1, len(v_N))), np.zeros(len(start_MP), int)
+  return _solve(law, u_NQ, v_N, one_1N, every, start_MP, np.inf, free_MP)
 
 
 def settings(law: Law, x_NQ: Array, columns: Sequence[str]) -> Array:
@@ -79,44 +70,34 @@ def settings(law: Law, x_NQ: Array, columns: Sequence[str]) -> Array:
   return index_N
 
 
-def labels(points: pd.DataFrame, group: str | None) -> Array:
-  """Index [N] of what is resampled together: the row, or the value of the group column."""
-  if group is None:
-    return np.arange(len(points))
-  if group not in points.columns:
-    raise UserError(f'group {group!r} is not a column; the table has {", ".join(map(str, points.columns))}')
-  index_N = pd.factorize(points[group], use_na_sentinel=False)[0]
-  if index_N.max(initial=0) < 1:
-    raise UserError(f'group {group!r} has one value; resampling needs at least two')
-  return index_N
-
-
 def at(law: Law, theta_P: Array, u_NQ: Array, v_N: Array) -> tuple[Array, Array]:
   """Log residuals [N] and their Jacobian [N, P]."""
   f_MN, jacobian_MNP = law.log_prediction(theta_P[None], u_NQ)
   return f_MN[0] - v_N, jacobian_MNP[0]
 
 
-def _solve(law, u_NQ, v_N, weight_BN, which_M, theta_MP, delta) -> tuple[Array, Array]:
+def _solve(law, u_NQ, v_N, weight_BN, which_M, theta_MP, delta, free_MP=None) -> tuple[Array, Array]:
   """Levenberg-Marquardt on M problems at once: parameters [M, P] and objectives [M] of local optima.
 
-  Problem m has the weights `weight_BN[which_M[m]]` and starts at `theta_MP[m]`. Huber enters through weights
-  min(1, delta/|r|), whose quadratic lies above it: a step that lowers the quadratic lowers the objective.
+  Problem m has the weights `weight_BN[which_M[m]]`, starts at `theta_MP[m]` and keeps what is 0 in `free_MP[m]`.
+  Huber enters through weights min(1, delta/|r|), whose quadratic lies above it: a step that lowers the quadratic
+  lowers the objective.
   """
   theta_MP, value_M = theta_MP.copy(), np.empty(len(theta_MP))
   size = max(1, _CHUNK // (len(v_N) * theta_MP.shape[1]))
   for i in range(0, len(theta_MP), size):
     part = slice(i, i + size)
+    free = np.ones_like(theta_MP[part]) if free_MP is None else free_MP[part]
     theta_MP[part], value_M[part] = _solve_chunk(
-      law, u_NQ, v_N, weight_BN[which_M[part]], theta_MP[part], delta
+      law, u_NQ, v_N, weight_BN[which_M[part]], theta_MP[part], delta, free
     )
   return theta_MP, value_M
 
 
-def _solve_chunk(law, u_NQ, v_N, weight_MN, theta_MP, delta) -> tuple[Array, Array]:
+def _solve_chunk(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP) -> tuple[Array, Array]:
   theta_MP = theta_MP.copy()
   eye_PP = np.eye(theta_MP.shape[1])
-  value_M, normal_MPP, gradient_MP = _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta)
+  value_M, normal_MPP, gradient_MP = _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP)
   damping_M = np.full(len(theta_MP), 1e-2)
   active = np.flatnonzero(np.isfinite(value_M))
   for _ in range(_STEPS):
@@ -131,7 +112,7 @@ def _solve_chunk(law, u_NQ, v_N, weight_MN, theta_MP, delta) -> tuple[Array, Arr
     # vanishing term runs away to exp(-hundreds).
     change = np.abs(law.log_terms(step, u_NQ)).max(axis=(0, 2))
     trial = theta_MP[active] - step * np.minimum(1, _REACH / np.maximum(change, 1e-300))[:, None]
-    value, normal, gradient = _quadratic(law, u_NQ, v_N, weight_MN[active], trial, delta)
+    value, normal, gradient = _quadratic(law, u_NQ, v_N, weight_MN[active], trial, delta, free_MP[active])
     better = value < value_M[active]  # False for NaN
     gain = (value_M[active] - value) / np.maximum(value_M[active], 1e-300)
     moved = active[better]
@@ -144,10 +125,11 @@ def _solve_chunk(law, u_NQ, v_N, weight_MN, theta_MP, delta) -> tuple[Array, Arr
   return theta_MP, value_M
 
 
-def _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta) -> tuple[Array, Array, Array]:
-  """Objective [M], and normal matrix [M, P, P] and gradient [M, P] of its quadratic."""
+def _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP) -> tuple[Array, Array, Array]:
+  """Objective [M], and normal matrix [M, P, P] and gradient [M, P] of its quadratic in what is free."""
   with np.errstate(over='ignore', invalid='ignore'):  # a wild trial step becomes NaN and is refused
     f_MN, jacobian_MNP = law.log_prediction(theta_MP, u_NQ)
+    jacobian_MNP *= free_MP[:, None, :]  # a parameter without a gradient takes no step
     residual_MN = f_MN - v_N
     size_MN = np.abs(residual_MN)
     curvature_MN = weight_MN * np.minimum(1, delta / np.maximum(size_MN, 1e-300))

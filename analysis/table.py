@@ -37,6 +37,7 @@ _CURVES = {
   'eval/l0': 'l0', 'sae/dead_fraction': 'dead_fraction',
 }  # fmt: skip
 _FACTS = ('n_latents', 'k', 'learning_rate', 'seed', 'batch_tokens')  # of the cell, repeated on its curve
+_NAMED = 6  # cells named in a warning
 _RULE = re.compile(r'\s*([A-Za-z_][\w./-]*)\s*(>=|<=|==|!=|>|<)\s*([-+0-9.eE_]+)\s*')
 
 
@@ -251,7 +252,9 @@ def _not_done_warnings(others: list[dict[str, str]]) -> list[dict[str, str]]:
     state for state in ('failed', 'unfinished', 'invalid') if any(o['state'] == state for o in others)
   ]
   counts = ', '.join(f'{sum(o["state"] == state for o in others)} {state}' for state in states)
-  return [warning('cells_missing', f'{counts} cells are left out')] if states else []
+  names = ', '.join(str(o['id']) for o in others[:_NAMED])
+  more = f' and {len(others) - _NAMED} more' if len(others) > _NAMED else ''
+  return [warning('cells_missing', f'{counts} cells are left out: {names}{more}')] if states else []
 
 
 def _setting(flat: dict[str, Any]) -> str:

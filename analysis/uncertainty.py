@@ -8,15 +8,62 @@ from analysis.laws import Array
 
 LEVEL = 0.9  # of every interval
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+_WINDOW = 1.0  # half-width, in standard deviations, within which small residuals of Huber are counted
 _VAGUE = np.log(4)  # reach of the log of an irreducible loss beyond which it may as well be none
 
 
-def covariance(residual_N: Array, jacobian_NP: Array) -> Array | None:
-  """s^2 (J^T J)^-1 in fit coordinates; None when the points do not determine it."""
+def covariance(residual_N: Array, jacobian_NP: Array, delta: float = np.inf) -> Array | None:
+  """Covariance of the estimates in fit coordinates; None when the points do not determine it.
+
+  Least squares: s^2 (J^T J)^-1. Huber: the sandwich A^-1 B A^-1 of an M-estimate with slope psi = min(|r|, delta) sign r
+  (Huber 1973): B = sum psi^2 / (N - P) J^T J and A = m J^T J, where m is the mean of psi', that is, the share of
+  residuals within delta. Few residuals are, when delta is below the noise, and the constants draw P of them there; so
+  m is counted within a wider window, less those P, and scaled by delta over its half-width. With delta beyond all
+  residuals both are the same. Independent residuals of one distribution are assumed; outliers may be part of it.
+  """
   count, width = jacobian_NP.shape
   if count <= width or np.linalg.cond(jacobian_NP) > 1e10:
     return None
-  return residual_N @ residual_N / (count - width) * np.linalg.inv(jacobian_NP.T @ jacobian_NP)
+  slope, size_N = 1.0, np.abs(residual_N)
+  if (size_N > delta).any():
+    spread = np.median(size_N) / special.ndtri(0.75) * np.sqrt(count / (count - width))  # no outlier moves it
+    window = max(delta, _WINDOW * spread)
+    slope = ((size_N <= window).sum() - width) / (count - width) * delta / window
+    if slope <= 0:
+      return None
+  squares = np.sum(np.minimum(size_N, delta) ** 2) / slope**2
+  return squares / (count - width) * np.linalg.inv(jacobian_NP.T @ jacobian_NP)
+
+
+def band(
+  law, theta_P, draws_BP, covariance_PP, freedom, u_MQ, residual_N: Array | None = None
+) -> tuple[Array, Array]:
+  """Ends [M] of the 90 % interval of the log loss at points: of the law, or of one new observation with `residual_N`.
+
+  The wider, at each end, of two: resampled laws (with resampled residuals, scaled for the constants that were
+  fitted), and standard errors with Student's t. Alone, the first is too narrow on few points, where resamples leave
+  out whole sizes, and the second knows nothing of a curved law far away. NaN when there is neither.
+  """
+  f_MM, gradient_MMP = law.log_prediction(theta_P[None], u_MQ)
+  center_M, gradient_MP = f_MM[0], gradient_MMP[0]
+  nothing_M = np.full(len(u_MQ), np.nan)
+  lows, highs = [nothing_M], [nothing_M]
+  if freedom > 0 and covariance_PP is not None:
+    scatter = 0.0 if residual_N is None else residual_N @ residual_N / freedom
+    variance_M = scatter + np.einsum('mp,pq,mq->m', gradient_MP, covariance_PP, gradient_MP)
+    reach_M = special.stdtrit(freedom, TAILS[1]) * np.sqrt(np.maximum(variance_M, 0))
+    lows.append(center_M - reach_M)
+    highs.append(center_M + reach_M)
+  if len(draws_BP) and (residual_N is None or freedom > 0):
+    drawn_BM = law.log_prediction(draws_BP, u_MQ)[0]
+    if residual_N is not None:
+      noise_N = residual_N * np.sqrt(len(residual_N) / freedom)
+      drawn_BM = (drawn_BM[:, None] - noise_N[:, None]).reshape(-1, len(u_MQ))
+    low_M, high_M = np.quantile(drawn_BM, TAILS, axis=0)
+    # The law itself is among what is possible, which the percentiles of few resamples may miss.
+    lows.append(np.minimum(low_M, center_M))
+    highs.append(np.maximum(high_M, center_M))
+  return np.fmin.reduce(lows), np.fmax.reduce(highs)
 
 
 def correlation(jacobian_NP: Array) -> list[list[float]] | None:
@@ -33,6 +80,10 @@ def params(law, theta_P, draws_BP, covariance_PP, freedom) -> tuple[dict[str, di
   Percentiles of resamples are too narrow on the few points a sweep has (measured: a 90 % interval holds the truth in
   74 % of tables of 4 points of a power law, in 80-86 % of 9 or of 24 of the joint law), so the wider end of both is
   taken; not for an irreducible loss that is not identified, whose standard error would put it above the data.
+
+  This `low` to `high` is the interval to quote: the resamples in it are of runs or settings, so it holds where points
+  are not independent, and it exists for every objective. The profile (`profile.ends`) beside it is for independent
+  residuals and least squares only; it shows curvature and what nothing bounds.
   """
   estimate_P = law.outside(theta_P[None])[0]
   deviation_P = (
@@ -90,8 +141,18 @@ def data_warnings(
   return out
 
 
-def floor_warnings(law, u_NQ, theta_P, draws_BP, covariance_PP) -> list[dict[str, str]]:
-  """Says when the irreducible loss is a guess: at the largest point, its interval spans a factor of four."""
+def floor_is_loose(law, low_P) -> bool:
+  """Whether the profile of the irreducible loss has no lower end: the points do not exclude that there is none."""
+  if law.floor is None:
+    return False
+  first = sum(len(term) for term in law.terms[: law.floor])
+  constant = [p.factors for p in law.terms[law.floor]].index(())
+  return bool(np.isneginf(low_P[first + constant]))
+
+
+def floor_warnings(law, u_NQ, theta_P, draws_BP, covariance_PP, loose: bool = False) -> list[dict[str, str]]:
+  """Says when the irreducible loss is a guess: at the largest point, its interval spans a factor of four, or its
+  profile has no lower end (`loose`)."""
   if law.floor is None:
     return []
   corner_1Q = u_NQ.max(axis=0, keepdims=True)
@@ -106,7 +167,7 @@ def floor_warnings(law, u_NQ, theta_P, draws_BP, covariance_PP) -> list[dict[str
     width = 2 * special.ndtri(TAILS[1]) * np.sqrt(gradient @ covariance_PP[part, part] @ gradient)
   else:
     width = np.inf
-  if width < np.log(4) and share > 0.01:
+  if width < _VAGUE and share > 0.01 and not loose:
     return []
   if share <= 0.01:
     text = 'the fit leaves no irreducible loss, which does not show that there is none'
@@ -117,11 +178,19 @@ def floor_warnings(law, u_NQ, theta_P, draws_BP, covariance_PP) -> list[dict[str
     else:
       text += f'spans a factor of {np.exp(width):.3g}' if width < np.log(1000) else 'reaches down to nothing'
     text += '; do not read it as a limit'
+  if loose:
+    text += '; its profile is unbounded below: the points do not exclude that there is none'
   return [table.warning('asymptote_not_identified', text)]
 
 
+NO_AICC = 'AICc is of a likelihood, which the Huber objective with a chosen delta is not'
+
+
 def aicc(squares: float, count: int, width: int) -> float | None:
-  """Akaike's criterion with its small-sample correction; the variance counts as one more parameter."""
+  """Akaike's criterion with its small-sample correction, of least squares; None when points are too few.
+
+  The variance counts as one more parameter. Fits by Huber have none (`NO_AICC` says why).
+  """
   p = width + 1
   return (
     count * np.log(squares / count) + 2 * p + 2 * p * (p + 1) / (count - p - 1)

@@ -71,6 +71,34 @@ def fit_valley(x_N: Array, y_N: Array, flat: float = FLAT) -> Valley:
   return Valley('minimum', '', float(np.exp(bottom)), *ends, y, float(curvature))
 
 
+def bottoms(u_N: Array, v_N: Array, weight_BN: Array) -> Array:
+  """Log of the place of the minimum for every weighting of the points [B], NaN where it is an edge, hill or too few.
+
+  The rules of `fit_valley` but for flatness, which is a property of the valley and not of a resample of it.
+  """
+  tried_S, where_N = np.unique(u_N, return_inverse=True)
+  if len(tried_S) < 3:
+    return np.full(len(weight_BN), np.nan)
+  share_BS = np.stack([weight_BN[:, where_N == s].sum(axis=1) for s in range(len(tried_S))], axis=1)
+  sum_BS = np.stack([weight_BN[:, where_N == s] @ v_N[where_N == s] for s in range(len(tried_S))], axis=1)
+  on_BS = share_BS > 0
+  mean_BS = np.where(on_BS, sum_BS / np.maximum(share_BS, 1), np.inf)
+  first_B, last_B = on_BS.argmax(axis=1), len(tried_S) - 1 - on_BS[:, ::-1].argmax(axis=1)
+  lowest_B = mean_BS.argmin(axis=1)
+  enough_B = on_BS.sum(axis=1) >= 3
+  center = tried_S.mean()
+  a_N3 = np.stack([np.ones_like(u_N), u_N - center, (u_N - center) ** 2], axis=1)
+  normal_B33 = np.einsum('bn,ni,nj->bij', weight_BN, a_N3, a_N3)
+  normal_B33[~enough_B] = np.eye(3)
+  right_B3 = weight_BN @ (a_N3 * v_N[:, None])
+  coefficient_B3 = np.linalg.solve(normal_B33, right_B3[:, :, None])[:, :, 0]
+  with np.errstate(divide='ignore', invalid='ignore'):
+    bottom_B = center - coefficient_B3[:, 1] / (2 * coefficient_B3[:, 2])
+  good_B = enough_B & (coefficient_B3[:, 2] > 0) & (lowest_B != first_B) & (lowest_B != last_B)
+  good_B[good_B] &= (tried_S[first_B] < bottom_B)[good_B] & (bottom_B < tried_S[last_B])[good_B]
+  return np.where(good_B, bottom_B, np.nan)
+
+
 def _none(verdict: str, reason: str, curvature: float) -> Valley:
   return Valley(verdict, reason, np.nan, np.nan, np.nan, np.nan, float(curvature))
 

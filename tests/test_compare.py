@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import compare, fit, report
+from analysis import compare, fit, report, uncertainty
 from tests import planted_ledger
 
 
@@ -41,10 +41,19 @@ def test_comparison_of_a_loss_that_is_not_identified_is_undecided():
   assert compare.Comparison(doubt, found.plain).verdict.startswith('undecided')
 
 
+def test_comparison_of_huber_fits_says_why_aicc_is_missing():
+  points = pair(0.1).floored.table
+  found = compare.Comparison(*(
+    fit.fit_law(points, law, bootstrap=0, objective='huber', holdout='n_latents>32768') for law in ('power', 'power_no_floor')
+  ))  # fmt: skip
+  assert found.to_json()['aicc'] is None
+  assert found.verdict == f'undecided: {uncertainty.NO_AICC}' and 'likelihood' in found.verdict
+
+
 @pytest.fixture(scope='module')
 def written(tmp_path_factory):
   folder = tmp_path_factory.mktemp('compare')
-  found = report.analyse(planted_ledger.write(folder / 'ledger', noise=0.0005), bootstrap=20)
+  found = report.analyse(planted_ledger.write(folder / 'ledger', noise=0.0005), bootstrap=5)
   report.write(found, str(folder / 'out'), 'title')
   return found, folder / 'out'
 

@@ -144,6 +144,74 @@ def test_fit_band_widens_away_from_the_data():
   assert (low <= found.predict({'n_latents': [2.0**17, 2.0**22, 2.0**30]})).all()
 
 
+def test_fit_band_without_resamples_is_that_of_standard_errors():
+  """Linear in fit coordinates: the textbook interval of a straight line."""
+  points = grid('power_no_floor', noise=0.05, a=3.0, b=0.2)
+  found = fit.fit_law(points, 'power_no_floor', bootstrap=0)
+  at = 2.0**20
+  u_N, v_N = np.log(points['n_latents']), np.log(points['nmse'])
+  slope, level = np.polyfit(u_N, v_N, 1)
+  spread = np.sum((v_N - level - slope * u_N) ** 2) / 10
+  deviation = np.sqrt(spread * (1 / 12 + (np.log(at) - u_N.mean()) ** 2 / np.sum((u_N - u_N.mean()) ** 2)))
+  low, high = found.band({'n_latents': at})
+  center = level + slope * np.log(at)
+  reach = 1.812461 * deviation  # Student's t, 10 degrees of freedom
+  np.testing.assert_allclose((np.log(low[0]), np.log(high[0])), (center - reach, center + reach), rtol=1e-4)
+  assert np.isnan(fit.fit_law(points.head(2), 'power_no_floor', bootstrap=0).band({'n_latents': at})).all()
+
+
+def test_fit_says_how_well_its_constants_are_told_apart(gao_fit):
+  matrix = np.array(gao_fit.diagnostics['correlation'])
+  np.testing.assert_allclose(np.diagonal(matrix), 1)
+  np.testing.assert_allclose(matrix, matrix.T)
+  names = list(gao_fit.params)
+  deviation_P = np.sqrt(np.diagonal(gao_fit.covariance_PP))
+  np.testing.assert_allclose(matrix, gao_fit.covariance_PP / np.outer(deviation_P, deviation_P), atol=1e-6)
+  assert matrix[names.index('beta_n'), names.index('gamma')] < -0.8  # as published: not told apart
+  narrow = gao_fit.table[gao_fit.table['n_latents'] <= 16384]
+  assert (
+    fit.fit_law(narrow, y='normalized_mse', bootstrap=0).diagnostics['condition_number']
+    > 3 * gao_fit.diagnostics['condition_number'] > 0
+  )  # fmt: skip
+
+
+def test_fit_warns_when_starts_end_in_different_places():
+  points = grid('additive2', e=0.3, a=5.0, alpha=0.5, b=9.0, beta=0.4)
+  noise = points.assign(nmse=np.exp(np.random.default_rng(6).normal(size=len(points))))
+  for frame, warned in ((points, False), (noise, True)):
+    found = fit.fit_law(frame, 'additive2', bootstrap=0)
+    assert (found.start_agreement < 0.5) is warned
+    assert ('starts_disagree' in {w['code'] for w in found.warnings}) is warned
+
+
+def test_fit_by_group_warns_when_one_run_dominates():
+  points = grid('power', noise=0.02, e=0.2, a=3.0, b=0.4).assign(run=['a'] * 8 + ['b', 'c', 'd', 'e'])
+  (warning,) = (
+    w
+    for w in fit.fit_law(points, 'power', bootstrap=5, group='run').warnings
+    if w['code'] == 'one_run_dominates'
+  )
+  assert 'one run holds 67%' in warning['message']
+
+
+def test_fit_refuses_a_cell_that_is_in_the_table_twice():
+  points = grid('power', noise=0.02, e=0.2, a=3.0, b=0.4).assign(id=[f'c{i}' for i in range(12)])
+  twice = pd.concat([points, points.tail(1)], ignore_index=True)
+  with pytest.raises(UserError, match=r"id 'c11' is in the table twice.*--group=id"):
+    fit.fit_law(twice, 'power', bootstrap=0)
+  assert len(fit.fit_law(twice, 'power', bootstrap=5, group='id').table) == 13
+
+
+@pytest.mark.parametrize('column', ['n_latents', 'nmse'])
+@pytest.mark.parametrize('value', [0.0, -1.0, float('nan'), float('inf'), 'abc', None, True])
+def test_fit_names_the_row_that_has_no_logarithm(column, value):
+  points = grid('power', e=0.2, a=3.0, b=0.4).astype(object)
+  points.loc[4, column] = value
+  with pytest.raises(UserError, match=f'{column}=.* in row 5 ') as caught:
+    fit.fit_law(points, 'power', bootstrap=0)
+  assert '\n' not in str(caught.value)
+
+
 def test_fit_flags_what_the_data_do_not_show():
   few = grid('power', noise=0.001, e=1e-6, a=3.0, b=0.2).head(4).reset_index(drop=True)
   few = pd.concat([few.assign(git_commit='a'), few.head(1).assign(git_commit='b')], ignore_index=True)

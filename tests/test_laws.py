@@ -51,6 +51,17 @@ def test_joint_law_draws_the_published_curves():
   )
 
 
+def test_printed_constants_predict_every_published_point():
+  """They are another set than the plotted ones: near in what they predict, not in their values."""
+  points = table.read_csv(GAO)
+  printed = dict(alpha=-0.50, beta_k=0.26, beta_n=-0.017, gamma=-0.042, zeta=-1.32, eta=-0.085)
+  theta_1P = np.array([[printed[name] for name in laws.JOINT_NK.names]])
+  u_NQ = np.log(table.positive(points, ['n_latents', 'k']))
+  ratio_N = np.exp(laws.JOINT_NK.log_prediction(theta_1P, u_NQ)[0][0]) / points['normalized_mse'].to_numpy()
+  assert len(ratio_N) == 45 and np.abs(ratio_N - 1).max() < 0.03
+  assert ratio_N.mean() == pytest.approx(0.991, abs=2e-3)
+
+
 def test_law_starts_are_finite_and_at_the_level_of_the_data(law):
   rng = np.random.default_rng(1)
   u_NQ, v_N = rng.uniform(1, 9, size=(7, len(law.axes))), rng.normal(-2, 0.1, size=7)

@@ -1,10 +1,9 @@
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from analysis import fit, laws, predict, solve
+from analysis import predict
 from sae_jax import flops
 from sae_jax.errors import UserError
 from tests import planted_ledger
@@ -37,7 +36,7 @@ def test_predict_counts_the_cost_at_the_tokens_of_the_ledger(ledger):
 
 def test_predict_interval_widens_with_distance_and_says_how_far(ledger):
   sizes = (8192, 2**17, 2**22)
-  found = [predict.predict(ledger, {'n_latents': n, 'k': 7}, bootstrap=60) for n in sizes]
+  found = [predict.predict(ledger, {'n_latents': n, 'k': 7}, bootstrap=25) for n in sizes]
   width = [np.log(p.high / p.low) for p in found]
   assert width[0] < width[1] < width[2]
   codes = [{w['code'] for w in p.warnings} for p in found]
@@ -68,29 +67,12 @@ def test_predict_refuses_a_ledger_of_two_widths(tmp_path):
     predict.predict(str(tmp_path), {'n_latents': 65536, 'k': 3}, bootstrap=0)
 
 
-@pytest.mark.parametrize(('law', 'sizes', 'count'), [('power', 4, 200), ('joint_nk', 5, 60)])
-def test_predict_interval_covers_a_new_cell_at_the_nominal_rate(law, sizes, count, monkeypatch):
-  """At most 5 standard deviations of a binomial below 90 %: 159 of 200, where resamples alone give 146 for four
-  points."""
-  monkeypatch.setattr(solve, '_STARTS', 16)  # these tables are easy, and starts are most of the time
-  n = 2.0 ** np.arange(6, 6 + sizes)
-  points = pd.DataFrame([(a, b) for a in n for b in (5.0, 11.0, 23.0)], columns=['n_latents', 'k'])
-  theta = list(planted_ledger.PLOTTED.values())
-  if law == 'power':
-    points, theta = points.iloc[::3].reset_index(drop=True), [np.log(0.1), np.log(3.0), -0.4]
-  chosen, at = laws.named(law), {'n_latents': 4.0 * n[-1], 'k': 11.0}
-  clean_N, new = (
-    chosen.log_prediction(np.array([theta]), np.log(np.atleast_2d(np.array([x[c] for c in chosen.axes]).T)))[
-      0
-    ][0]
-    for x in (points, at)
-  )
-  rng, hits = np.random.default_rng(7), 0
-  for _ in range(count):
-    noisy = points.assign(nmse=np.exp(clean_N + 0.01 * rng.normal(size=len(points))))
-    low, high = predict.interval(fit.fit_law(noisy, law, bootstrap=40), at)
-    hits += low <= np.exp(new[0] + 0.01 * rng.normal()) <= high
-  assert 0.9 * count - 5 * np.sqrt(count * 0.9 * 0.1) <= hits < count
+def test_predict_interval_is_that_of_a_new_observation(ledger):
+  found = predict.predict(ledger, {'n_latents': 65536, 'k': 7}, bootstrap=20)
+  low, high = found.fit.interval({'n_latents': [65536, 2**20], 'k': [7, 7]})
+  assert (found.low, found.high) == (low[0], high[0])
+  inner, outer = found.fit.band({'n_latents': [65536], 'k': [7]})
+  assert found.low < inner[0] < found.nmse < outer[0] < found.high
 
 
 BAD = {
@@ -126,6 +108,31 @@ def test_predict_from_too_few_cells_ends_with_one_line(sizes, tmp_path, capsys):
     predict.main([f'--ledger={tmp_path}', '--at=n_latents=4096,k=7'])
   assert code.value.code == 2
   assert capsys.readouterr().err.count('\n') == 1
+
+
+@pytest.mark.parametrize('case', ['no folder', 'a file', 'broken results'])
+def test_predict_from_an_unreadable_ledger_ends_with_one_line(case, tmp_path, capsys):
+  path = tmp_path / 'ledger'
+  if case == 'a file':
+    path.write_text('{}')
+  if case == 'broken results':
+    planted_ledger.write(path)
+    for result in path.glob('cells/*/result.json'):
+      result.write_bytes(b'\x00{')
+  with pytest.raises(SystemExit) as code:
+    predict.main([f'--ledger={path}', '--at=n_latents=4096,k=7'])
+  assert code.value.code == 2
+  assert capsys.readouterr().err.count('\n') == 1
+
+
+def test_predict_names_the_cells_it_lacks(tmp_path):
+  planted_ledger.write(tmp_path)
+  lacking = sorted(path.name for path in (tmp_path / 'cells').iterdir())[:2]
+  for name in lacking:
+    (tmp_path / 'cells' / name / 'result.json').unlink()
+  found = predict.predict(str(tmp_path), {'n_latents': 65536, 'k': 7}, bootstrap=0)
+  (warning,) = (w for w in found.warnings if w['code'] == 'cells_missing')
+  assert warning['message'] == f'2 unfinished cells are left out: {lacking[0]}, {lacking[1]}'
 
 
 def test_predict_command_prints_the_held_out_error_and_writes_strict_json(ledger, tmp_path, capsys):

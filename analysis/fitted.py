@@ -1,0 +1,175 @@
+"""A fitted law: estimates, intervals, diagnostics and the points behind them; predictions, and words and JSON of it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import laws, table, uncertainty
+from sae_jax import files
+from sae_jax.errors import UserError
+
+Array = np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fit:
+  """A law with estimates, intervals, diagnostics and the points it was fitted to."""
+
+  law: laws.Law
+  x: tuple[str, ...]
+  y: str
+  objective: str
+  # name -> estimate, low, high (the interval to quote), standard_error, profile_low, profile_high; NaN: none
+  params: dict[str, dict[str, float]]
+  start_agreement: float  # share of starts within 1 % of the best objective
+  diagnostics: dict[str, Any]
+  holdout: dict[str, Any] | None  # rule, mean_rel_err, max_rel_err, … of a refit without the held-out points
+  warnings: list[dict[str, str]]
+  table: pd.DataFrame  # the points
+  theta_P: Array  # estimates in fit coordinates
+  draws_BP: Array  # the same for every resample; empty without bootstrap
+  covariance_PP: Array | None = None  # of theta_P; None when the points do not determine it
+  where: dict[str, float] = dataclasses.field(default_factory=dict)  # common to all points, e.g. {'k': 32}
+
+  @property
+  def label(self) -> str:
+    """Such as 'L(n), k = 8', or 'n(C)' for a best size, or 'L_s(n)' for a family."""
+    family = self.law.name.startswith('family')
+    quantity = 'L_s' if family else laws.QUANTITIES.get(self.y, 'L')
+    shown = self.x[:1] if family else self.x  # the others only tell subjects apart
+    symbols = ', '.join(laws.SYMBOLS.get(column, column) for column in shown)
+    return f'{quantity}({symbols})' + ''.join(f', {key} = {value:g}' for key, value in self.where.items())
+
+  def predict(self, at: pd.DataFrame | Mapping[str, Any]) -> Array:
+    """Loss [N] at the rows of a table, or at scalars or arrays by column name."""
+    return np.exp(self.law.log_prediction(self.theta_P[None], self._logs(at))[0][0])
+
+  @property
+  def freedom(self) -> int:
+    """Points beyond the constants."""
+    return len(self.table) - len(self.theta_P)
+
+  def band(self, at: pd.DataFrame | Mapping[str, Any]) -> tuple[Array, Array]:
+    """Bounds [N] of the 90 % interval of the law itself: see `uncertainty.band`; NaN where it is unknown."""
+    return self._band(at, None)
+
+  def interval(self, at: pd.DataFrame | Mapping[str, Any]) -> tuple[Array, Array]:
+    """Bounds [N] of the 90 % interval of one new observation at every row; NaN where it is unknown."""
+    return self._band(at, self.residuals())
+
+  def redrawn(self, draws_BP: Array, by: str) -> 'Fit':
+    """The same fit with intervals from these resamples of `by`, or from standard errors where those are wider."""
+    params, method = uncertainty.params(self.law, self.theta_P, draws_BP, self.covariance_PP, self.freedom)
+    params = {name: self.params[name] | p for name, p in params.items()}  # profiles stay
+    interval = self.diagnostics['interval'] | {'method': method, 'resamples': len(draws_BP), 'by': by}
+    old = ('no_interval', 'not_finite')
+    warnings = [w for w in self.warnings if w['code'] not in old] + uncertainty.interval_warnings(
+      params, method
+    )
+    return dataclasses.replace(
+      self, params=params, draws_BP=draws_BP, warnings=warnings, diagnostics=self.diagnostics | {'interval': interval}
+    )  # fmt: skip
+
+  def warned(self, *more: dict[str, str]) -> 'Fit':
+    """The same fit with more warnings."""
+    return dataclasses.replace(self, warnings=[*self.warnings, *more])
+
+  def residuals(self) -> Array:
+    """ln predicted - ln observed [N] at the points of the fit."""
+    return np.log(self.predict(self.table)) - np.log(table.positive(self.table, [self.y])[:, 0])
+
+  def to_json(self) -> dict[str, Any]:
+    """An entry of laws.json: strict JSON, null where a number is unknown."""
+    record = {
+      'law': self.law.name, 'formula': self.law.formula, 'x': list(self.x), 'y': self.y, 'where': self.where,
+      'params': self.params, 'meaning': {p.name: p.meaning for p in self.law.parameters},
+      'objective': self.objective, 'n_points': len(self.table), 'start_agreement': self.start_agreement,
+      'holdout': self.holdout, 'warnings': self.warnings,
+    }  # fmt: skip
+    return _strict(record | self.diagnostics)
+
+  def summary(self) -> str:
+    """Lines for a terminal: the law, every constant with its interval, the checks; not the warnings."""
+    over = f'{self.law.name}: {self.y} over {", ".join(self.x)}, {len(self.table)} points'
+    lines = [f'{self.label}   ({over})', f'  {self.law.formula}']
+    for name, p in self.params.items():
+      estimate, low, high = (p[key] if not abs(p[key]) < 1e-6 else 0.0 for key in ('estimate', 'low', 'high'))
+      lines.append(
+        f'  {name:7s} {estimate:12.5g}   90 % interval {low:.5g} to {high:.5g}{self._profile_text(name)}'
+      )
+    d = self.diagnostics
+    lines.append(
+      f'  rms log residual {d["rms_log_residual"]:.5f}; {self.objective}; '
+      f'{self.start_agreement:.0%} of starts agree; interval by {d["interval"]["method"]}'
+    )
+    if seeds := d['seed_noise']:
+      p = seeds['lack_of_fit_p']
+      lines.append(
+        f'  seed noise {seeds["sd_log"]:.5f} in log loss, {seeds["freedom"]} degrees of freedom'
+        + (f'; lack of fit beyond it: p = {p:.2g}' if np.isfinite(p) else '')
+      )
+    if self.holdout:
+      lines.append('  held out: ' + self.holdout_text())
+    return '\n'.join(lines)
+
+  def holdout_text(self) -> str:
+    """The held-out error in a sentence; empty when nothing was held out."""
+    if not self.holdout:
+      return ''
+    h = self.holdout
+    return (
+      f'{h["n_held_out"]} with {h["rule"]} predicted from the other {h["n_fitted"]}, '
+      f'error {h["mean_rel_err"]:.2%} on average, {h["max_rel_err"]:.2%} at most'
+    )
+
+  def _profile_text(self, name: str) -> str:
+    if not self.diagnostics['profile']:
+      return ''
+    low, high = (self.params[name][key] for key in ('profile_low', 'profile_high'))
+    return f'; profile {"unbounded" if np.isnan(low) else f"{low:.5g}"} to {"unbounded" if np.isnan(high) else f"{high:.5g}"}'
+
+  def _band(self, at: pd.DataFrame | Mapping[str, Any], residual_N: Array | None) -> tuple[Array, Array]:
+    low, high = uncertainty.band(
+      self.law, self.theta_P, self.draws_BP, self.covariance_PP, self.freedom, self._logs(at), residual_N
+    )
+    # A law far outside its data may leave the range of float64, which is "unbounded", not an error.
+    with np.errstate(over='ignore'):
+      return np.exp(low), np.exp(high)
+
+  def _logs(self, at: pd.DataFrame | Mapping[str, Any]) -> Array:
+    if not isinstance(at, pd.DataFrame):
+      at = pd.DataFrame({key: np.ravel(value) for key, value in at.items()})
+    return np.log(table.positive(at, self.x))
+
+
+def warning_lines(fits: Sequence[Fit]) -> list[str]:
+  """One line a kind of warning: its code, the first message, and the fits it holds for when there are several."""
+  lines = []
+  for code in dict.fromkeys(w['code'] for fit in fits for w in fit.warnings):
+    hits = [(fit.label, w['message']) for fit in fits for w in fit.warnings if w['code'] == code]
+    labels = '; '.join(dict.fromkeys(label for label, _ in hits))
+    lines.append(f'{code}: {hits[0][1]}' + (f' [{labels}]' if len(fits) > 1 else ''))
+  return lines
+
+
+def _strict(value: Any) -> Any:
+  """The value with every number that JSON does not know replaced by None."""
+  if isinstance(value, dict):
+    return {key: _strict(v) for key, v in value.items()}
+  if isinstance(value, list):
+    return [_strict(v) for v in value]
+  if isinstance(value, float | np.floating):
+    return float(value) if np.isfinite(value) else None
+  return value
+
+
+def write_json(path: str, record: Any) -> None:
+  """Strict JSON with a final newline. Raises `UserError` when `path` cannot be written."""
+  try:
+    files.replace(path, json.dumps(record, indent=1, allow_nan=False).encode() + b'\n')
+  except OSError as error:
+    raise UserError(f'cannot write {path} ({error.strerror}); choose another path') from None
