@@ -1,0 +1,253 @@
+"""Runs jobs on TPU slices of a Kubernetes cluster: one JobSet a job, queued by Kueue, restarted as a whole gang.
+
+Talks to the cluster through the `kubectl` on PATH. Objects are only ever created, never applied over: a JobSet that
+exists is left as it is. A restart within a JobSet is the cluster's; a new attempt after its end is a new generation.
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import time
+from typing import Any
+
+from sae_jax import files
+from sae_jax.errors import UserError
+from sweeps import executors
+from sweeps import ledger as ledgers
+from sweeps.executors.jobset_site import Site, check_no_secrets
+
+KIND = 'jobsets.jobset.x-k8s.io'
+LEDGER_LABEL, JOB_LABEL = 'sae-jax/ledger', 'sae-jax/job'
+KEEP_FINISHED_S = 7 * 86400  # a failed JobSet and its pods' logs stay readable for a week
+# Every other non-zero code is a bug or bad input: the same command would fail again.
+RESTART_CODES = (executors.PREEMPTED, *range(128, 256))
+_COORDINATOR_PORT = 8482  # jax's own choice on TPU; libtpu uses 8471 to 8479
+_WORKER = 'w'
+_OVER = ('Completed', 'Failed')
+_RENDEZVOUS = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+_COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+
+
+def manifest(job: executors.Job, site: Site, ledger: str, generation: int = 1) -> dict[str, Any]:
+  """The JobSet (v1alpha2) of a job: one slice, a process a host.
+
+  Exit codes 42 and 128 or more restart the gang, within `job.max_restarts`; any other failure ends it. The first
+  word of `job.argv`, an interpreter of this machine, becomes the image's `python`. Raises `UserError` for a job that
+  does not fit the slice or would carry a secret.
+  """
+  if job.hosts != site.hosts or job.processes_per_host != 1:
+    raise UserError(
+      f'job {job.id[:80]!r} wants {job.hosts} hosts with {job.processes_per_host} processes each, but '
+      f'{site.tpu_topology} is {site.hosts} hosts with one; change the topology in the site file'
+    )
+  name = f'{_stem(job.id, ledger)}-{generation}'
+  labels = {
+    'app.kubernetes.io/name': 'sae-jax',
+    LEDGER_LABEL: _digest(ledger.rstrip('/')),
+    JOB_LABEL: _job_digest(job.id, ledger),
+  }
+  spec: dict[str, Any] = {
+    'completionMode': 'Indexed',
+    'completions': job.hosts,
+    'parallelism': job.hosts,
+    'backoffLimit': 0,  # one lost host ends the gang: the others would wait for it in a collective
+    'podFailurePolicy': {
+      'rules': [
+        # A drained or reclaimed node is never a bug, whatever its process said while it went down.
+        {'action': 'Count', 'onPodConditions': [{'type': 'DisruptionTarget', 'status': 'True'}]},
+        {
+          'action': 'FailJob',
+          'onExitCodes': {'containerName': _WORKER, 'operator': 'NotIn', 'values': list(RESTART_CODES)},
+        },
+      ]
+    },
+    'template': {'metadata': {'labels': labels}, 'spec': _pod(job, site, name)},
+  }
+  if job.walltime_s is not None:
+    spec['activeDeadlineSeconds'] = job.walltime_s
+  metadata: dict[str, Any] = {
+    'name': name,
+    'namespace': site.namespace,
+    'labels': labels | {'kueue.x-k8s.io/queue-name': site.queue},
+  }
+  if job.hosts > 1:
+    # A node pool is one slice then. Slices of one host share a pool, which this would give to a single job.
+    metadata['annotations'] = {'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'}
+  return {
+    'apiVersion': 'jobset.x-k8s.io/v1alpha2',
+    'kind': 'JobSet',
+    'metadata': metadata,
+    'spec': {
+      'ttlSecondsAfterFinished': KEEP_FINISHED_S,
+      'failurePolicy': {
+        'maxRestarts': job.max_restarts,
+        'restartStrategy': 'BlockingRecreate',  # no rank of the old gang may meet the new coordinator
+        'rules': [{'name': 'bug', 'action': 'FailJobSet', 'onJobFailureReasons': ['PodFailurePolicy']}],
+      },
+      'replicatedJobs': [{'name': _WORKER, 'replicas': 1, 'template': {'spec': spec}}],
+    },
+  }
+
+
+class JobSet:
+  """The executor interface (`submit`, `states`, `cancel`) on JobSets.
+
+  Args:
+    site: cluster and slice.
+    ledger: of the jobs; part of their names, so that sweeps do not meet. Raises `UserError` for a local one.
+    waits_s: pauses before a cluster that has answered before is asked for states again.
+  """
+
+  def __init__(self, site: Site, ledger: str, waits_s: tuple[float, ...] = (2.0, 10.0, 30.0)):
+    if files.is_local(ledger):
+      raise UserError(f'pods cannot see the local ledger {ledger}; use a bucket, e.g. gs://bucket/sweep')
+    self._site, self._ledger, self._waits_s = site, ledger, waits_s
+    self._answered = False
+
+  def render(self, jobs: list[executors.Job]) -> str:
+    """What `submit` would create the first time, as YAML documents (each is JSON) that `kubectl create -f` takes."""
+    made = [manifest(job, self._site, self._ledger) for job in jobs]
+    return ''.join(f'---\n{json.dumps(document, indent=2)}\n' for document in made)
+
+  def submit(self, job: executors.Job) -> str:
+    """Queues a job, unless one of that id is pending or running."""
+    manifest(job, self._site, self._ledger)  # refuse a bad job before anybody is asked
+    generations = self._generations(_job_digest(job.id, self._ledger)).get(_stem(job.id, self._ledger), [])
+    if all(state == 'gone' for _, state in generations):
+      last = max((generation for generation, _ in generations), default=0)
+      made = manifest(job, self._site, self._ledger, last + 1)
+      done = self._kubectl('create', '-f', '-', stdin=json.dumps(made))
+      if done.returncode and '(AlreadyExists)' not in done.stderr:  # another launch was faster
+        raise UserError(f'cannot create JobSet {made["metadata"]["name"]}: {_said(done.stderr)}')
+    return job.id
+
+  def states(self, ids: list[str]) -> dict[str, str]:
+    """'pending' (queued, or some host not ready), 'running' or 'gone' by id."""
+    found = self._generations()
+    states = {}
+    for job_id in ids:
+      live = [state for _, state in found.get(_stem(job_id, self._ledger), []) if state != 'gone']
+      states[job_id] = live[0] if live else 'gone'
+    return states
+
+  def cancel(self, job_id: str) -> None:
+    """Deletes the job: its pods get SIGTERM and their grace, also when asked again. It is 'gone' after them."""
+    stem = _stem(job_id, self._ledger)
+    for generation, state in self._generations(_job_digest(job_id, self._ledger)).get(stem, []):
+      if state != 'gone':
+        name = f'{stem}-{generation}'
+        done = self._kubectl(
+          'delete', KIND, name, '--ignore-not-found', '--cascade=foreground', '--wait=false'
+        )
+        if done.returncode:
+          raise UserError(f'cannot delete JobSet {name}: {_said(done.stderr)}')
+
+  def _generations(self, job: str | None = None) -> dict[str, list[tuple[int, str]]]:
+    """(generation, state) of this ledger's JobSets by name without generation; of one job only when named."""
+    selector = f'{LEDGER_LABEL}={_digest(self._ledger.rstrip("/"))}' + (f',{JOB_LABEL}={job}' if job else '')
+    for wait_s in (*(self._waits_s if self._answered else ()), None):
+      done = self._kubectl('get', KIND, '--selector', selector, '--output', 'json')
+      if done.returncode == 0:
+        break
+      if wait_s is None:
+        raise UserError(
+          f'kubectl get {KIND}: {_said(done.stderr)}; what runs goes on, and the same command finds it again'
+        )
+      time.sleep(wait_s)
+    self._answered = True
+    found: dict[str, list[tuple[int, str]]] = {}
+    for item in json.loads(done.stdout)['items']:
+      stem, _, generation = item['metadata']['name'].rpartition('-')
+      if generation.isdecimal():
+        found.setdefault(stem, []).append((int(generation), _state(item)))
+    return found
+
+  def _kubectl(self, *args: str, stdin: str = '') -> subprocess.CompletedProcess[str]:
+    where = [f'--namespace={self._site.namespace}', '--request-timeout=30s']
+    if self._site.context is not None:
+      where.append(f'--context={self._site.context}')
+    try:
+      return subprocess.run(
+        ['kubectl', *where, *args], input=stdin, capture_output=True, text=True, timeout=120
+      )
+    except FileNotFoundError:
+      raise UserError(
+        'kubectl is not on PATH; install it, or save what --dry_run prints and create it elsewhere'
+      ) from None
+    except subprocess.TimeoutExpired as error:
+      return subprocess.CompletedProcess(error.cmd, 1, '', 'no answer within 120 s')
+
+
+def _pod(job: executors.Job, site: Site, name: str) -> dict[str, Any]:
+  """The pod of one host, in the JobSet of this name."""
+  env = site.env | job.env
+  check_no_secrets(env | {f'argument_{i}': word for i, word in enumerate(job.argv)})
+  variables: list[dict[str, Any]] = [{'name': key, 'value': _literal(env[key])} for key in sorted(env)]
+  if job.hosts > 1:
+    variables = [v for v in variables if v['name'] not in _RENDEZVOUS] + [
+      {'name': 'JAX_COORDINATOR_ADDRESS', 'value': f'{name}-{_WORKER}-0-0.{name}:{_COORDINATOR_PORT}'},
+      {'name': 'JAX_NUM_PROCESSES', 'value': str(job.hosts)},
+      {'name': 'JAX_PROCESS_ID', 'valueFrom': {'fieldRef': {'fieldPath': _COMPLETION_INDEX}}},
+    ]
+  chips = {'google.com/tpu': site.chips_per_host}
+  container = {
+    'name': _WORKER,
+    'image': site.image,
+    'command': ['python', *map(_literal, job.argv[1:])],
+    'env': variables,
+    'resources': {'limits': chips, 'requests': dict(chips)},
+  }
+  if site.path is not None:
+    container['workingDir'] = site.path
+  if site.secrets:
+    container['envFrom'] = [{'secretRef': {'name': secret}} for secret in site.secrets]
+  pod: dict[str, Any] = {
+    'restartPolicy': 'Never',
+    'terminationGracePeriodSeconds': job.grace_s,
+    'nodeSelector': {
+      'cloud.google.com/gke-tpu-accelerator': site.tpu_accelerator,
+      'cloud.google.com/gke-tpu-topology': site.tpu_topology,
+    },
+    'tolerations': [{'key': 'google.com/tpu', 'operator': 'Exists'}],  # the taint of GKE's TPU nodes
+    'containers': [container],
+  }
+  if site.service_account is not None:
+    pod['serviceAccountName'] = site.service_account
+  if site.priority_class is not None:
+    pod['priorityClassName'] = site.priority_class
+  return pod
+
+
+def _state(item: dict[str, Any]) -> str:
+  status = item.get('status') or {}
+  conditions = status.get('conditions') or []
+  if status.get('terminalState') in _OVER or any(
+    c.get('type') in _OVER and c.get('status') == 'True' for c in conditions
+  ):
+    return 'gone'
+  jobs = status.get('replicatedJobsStatus') or []
+  return 'running' if any(job.get('ready') for job in jobs) else 'pending'
+
+
+def _stem(job_id: str, ledger: str) -> str:
+  """A DNS label that differs for different jobs and leaves room for what JobSet appends to name its pods (63)."""
+  readable = re.sub('[^a-z0-9]+', '-', job_id.lower())[:20].strip('-')
+  return '-'.join(part for part in ('sae', readable, _job_digest(job_id, ledger)) if part)
+
+
+def _job_digest(job_id: str, ledger: str) -> str:
+  return _digest(f'{ledger.rstrip("/")}\n{job_id}')
+
+
+def _digest(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _literal(text: str) -> str:
+  """Kubernetes replaces $(NAME) in commands and variables; doubled dollars stay as they were meant."""
+  return text.replace('$', '$$')
+
+
+def _said(stderr: str) -> str:
+  return ledgers.printable(stderr)[:500] or 'no message'

@@ -1,0 +1,189 @@
+"""The guides: every `python -m` in them parses against the real program, dry runs are run, example files are read.
+
+A block that needs a cluster begins with `# not run here`; its `python -m` commands are parsed all the same.
+"""
+
+import argparse
+import importlib
+import pathlib
+import re
+import shlex
+import signal
+
+import pytest
+
+from sae_jax import config, config_flags
+from sweeps import engines, grid
+from tests import fake_bucket
+
+ROOT = pathlib.Path(__file__).parents[1]
+GUIDES = sorted((ROOT / 'docs').glob('*.md'))
+ELSEWHERE = '# not run here'
+_BLOCK = re.compile(r'^```(\w+)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+_COMMAND = re.compile(r'((?:[A-Z_]+=\S+ )*)python -m (\S+)([^;|&>"\n]*)')
+_NAMED_FILE = re.compile(r'# ([\w.]+)\n')
+
+
+class Parsed(BaseException):
+  """Ends a main once its arguments are understood."""
+
+
+def blocks(guide):
+  """(language, text) of a guide, continued lines joined."""
+  return [(kind, re.sub(r'\\\n *', '', body)) for kind, body in _BLOCK.findall(guide.read_text())]
+
+
+SHELL = [
+  pytest.param(body, id=f'{guide.stem}-{i}')
+  for guide in GUIDES
+  for i, (kind, body) in enumerate(blocks(guide))
+  if kind == 'sh'
+]
+
+
+def commands(body):
+  return [(module, shlex.split(rest, comments=True)) for _, module, rest in _COMMAND.findall(body)]
+
+
+@pytest.fixture
+def guide_folder(tmp_path, monkeypatch):
+  """A folder as the guides have it: the repository's, with the files that they show."""
+  for name in ('experiments', 'sweeps'):
+    (tmp_path / name).symlink_to(ROOT / name)
+  for guide in GUIDES:
+    for kind, body in blocks(guide):
+      if kind != 'sh' and (named := _NAMED_FILE.match(body)):
+        assert not (tmp_path / named[1]).exists(), f'{named[1]} is shown twice'
+        (tmp_path / named[1]).write_text(body)
+  monkeypatch.chdir(tmp_path)
+  fake_bucket.use(monkeypatch)
+  return tmp_path
+
+
+def run(module, argv):
+  """The exit code of a real run, with the signal handlers of the test put back."""
+  before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    with pytest.raises(SystemExit) as ended:
+      importlib.import_module(module).main(argv)
+    return ended.value.code
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def parse(module, argv, monkeypatch):
+  """None when the program understands the arguments, its exit code otherwise."""
+  genuine, read_config = argparse.ArgumentParser.parse_args, config_flags.parse
+
+  def parse_args(self, *args, **kwargs):
+    genuine(self, *args, **kwargs)
+    raise Parsed
+
+  def parse_config(*args):
+    with pytest.MonkeyPatch.context() as inner:
+      inner.setattr(argparse.ArgumentParser, 'parse_args', genuine)
+      config.resolve(read_config(*args)[1])
+    raise Parsed
+
+  monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
+  monkeypatch.setattr(config_flags, 'parse', parse_config)
+  try:
+    return run(module, argv)
+  except Parsed:
+    return None
+  finally:
+    monkeypatch.undo()
+
+
+def test_guides_are_there():
+  names = {guide.name for guide in GUIDES}
+  assert {'first_tpu_vm_sweep.md', 'first_pod_sweep.md', 'first_slurm_sweep.md'} < names
+
+
+@pytest.mark.parametrize('body', SHELL)
+def test_commands_are_ours_or_marked(body):
+  if body.startswith(ELSEWHERE + '\n'):
+    return
+  for line in body.splitlines():
+    assert _COMMAND.fullmatch(line), (
+      f'{line!r} is not a python -m command: begin its block with {ELSEWHERE!r}'
+    )
+
+
+@pytest.mark.parametrize('body', SHELL)
+def test_commands_parse(body, guide_folder):
+  for module, argv in commands(body):
+    with pytest.MonkeyPatch.context() as patched:
+      code = parse(module, argv, patched)
+    assert code is None, f'python -m {module} {shlex.join(argv)}: exit code {code}'
+
+
+def test_a_wrong_command_is_noticed(guide_folder, capsys):
+  for module, argv in commands(
+    'python -m sweeps.launch --sweep=sweeps/grids/tiny.py --ledger=x --exekutor=local\n'
+    'python -m sae_jax.train --config=experiments/tiny.py --workdir=x --config.sae.kk=3\n'
+    'python -m sweeps.status\n'
+  ):
+    with pytest.MonkeyPatch.context() as patched:
+      assert parse(module, argv, patched) == 2, module
+  capsys.readouterr()
+
+
+def test_dry_runs_run(guide_folder, monkeypatch, capsys):
+  monkeypatch.setenv('PATH', '/nonexistent')  # a dry run asks no cluster
+  seen = set()
+  for guide in GUIDES:
+    for kind, body in blocks(guide):
+      for module, argv in commands(body) if kind == 'sh' and not body.startswith(ELSEWHERE) else ():
+        if module == 'sweeps.launch' and '--dry_run' in argv:
+          assert run(module, argv) == 0, f'{guide.name}: {shlex.join(argv)}: {capsys.readouterr().err}'
+          seen.add(next((a for a in argv if a.startswith('--executor=')), 'local'))
+  assert seen == {'local', '--executor=jobset', '--executor=slurm'}
+  out = capsys.readouterr().out
+  assert '"kind": "JobSet"' in out and '#SBATCH' in out and 'dense FLOPs' in out
+
+
+def test_ledger_commands_run_on_a_ledger_that_launch_filled(guide_folder, capsys):
+  ran = []
+  fill = ['--sweep=slice_grid.py', '--ledger=gs://BUCKET/first', '--workers=0']
+  assert fill in [argv for block in SHELL for _, argv in commands(block.values[0])]
+  assert run('sweeps.launch', fill) == 0
+  capsys.readouterr()
+  assert run('sweeps.status', ['--ledger=gs://BUCKET/first']) == 0
+  cell = capsys.readouterr().out.splitlines()[2].split()[0]
+  for kind, body in blocks(ROOT / 'docs' / 'when_something_fails.md'):
+    for module, argv in commands(body) if kind == 'sh' else ():
+      if module in ('sweeps.status', 'sweeps.retry', 'sweeps.cancel', 'sweeps.gc'):
+        argv = [a.replace('runs/nk', 'gs://BUCKET/first').replace('0a1b2c3d4e5f', cell) for a in argv]
+        # Nothing has failed here, and retry says so of a cell that is named.
+        assert run(module, argv) == (2 if module == 'sweeps.retry' and cell in argv else 0), (module, argv)
+        ran.append(module)
+  assert set(ran) == {'sweeps.status', 'sweeps.retry', 'sweeps.cancel', 'sweeps.gc'}
+  assert 'cancelled' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  'name, read', [('pod.toml', engines.jobset_cluster), ('slurm.toml', engines.slurm_cluster)]
+)
+def test_site_files_are_read(guide_folder, name, read):
+  assert read(str(guide_folder / name), 'gs://BUCKET/x').limits['max_restarts'] == 100
+
+
+def test_grids_are_built(guide_folder):
+  sweep = grid.build('slice_grid.py')
+  assert {(c.mesh.data, c.mesh.latent) for _, c in sweep.cells} == {(4, 4)}
+  # The mesh stays out of the id: the ledger goes on elsewhere.
+  assert [c.id for _, c in sweep.cells] == [c.id for _, c in grid.build('sweeps/grids/tiny.py').cells]
+
+
+def test_links_and_names_exist():
+  code = '\n'.join(path.read_text() for part in ('sae_jax', 'sweeps') for path in (ROOT / part).rglob('*.py'))
+  for guide in GUIDES:
+    text = guide.read_text()
+    for target in re.findall(r'\]\(([^)#:]+)\)', text):
+      assert (guide.parent / target).exists(), f'{guide.name} links to {target}'
+    for path in re.findall(r'`((?:tests|sweeps|sae_jax|docs|experiments|analysis)/[\w/]+\.\w+)`', text):
+      assert (ROOT / path).exists(), f'{guide.name} names {path}'
+    for name in re.findall(r'\bSAE_JAX_[A-Z_]+', text):
+      assert f"'{name}'" in code, f'{guide.name} names {name}'
