@@ -1,7 +1,7 @@
 """Tables, laws and figures from a ledger; never imports jax.
 
 In a notebook: `table = analysis.load_ledger(path)`, `fit = analysis.fit_law(table, law='joint_nk')`,
-`analysis.plots.joint(fit)`. Nothing heavy is imported before it is used.
+`analysis.plots.joint(fit)`; `analysis.analyse(path)` fits everything. Nothing heavy is imported before it is used.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from analysis import plots
   from analysis.fit import fit_law
+  from analysis.survey import analyse
   from analysis.table import best_learning_rate, load_curves, load_ledger
 
-__all__ = ['best_learning_rate', 'fit_law', 'load_curves', 'load_ledger', 'plots']
+__all__ = ['analyse', 'best_learning_rate', 'fit_law', 'load_curves', 'load_ledger', 'plots']
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +25,10 @@ def __getattr__(name: str) -> Any:
     from analysis.fit import fit_law
 
     return fit_law
+  if name == 'analyse':
+    from analysis.survey import analyse
+
+    return analyse
   if name in ('load_ledger', 'load_curves', 'best_learning_rate'):
     from analysis import table
 

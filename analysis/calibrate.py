@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import special
 from tqdm import tqdm
 
-from analysis import table, uncertainty
+from analysis import plots, table, uncertainty
 from analysis.fit import write_json
 from analysis.predict import predict
 from sae_jax import files
@@ -185,12 +185,15 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--out', metavar='FILE', help='write the predictions there; must not exist')
   parser.add_argument('--check', metavar='FILE', help='compare these predictions with the ledger')
   parser.add_argument('--json', metavar='OUT', help='write the comparison there')
+  parser.add_argument('--figure', metavar='OUT', help='draw the comparison there, e.g. calibration.png')
   args = parser.parse_args(argv)
   if args.check:
     found = check(args.check, args.ledger)
     print(found.summary())
     if args.json:
       write_json(args.json, found.to_json())
+    if args.figure:
+      plots.calibration(found.cells).savefig(args.figure)
     return 0
   if not (args.n_latents and args.k and args.out):
     raise UserError('give --n_latents, --k and --out to predict, or --check=FILE to compare')

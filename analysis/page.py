@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,18 +10,26 @@ import numpy as np
 import pandas as pd
 
 from analysis.compare import Comparison
-from analysis.fit import Fit
+from analysis.findings import Findings
+from analysis.fitted import Fit, warning_lines
 
 _COLUMNS = {
   'id': 'cell', 'n_latents': 'n', 'k': 'k', 'learning_rate': 'learning rate', 'seed': 'seed', 'nmse': 'NMSE',
   'weights': 'weights', 'l0': 'L0', 'dead_fraction': 'dead', 'tokens': 'tokens', 'flops_useful': 'useful FLOPs',
-  'wall_s': 'seconds', 'best_learning_rate': 'fitted',
+  'wall_s': 'seconds', 'subject': 'subject', 'site': 'site', 'best_learning_rate': 'best rate',
 }  # fmt: skip
+_SAME = ('subject', 'site', 'seed', 'weights')  # shown only where they differ
 _CAPTIONS = {
   'joint': 'Loss at the end of training against n for every k, with the joint law. Dashed: extrapolation.',
   'residuals': 'What the joint law leaves over. A trend is a law that does not fit.',
   'power': 'The same points with a separate power law for every k.',
   'frontier': 'Loss against training compute: all runs, the envelope, and its power law. Dashed: extrapolation.',
+  'converged': 'Tokens until a doubling of them improves the loss by less than 1 %.',
+  'isoflop': 'Loss of every size at equal compute. Hollow: no best size there, and why.',
+  'best_size': 'The best size for a budget, through the minima of the profiles.',
+  'learning_rates': 'Loss against learning rate for every size, and the best rate. Hollow: no best rate there, and why.',
+  'allocation': 'Loss over latents and tokens, and the best split of a budget. Dashed: extrapolation.',
+  'family': 'Loss against n, one line a subject; grey: with one exponent for all.',
 }
 
 _STYLE = """
@@ -35,7 +44,7 @@ th:first-child, td:first-child, .text { text-align: left !important; } td.text {
 th button { font: inherit; font-weight: 600; border: 0; background: none; cursor: pointer; padding: 0; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; } th[aria-sort=descending] button::after { content: " \\25BC"; }
 input { font: inherit; padding: .25rem .5rem; width: 20rem; max-width: 100%; margin-bottom: .5rem; }
-section.law { margin: 1.2rem 0; } section.law h3 { font-size: 1rem; margin: .4rem 0; font-weight: 600; }
+summary { cursor: pointer; color: #555; margin: .4rem 0; } section.law { margin: 1.2rem 0; } section.law h3 { font-size: 1rem; margin: .4rem 0; font-weight: 600; }
 """
 
 # Sorts by the number or text in data-v, missing values last. Filters by words that must all occur in a row, and
@@ -70,47 +79,37 @@ if (table) {
 """
 
 
-def render(
-  title: str,
-  cells: pd.DataFrame,
-  done: pd.DataFrame,
-  fits: Sequence[Fit],
-  comparisons: Sequence[Comparison],
-  warnings: Sequence[str],
-  pictures: Mapping[str, bytes],
-) -> str:
-  """The page as a string. `warnings` are lines 'code: message', `pictures` PNGs by figure name."""
-  parts = [f'<h1>{_text(title)}</h1>', f'<p class="note">{_text(_states(cells))}</p>']
-  items = ''.join(
-    f'<li><code>{_text(code)}</code>{_text(colon + rest)}</li>'
-    for code, colon, rest in (s.partition(':') for s in warnings)
-  )
-  parts.append('<h2>Warnings</h2>')
-  parts.append(f'<div class="warnings"><ul>{items}</ul></div>' if items else '<p>None.</p>')
-  parts.append('<h2>Figures</h2>' if pictures else '<h2>Figures</h2><p>None: no law could be fitted.</p>')
-  for name, data in pictures.items():
-    source = f'data:image/png;base64,{base64.b64encode(data).decode()}'
-    caption = _text(_CAPTIONS[name])
-    parts.append(f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>')
+def render(title: str, found: Findings, pictures: Mapping[str, bytes]) -> str:
+  """The page as a string. `pictures` are PNGs by the names of `report.figures`."""
+  parts = [
+    f'<h1>{_text(title)}</h1>',
+    f'<p class="note">{_text(_states(found.cells))}</p>',
+    '<h2>Warnings</h2>',
+  ]
+  items = [line.partition(':') for line in found.warning_lines()]
+  listed = ''.join(f'<li><code>{_text(code)}</code>{_text(colon + rest)}</li>' for code, colon, rest in items)
+  parts.append(f'<div class="warnings"><ul>{listed}</ul></div>' if items else '<p>None.</p>')
+  if found.not_attempted:
+    rest = ''.join(f'<li>{_text(text)}</li>' for text in found.not_attempted)
+    summary = (
+      f'<summary>Not attempted: {len(found.not_attempted)} laws that this sweep was not made for</summary>'
+    )
+    parts.append(f'<details>{summary}<ul class="note">{rest}</ul></details>')
+  parts.append('<h2>Figures</h2>' + (_figures(pictures) or '<p>None: no law could be fitted.</p>'))
   # How FLOPs are counted is a choice; the laws under the other choice stand by, folded.
-  dense = [fit for fit in fits if 'flops_dense' in fit.x]
-  parts.append(
-    '<h2>Laws</h2>' + (''.join(_law(f) for f in fits if f not in dense) or '<p>None: see the warnings.</p>')
-  )
+  dense = [fit for fit in found.fits if 'flops_dense' in fit.x]
+  rest = [fit for fit in found.fits if fit not in dense]
+  parts.append('<h2>Laws</h2>' + (_laws(rest) or '<p>None: see the warnings.</p>'))
   if dense:
     summary = '<summary>The compute laws in the FLOPs of a dense implementation</summary>'
-    parts.append(f'<details>{summary}{"".join(map(_law, dense))}</details>')
-  if comparisons:
-    parts.append('<h2>Is there an irreducible loss?</h2>' + _comparisons(comparisons))
-  parts.append('<h2>Finished cells</h2>' + _cells(done))
-  missing = cells[cells['state'] != 'done']
+    parts.append(f'<details>{summary}{_laws(dense)}</details>')
+  if found.comparisons:
+    parts.append('<h2>Is there an irreducible loss?</h2>' + _comparisons(found.comparisons))
+  parts.append('<h2>Finished cells</h2>' + _cells(found.done))
+  missing = found.cells[found.cells['state'] != 'done']
   if len(missing):
-    body = ''.join(
-      f'<tr><td>{_text(r["id"])}</td><td class="text">{_text(r["state"])}</td><td class="text">{_text(r["reason"])}</td></tr>'
-      for r in missing.to_dict('records')
-    )
-    head = '<thead><tr><th>cell</th><th class="text">state</th><th class="text">reason</th></tr></thead>'
-    parts.append(f'<h2>Other cells</h2><div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>')
+    rows = [[_text(row[key]) for key in ('id', 'state', 'reason')] for row in missing.to_dict('records')]
+    parts.append(f'<h2>Other cells</h2>{_table(["cell", "state", "reason"], rows)}')
   policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -122,33 +121,99 @@ def render(
   )
 
 
-def _law(fit: Fit) -> str:
-  rows = ''.join(
-    f'<tr><td>{_text(p.name)}</td><td>{_number(fit.params[p.name]["estimate"])}</td>'
-    f'<td>{_number(fit.params[p.name]["low"])}</td><td>{_number(fit.params[p.name]["high"])}</td>'
-    f'<td class="text">{_text(p.meaning)}</td></tr>'
-    for p in fit.law.parameters
-  )
-  interval = fit.diagnostics['interval']
-  resampled = f'{interval["resamples"]} resamples by {interval["by"]}'
-  by = interval['method'].replace('bootstrap', resampled)
-  facts = (
-    f'{len(fit.table)} points; rms log residual {fit.diagnostics["rms_log_residual"]:.4f}; objective {fit.objective}; '
-    f'{fit.start_agreement:.0%} of starts agree; intervals from {by}.'
-  )
-  if fit.holdout:
-    facts += f' Held out: {fit.holdout_text()}.'
-  doubts = ''.join(f'<li>{_text(w["code"])}: {_text(w["message"])}</li>' for w in fit.warnings)
+def _figures(pictures: Mapping[str, bytes]) -> str:
+  """All figures; of those drawn once a k, the largest k open and the others folded."""
+  kinds: dict[str, list[str]] = {}
+  for name in pictures:
+    kinds.setdefault(re.sub(r'_k\d+$', '', name), []).append(name)
+  parts = []
+  for kind, (*folded, shown) in kinds.items():
+    parts.append(_figure(kind, shown, pictures[shown]))
+    if folded:
+      ks = ', '.join(name.rpartition('_k')[2] for name in folded)
+      inside = ''.join(_figure(kind, name, pictures[name]) for name in folded)
+      parts.append(f'<details><summary>The same at k = {_text(ks)}</summary>{inside}</details>')
+  return ''.join(parts)
+
+
+def _figure(kind: str, name: str, data: bytes) -> str:
+  k = name.removeprefix(kind).removeprefix('_k')
+  caption = _text(_CAPTIONS[kind] + (f' k = {k}.' if k else ''))
+  source = f'data:image/png;base64,{base64.b64encode(data).decode()}'
+  return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _laws(fits: Sequence[Fit]) -> str:
+  """One section a law; fits that differ only in k are rows of one table."""
+  groups: dict[tuple[Any, ...], list[Fit]] = {}
+  for fit in fits:
+    groups.setdefault((fit.law.formula, fit.x, fit.y, not fit.where), []).append(fit)
+  return ''.join(_law(group) for group in groups.values())
+
+
+def _law(fits: Sequence[Fit]) -> str:
+  fit = fits[0]
+  if fit.where:  # a row a fit
+    heads = [*fit.where, *fit.law.names, 'points', 'rms', 'held out', 'starts']
+    rows = [
+      [
+        *map(_number, one.where.values()),
+        *(_estimate(one.params[name]) for name in fit.law.names),
+        *_checks(one),
+      ]
+      for one in fits
+    ]
+    meaning = '; '.join(f'{p.name}: {p.meaning}' for p in fit.law.parameters)
+    meaning += '. rms: of the log residuals; held out: mean error; starts: share that agree. '
+  else:  # a row a constant
+    heads = ['constant', 'estimate and 90 % interval', 'meaning']
+    rows = [[_text(p.name), _estimate(fit.params[p.name]), _text(p.meaning)] for p in fit.law.parameters]
+    count, rms, held, agree = _checks(fit)
+    meaning = (
+      f'{count} points; rms log residual {rms}; held-out error {held or "unknown"}; {agree} of starts agree. '
+    )
+  intervals = [one.diagnostics['interval'] for one in fits]
+  methods = ' and '.join(dict.fromkeys(i['method'] for i in intervals))
+  drawn = [i['resamples'] for i in intervals]
+  count = f'{min(drawn)} to {max(drawn)}' if min(drawn) < max(drawn) else str(drawn[0])
+  rules = dict.fromkeys(one.holdout['rule'] for one in fits if one.holdout)
+  resamples = f'; {count} resamples by {intervals[0]["by"]}' if max(drawn) else ''
+  facts = f'{meaning}In brackets 90 % intervals from {methods}{resamples}. '
+  facts += f'Objective {fit.objective}.' + (f' Held out: {", ".join(rules)}.' if rules else '')
+  doubts = ''.join(f'<li>{_text(line)}</li>' for line in warning_lines(fits))
+  name = fit.label.partition(', k')[0] if fit.where else fit.label
+  over = ', '.join(x for x in fit.x if not x.startswith('is_'))  # those only tell subjects apart
   return (
-    f'<section class="law"><h3>{_text(fit.label)}: {_text(fit.y)} over {_text(", ".join(fit.x))}</h3><p><code>{_text(fit.law.formula)}</code></p>'
-    '<div class="scroll"><table><thead><tr><th>constant</th><th>estimate</th><th>90 % from</th><th>to</th>'
-    f'<th class="text">meaning</th></tr></thead><tbody>{rows}</tbody></table></div><p class="note">{_text(facts)}</p>'
-    f'{doubts and f"""<ul class="note">{doubts}</ul>"""}</section>'
+    f'<section class="law"><h3>{_text(name)}: {_text(fit.y)} over {_text(over)}</h3>'
+    f'<p><code>{_text(fit.law.formula)}</code></p>{_table(heads, rows)}'
+    f'<p class="note">{_text(facts)}</p>{doubts and f"""<ul class="note">{doubts}</ul>"""}</section>'
   )
+
+
+def _checks(fit: Fit) -> list[str]:
+  held = f'{fit.holdout["mean_rel_err"]:.2%}' if fit.holdout else ''
+  return [
+    str(len(fit.table)),
+    f'{fit.diagnostics["rms_log_residual"]:.4f}',
+    held,
+    f'{fit.start_agreement:.0%}',
+  ]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Heads are escaped here, cells by the caller; a column of words stands left."""
+  css = [
+    ' class="text"' if head in ('meaning', 'irreducible loss', 'state', 'reason') else '' for head in heads
+  ]
+  head = ''.join(f'<th scope="col"{c}>{_text(h)}</th>' for h, c in zip(heads, css, strict=True))
+  body = ''.join(
+    f'<tr>{"".join(f"<td{c}>{cell}</td>" for cell, c in zip(row, css, strict=True))}</tr>' for row in rows
+  )
+  return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _comparisons(pairs: Sequence[Comparison]) -> str:
-  head = (
+  heads = [
     'law',
     'rms with',
     'without',
@@ -156,30 +221,23 @@ def _comparisons(pairs: Sequence[Comparison]) -> str:
     'without',
     'AICc without less with',
     'irreducible loss',
-  )
+  ]
   rows = []
   for pair in pairs:
     rms = [_number(fit.diagnostics['rms_log_residual']) for fit in (pair.floored, pair.plain)]
     errors = [f'{error:.2%}' if np.isfinite(error) else '' for error in pair.holdout_errors]
-    cells = ''.join(f'<td>{cell}</td>' for cell in (*rms, *errors, _number(pair.aicc_gain)))
-    rows.append(
-      f'<tr><td>{_text(pair.floored.label)}</td>{cells}<td class="text">{_text(pair.verdict)}</td></tr>'
-    )
-  heads = ''.join(f'<th scope="col">{_text(cell)}</th>' for cell in head)
+    rows.append([_text(pair.floored.label), *rms, *errors, _number(pair.aicc_gain), _text(pair.verdict)])
   note = (
     'The same law with and without an irreducible loss. AICc above zero: the points are described better with it. '
     'The points of L(C) are not independent, so there the held-out error counts.'
   )
-  return (
-    f'<p class="note">{note}</p><div class="scroll"><table><thead><tr>{heads}</tr></thead>'
-    f'<tbody>{"".join(rows)}</tbody></table></div>'
-  )
+  return f'<p class="note">{note}</p>{_table(heads, rows)}'
 
 
 def _cells(done: pd.DataFrame) -> str:
   if done.empty:
     return '<p>None yet.</p>'
-  columns = [c for c in _COLUMNS if c in done]
+  columns = [c for c in _COLUMNS if c in done and (c not in _SAME or done[c].nunique(dropna=False) > 1)]
   head = ''.join(f'<th scope="col"><button type="button">{_text(_COLUMNS[c])}</button></th>' for c in columns)
   rows = []
   for record in done[columns].to_dict('records'):
@@ -200,6 +258,11 @@ def _states(cells: pd.DataFrame) -> str:
     if len(cells)
     else 'no cells'
   )
+
+
+def _estimate(param: Mapping[str, float]) -> str:
+  value, low, high = (_number(param[key]) for key in ('estimate', 'low', 'high'))
+  return f'{value} <span class="note">[{low or "?"}, {high or "?"}]</span>'
 
 
 def _number(value: Any) -> str:

@@ -4,113 +4,61 @@ A law that cannot be fitted is named with its reason, and the report is written 
 """
 
 import argparse
-import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
+import numpy as np
 from matplotlib.figure import Figure
 
-from analysis import convergence, page, plots, table
-from analysis.compare import WITHOUT, Comparison
-from analysis.fit import Fit, fit_law, warning_lines, with_holdout, write_json
-from analysis.frontier import fit_frontier
+from analysis import page, plots
+from analysis.findings import Findings
+from analysis.fitted import Fit, write_json
+from analysis.survey import analyse
 from sae_jax import files
 from sae_jax.errors import UserError, one_line_errors
 
-_LEAST_SIZES = 4  # of a power law with three constants
-
-
-@dataclasses.dataclass(frozen=True)
-class Findings:
-  """What a ledger says: its cells, the laws fitted to them, and everything a reader must be warned of."""
-
-  cells: pd.DataFrame  # all, with state and reason
-  done: pd.DataFrame  # finished cells; `best_learning_rate` marks those the laws are fitted to
-  curves: pd.DataFrame
-  joint: Fit | None
-  power: list[Fit]  # L(n), one a k
-  frontier: list[Fit]  # L(C) in useful FLOPs, one a k
-  frontier_dense: list[Fit]  # the same in dense FLOPs
-  comparisons: list[Comparison]  # of joint, power and frontier with the same laws without an irreducible loss
-  warnings: list[dict[str, str]]
-
-  @property
-  def fits(self) -> list[Fit]:
-    return [*([self.joint] if self.joint else []), *self.power, *self.frontier, *self.frontier_dense]
-
-  def to_json(self) -> list[dict[str, Any]]:
-    """The content of laws.json."""
-    compared = {(c.floored.label, c.floored.x): {'comparison': c.to_json()} for c in self.comparisons}
-    return [fit.to_json() | compared.get((fit.label, fit.x), {}) for fit in self.fits]
-
-  def warning_lines(self) -> list[str]:
-    """Those of the ledger, then those of the fits that say something else."""
-    said = {w['code'] for w in self.warnings}
-    own = [line for line in warning_lines(self.fits) if line.partition(':')[0] not in said]
-    return [f'{w["code"]}: {w["message"]}' for w in self.warnings] + own
-
-
-def analyse(ledger: str, bootstrap: int = 500) -> Findings:
-  """Fits every law the finished cells can carry. Raises `UserError` when there is no ledger."""
-  cells = table.load_cells(ledger)
-  done, curves = table.load_ledger(ledger, cells), table.load_curves(ledger, cells)
-  best = table.best_learning_rate(done)
-  done['best_learning_rate'] = done['id'].isin(best['id'])
-  warnings = list(best.attrs['warnings']) + _mixed_settings(best)
-  best.attrs['warnings'] = []  # said once for the report, not again with every law
-  sizes = sorted(best['n_latents'].unique())
-  largest = f'n_latents>{sizes[-2]:g}' if len(sizes) > 1 else None
-
-  def fit_n(law: str, points: pd.DataFrame, bootstrap: int = bootstrap) -> Callable[[str | None], Fit]:
-    return lambda holdout: fit_law(points, law, bootstrap=bootstrap, holdout=holdout)
-
-  def fit_c(
-    x: str, points: pd.DataFrame, law: str = 'power', bootstrap: int = bootstrap
-  ) -> Callable[[str | None], Fit]:
-    return lambda holdout: fit_frontier(points, x, law=law, bootstrap=bootstrap, holdout=holdout)
-
-  comparisons: list[Comparison] = []
-
-  def compare(floored: Fit | None, plain: Callable[[str | None], Fit], holdout: str | None) -> None:
-    if floored and (other := _attempt(f'{floored.label} without e', plain, holdout, warnings)):
-      comparisons.append(Comparison(floored, other))
-
-  joint = _attempt('L(n,k)', fit_n('joint_nk', best), largest, warnings)
-  risen = convergence.risen_warnings(best)
-  warnings += risen + convergence.unconverged_warnings(curves, best['id'])
-  joint = joint and joint.warned(*risen)
-  compare(joint, fit_n(WITHOUT['joint_nk'], best, 0), largest)
-  power, frontier, dense = [], [], []
-  for k in sorted(best['k'].unique()):
-    points, measured = best[best['k'] == k], curves[curves['k'] == k]
-    count = points['n_latents'].nunique()
-    if count < _LEAST_SIZES:
-      text = f'L(n) at k={k}: {count} sizes, a power law with a floor needs {_LEAST_SIZES}; add sizes'
-      warnings.append(table.warning('not_fitted', text))
-    else:
-      power.append(_attempt(f'L(n) at k={k}', fit_n('power', points), largest, warnings, k))
-      compare(power[-1], fit_n(WITHOUT['power'], points, 0), largest)
-    for x, fits in (('flops_useful', frontier), ('flops_dense', dense)):
-      # Held out in the variable one extrapolates in: the envelope of the last factor of five.
-      far = f'{x}>{measured[x].max() / 5:.2g}'
-      fits.append(_attempt(f'L(C) at k={k} in {x}', fit_c(x, measured), far, warnings, k))
-      if x == 'flops_useful':
-        compare(fits[-1], fit_c(x, measured, WITHOUT['power'], 0), far)
-  power, frontier, dense = ([fit for fit in fits if fit] for fits in (power, frontier, dense))
-  return Findings(cells, done, curves, joint, power, frontier, dense, comparisons, warnings)
-
 
 def figures(found: Findings) -> dict[str, Figure]:
-  """The figures that the fits allow, by file name without extension."""
+  """The figures that the fits allow, by file name without extension; those of one k end in _k and its value."""
+  notes = [w for w in found.warnings if w['code'] != 'not_fitted']
+  codes = list(dict.fromkeys(w['code'] for w in notes))
+
+  def said(fits: Sequence[Fit | None]) -> list[Fit]:
+    """The fits with the ledger's own warnings, which hold for all of them."""
+    return [
+      fit.warned(*(n for n in notes if n['code'] not in {w['code'] for w in fit.warnings}))
+      for fit in fits
+      if fit
+    ]
+
+  def each(name: str) -> list[Fit]:
+    return said([getattr(one, name) for one in found.by_k])
+
   out: dict[str, Figure] = {}
-  if found.joint:
-    out |= {'joint': plots.joint(found.joint), 'residuals': plots.residuals(found.joint)}
-  if found.power:
-    out['power'] = plots.power(found.power)
-  if found.frontier:
-    out['frontier'] = plots.frontier(found.frontier, found.curves[found.curves['state'] == 'done'])
+  for joint in said([found.joint]):
+    out |= {'joint': plots.joint(joint), 'residuals': plots.residuals(joint)}
+  if fits := each('power'):
+    out['power'] = plots.power(fits)
+  if fits := each('frontier'):
+    out['frontier'] = plots.frontier(fits, found.curves[found.curves['state'] == 'done'])
+  if fits := each('converged'):
+    out['converged'] = plots.growth(fits)
+  for one in found.by_k:
+    if one.profiles:
+      out[f'isoflop_k{one.k}'] = plots.isoflop(*one.profiles, {'k': one.k}, codes)
+  if fits := each('best_size'):
+    rows = [one.profiles[1] for one in found.by_k if one.best_size and one.profiles]
+    refused = np.unique(np.concatenate([row.loc[row['verdict'] != 'minimum', 'budget'] for row in rows]))
+    out['best_size'] = plots.growth(fits, refused.tolist())
+  for one in found.by_k:
+    if one.rates is not None:
+      law = said([one.learning_rate])
+      out[f'learning_rates_k{one.k}'] = plots.learning_rates(one.rates, law[0] if law else None, codes)
+    if one.split:
+      out[f'allocation_k{one.k}'] = plots.allocation(said([one.tokens])[0], found.cost)
+    if one.family:
+      out[f'family_k{one.k}'] = plots.family(one.family, codes)
   return out
 
 
@@ -118,47 +66,20 @@ def write(found: Findings, out: str, title: str) -> str:
   """Writes the report into a folder or fsspec URL and returns the path of its page."""
   pictures = {}
   for name, figure in figures(found).items():
-    for kind in ('png', 'pdf'):
+    # No dates and versions in files, so that the same findings give the same bytes.
+    metadata: dict[str, dict[str, Any]] = {'png': {'Software': None}, 'pdf': {'CreationDate': None}}
+    for kind, facts in metadata.items():
       buffer = io.BytesIO()
-      figure.savefig(
-        buffer, format=kind, metadata={'Software': None} if kind == 'png' else {'CreationDate': None}
-      )
+      figure.savefig(buffer, format=kind, metadata=facts)
+      figure.set_layout_engine('none')  # it is laid out now; once more would double the time
       _replace(files.join(out, f'{name}.{kind}'), buffer.getvalue())
       if kind == 'png':
         pictures[name] = buffer.getvalue()
   _replace(files.join(out, 'table.csv'), found.done.to_csv(index=False).encode())
   write_json(files.join(out, 'laws.json'), found.to_json())
   path = files.join(out, 'index.html')
-  text = page.render(
-    title, found.cells, found.done, found.fits, found.comparisons, found.warning_lines(), pictures
-  )
-  _replace(path, text.encode())
+  _replace(path, page.render(title, found, pictures).encode())
   return path
-
-
-def _attempt(
-  what: str,
-  fit: Callable[[str | None], Fit],
-  holdout: str | None,
-  warnings: list[dict[str, str]],
-  k: int | None = None,
-) -> Fit | None:
-  """The fit with its held-out error, else without, else None and the reason among `warnings`."""
-  where = {} if k is None else {'k': int(k)}
-  try:
-    return dataclasses.replace(with_holdout(fit, holdout), where=where)
-  except UserError as error:
-    warnings.append(table.warning('not_fitted', f'{what}: {error}'))
-    return None
-
-
-def _mixed_settings(best: pd.DataFrame) -> list[dict[str, str]]:
-  columns = ('d_model', 'batch_tokens', 'source', 'subject', 'site', 'text')
-  mixed = [c for c in columns if c in best and best[c].nunique(dropna=False) > 1]
-  if not mixed:
-    return []
-  text = f'cells with different {", ".join(mixed)} are in one ledger; laws over n and k ignore that'
-  return [table.warning('mixed_settings', text)]
 
 
 def _replace(path: str, data: bytes) -> None:
@@ -180,18 +101,23 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     '--bootstrap', type=int, default=500, metavar='N', help='resamples behind intervals (default: 500)'
   )
+  parser.add_argument(
+    '--subject',
+    metavar='NAME',
+    help='fit the laws over n, k and C to its cells (default: the one with most cells)',
+  )
   args = parser.parse_args(argv)
-  found = analyse(args.ledger, args.bootstrap)
+  found = analyse(args.ledger, args.bootstrap, args.subject)
   path = write(found, args.out, files.join(args.ledger).rstrip('/').rsplit('/', 1)[-1])
-  shown = found.fits[
-    : len(found.fits) - len(found.frontier_dense)
-  ]  # the dense count is in laws.json and on the page
-  for fit in shown:
-    print(fit.summary())
+  for fit in found.fits:
+    if 'flops_dense' not in fit.x:  # those are in laws.json and on the page
+      print(fit.summary())
   for pair in found.comparisons:
     print(f'irreducible loss in {pair.floored.label}: {pair.verdict}')
   for line in found.warning_lines():
     print(f'warning: {line}')
+  if found.not_attempted:
+    print(f'not attempted: {"; ".join(found.not_attempted)}')
   states = found.cells['state'].value_counts().to_dict()
   print(f'{len(found.done)} of {len(found.cells)} cells done {states if len(states) > 1 else ""}'.rstrip())
   print(f'report: {path}')

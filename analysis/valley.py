@@ -57,13 +57,13 @@ def fit_valley(x_N: Array, y_N: Array, flat: float = FLAT) -> Valley:
   lowest = int(mean_S.argmin())
   if lowest in (0, len(tried_S) - 1):
     side = 'lowest' if lowest == 0 else 'highest'
-    return _none('edge', f'the best value, {np.exp(tried_S[lowest]):.3g}, is the {side} tried', curvature)
+    return _none('edge', f'the best value, {np.exp(tried_S[lowest]):.5g}, is the {side} tried', curvature)
   if curvature <= 0:
     return _none('maximum', 'the parabola opens downwards', curvature)
   bottom = center - slope / (2 * curvature)
   if not tried_S[0] < bottom < tried_S[-1]:
     return _none(
-      'edge', f'the parabola has its bottom at {np.exp(bottom):.3g}, outside the values tried', curvature
+      'edge', f'the parabola has its bottom at {np.exp(bottom):.5g}, outside the values tried', curvature
     )
   low, high = _fieller(slope, curvature, a_N3, squares, freedom)
   y = float(np.exp(coefficient_3[0] - slope**2 / (4 * curvature)))

@@ -1,9 +1,11 @@
-"""Every notebook runs from top to bottom as plain Python, and shows what it claims."""
+"""Every notebook runs from top to bottom as plain Python, shows what it claims, and is the same as .py and .ipynb."""
 
 import pathlib
 import re
 import runpy
 
+import jupytext
+import nbformat
 import numpy as np
 import pytest
 
@@ -27,10 +29,23 @@ def run(monkeypatch, ledger):
 
 
 def test_notebook_files_are_the_known_ones():
-  assert {p.stem for p in FOLDER.glob('*.py')} == {'fit_a_ledger', 'plan_next_sweep', 'refit_published'}
-  for path in FOLDER.glob('*.py'):
-    text = path.read_text()
-    assert 'py:percent' in text and text.count('# %%') > 4
+  known = {'fit_a_ledger', 'plan_next_sweep', 'refit_published'}
+  assert {p.stem for p in FOLDER.glob('*.py')} == {p.stem for p in FOLDER.glob('*.ipynb')} == known
+
+
+@pytest.mark.parametrize('path', sorted(FOLDER.glob('*.py')), ids=lambda path: path.stem)
+def test_notebook_pair_holds_the_same_cells(path):
+  script, paired = jupytext.read(path), nbformat.read(path.with_suffix('.ipynb'), as_version=4)
+  nbformat.validate(paired)
+  cells = [(cell.cell_type, cell.source) for cell in script.cells]
+  assert len(cells) > 4
+  remedy = f'run jupytext --sync {path.relative_to(FOLDER.parent.parent)}'
+  assert cells == [(cell.cell_type, cell.source) for cell in paired.cells], remedy
+  assert (
+    script.metadata['jupytext']['formats'] == paired.metadata['jupytext']['formats'] == 'ipynb,py:percent'
+  )
+  code = [cell for cell in paired.cells if cell.cell_type == 'code']
+  assert not any(cell.outputs or cell.execution_count for cell in code), 'strip the outputs'
 
 
 def test_notebook_fits_a_ledger(run, capsys):
@@ -39,7 +54,7 @@ def test_notebook_fits_a_ledger(run, capsys):
     planted_ledger.loss(5000, 7), rel=0.01
   )
   assert (seen['valleys']['verdict'] == 'minimum').all()
-  assert len(seen['figure_joint'].axes[0].lines) > 3 * len(planted_ledger.KS) - 1
+  assert seen['growth'] and seen['envelope'] and seen['rate'] and seen['budgets']  # each has its figure
   truth = planted_ledger.loss(2 * planted_ledger.SIZES[-1], planted_ledger.KS[-1])
   assert seen['found'].low < truth < seen['found'].high
   assert 'growth: converged_tokens' in capsys.readouterr().out
@@ -48,8 +63,8 @@ def test_notebook_fits_a_ledger(run, capsys):
 def test_notebook_refits_the_published_figure(run, capsys):
   seen = run('refit_published')
   assert seen['difference'].max() < 1e-3  # our law lies on the paper's dashed curves
-  (ax,) = seen['figure'].axes
-  broad = [line for line in ax.lines if line.get_linewidth() == 4]
+  (ax,) = analysis.plots.joint(seen['fit']).axes
+  broad = [line for line in ax.lines if line.get_linewidth() == 6]
   assert len(broad) == seen['points']['k'].nunique() == 5  # theirs, one a k, under ours
   assert all(line.get_zorder() < min(o.get_zorder() for o in ax.lines if o not in broad) for line in broad)
   published = np.concatenate([line.get_ydata() for line in broad])

@@ -1,7 +1,7 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: py:percent
+#     formats: ipynb,py:percent
 #   kernelspec:
 #     display_name: Python 3
 #     name: python3
@@ -14,12 +14,13 @@
 # and fits what it can carry. It runs as it is on the ledger of `make demo`; set `SAE_LEDGER` for another.
 
 # %%
+# %matplotlib inline
 import os
 
 import numpy as np
 
 import analysis
-from analysis import convergence, frontier, isoflop, learning_rate, predict
+from analysis import convergence, frontier, isoflop, learning_rate, predict, survey
 from sae_jax.errors import UserError
 
 LEDGER = os.environ.get('SAE_LEDGER', 'runs/demo/ledger')
@@ -49,8 +50,10 @@ joint = analysis.fit_law(best, 'joint_nk', bootstrap=BOOTSTRAP, holdout=f'n_late
 print(joint.summary())
 for warning in joint.warnings:
   print('warning:', warning['message'])
-figure_joint = analysis.plots.joint(joint)
-figure_residuals = analysis.plots.residuals(joint)
+analysis.plots.joint(joint)
+
+# %%
+analysis.plots.residuals(joint)
 
 # %% [markdown]
 # The exponent of n at a given k is `beta_n + gamma ln k`, not `beta_n`: that one is for k = 1.
@@ -69,10 +72,13 @@ for k in np.sort(best['k'].unique()):
 # %%
 for warning in convergence.risen_warnings(best) + convergence.unconverged_warnings(curves, best['id']):
   print('warning:', warning['message'])
+growth = None
 try:
-  print(convergence.fit_convergence(curves[curves['id'].isin(best['id'])], bootstrap=BOOTSTRAP).summary())
+  growth = convergence.fit_convergence(curves[curves['id'].isin(best['id'])], bootstrap=BOOTSTRAP)
+  print(growth.summary())
 except UserError as error:
   print('tokens to convergence:', error)
+growth and analysis.plots.growth(growth)
 
 # %% [markdown]
 # ## Loss against compute, at one k
@@ -82,24 +88,55 @@ except UserError as error:
 # %%
 k = np.sort(best['k'].unique())[-1]
 mine = curves[curves['k'] == k]
+envelope = None
 try:
   envelope = frontier.fit_frontier(mine, bootstrap=BOOTSTRAP)
   print(envelope.summary())
-  figure_frontier = analysis.plots.frontier(envelope, mine[mine['state'] == 'done'])
 except UserError as error:
   print('L(C):', error)
+envelope and analysis.plots.frontier(envelope, mine[mine['state'] == 'done'])
 
 # %% [markdown]
-# ## The best size for a budget, and the best learning rate for a size
+# ## The best size for a budget
 #
-# Both are bottoms of valleys. A best value at the edge of those tried is no minimum and is refused.
+# At equal compute, loss over size is a valley: small autoencoders stop learning, large ones have not begun. A best value
+# at the edge of those tried is no minimum and is refused; the figure says which and why.
 
 # %%
-budgets = np.geomspace(mine['flops_useful'].quantile(0.5), mine['flops_useful'].max(), 5)
-_, profiles = isoflop.profiles(mine, budgets)
+runs = mine[mine['id'].isin(best['id'])]
+budgets = survey.budgets(runs).tolist()
+measured, profiles = isoflop.profiles(runs, budgets)
 print(profiles[['budget', 'sizes', 'n_latents', 'verdict', 'reason']].to_string(index=False))
-valleys = learning_rate.valleys(table)
-print(valleys[['n_latents', 'k', 'rates', 'learning_rate', 'verdict', 'reason']].to_string(index=False))
+analysis.plots.isoflop(measured, profiles, {'k': k}) if budgets else None
+
+# %%
+best_size = None
+try:
+  best_size = isoflop.fit_best_size(runs, budgets, bootstrap=BOOTSTRAP)
+  print(best_size.summary())
+except UserError as error:
+  print('best size:', error)
+refused = profiles.loc[profiles['verdict'] != 'minimum', 'budget'].tolist()
+best_size and analysis.plots.growth(best_size, refused)
+
+# %% [markdown]
+# ## The best learning rate for a size
+#
+# The same valleys over learning rates, where the sweep tried several.
+
+# %%
+cells = table[table['k'] == k]
+valleys = learning_rate.valleys(cells)
+tried = valleys[valleys['rates'] > 1]
+print(tried[['n_latents', 'k', 'rates', 'learning_rate', 'verdict', 'reason']].to_string(index=False))
+rate = None
+if len(tried):
+  try:
+    rate = learning_rate.fit_learning_rate(cells, bootstrap=BOOTSTRAP)
+    print(rate.summary())
+  except UserError as error:
+    print('best learning rate:', error)
+analysis.plots.learning_rates(cells, rate) if len(tried) else print('one learning rate a size')
 
 # %% [markdown]
 # ## One size further

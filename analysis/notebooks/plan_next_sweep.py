@@ -1,7 +1,7 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: py:percent
+#     formats: ipynb,py:percent
 #   kernelspec:
 #     display_name: Python 3
 #     name: python3
@@ -14,6 +14,7 @@
 # `make demo`, or `SAE_LEDGER`) and trains nothing.
 
 # %%
+# %matplotlib inline
 import os
 
 import numpy as np
@@ -58,6 +59,7 @@ print('held out:', p.fit.holdout_text() or 'nothing')
 k = np.sort(best['k'].unique())[-1]
 mine = curves[(curves['k'] == k) & curves['id'].isin(best['id']) & np.isfinite(curves['nmse'])]
 late = mine[mine['tokens'] > 0.1 * mine.groupby('id')['tokens'].transform('max')].reset_index(drop=True)
+splits = []
 try:
   both = analysis.fit_law(late, 'additive2', ['n_latents', 'tokens'], bootstrap=BOOTSTRAP, group='id')
   print(both.summary())
@@ -72,6 +74,7 @@ try:
     )
 except UserError as error:
   print('no allocation:', error)
+analysis.plots.allocation(both, per_latent) if splits else None
 
 # %% [markdown]
 # ## What to change in the next sweep

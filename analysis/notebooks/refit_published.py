@@ -1,7 +1,7 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: py:percent
+#     formats: ipynb,py:percent
 #   kernelspec:
 #     display_name: Python 3
 #     name: python3
@@ -15,6 +15,7 @@
 # dashed curves, and shows what the points do and do not determine.
 
 # %%
+# %matplotlib inline
 import os
 import pathlib
 
@@ -31,14 +32,15 @@ arguments = {'x': ['n_latents', 'k'], 'y': 'normalized_mse', 'bootstrap': BOOTST
 # %% [markdown]
 # ## The figure
 #
-# The broad grey line under each colour is the paper's curve as plotted; ours lies on it. Dashed is extrapolation.
+# The broad grey line under each colour is the curve of the paper's figure (dashed there); ours lies on it. Beyond the
+# points, dashed, ours goes on.
 
 # %%
 fit = analysis.fit_law(points, 'joint_nk', holdout='n_latents>65536', **arguments)
-figure = analysis.plots.joint(fit)
 print(fit.summary())
 difference = np.abs(np.log(fit.predict(points)) - np.log(points['paper_fit']))
 print(f'largest distance to the plotted curves: {difference.max():.3%}')
+analysis.plots.joint(fit)
 
 # %% [markdown]
 # ## Three sets of constants
@@ -86,4 +88,4 @@ print('held out with it:    ', fit.holdout_text())
 print('held out without it: ', plain.holdout_text())
 for warning in fit.holdout['warnings']:
   print('warning, without the large sizes:', warning['message'])
-figure_residuals = analysis.plots.residuals(fit)
+analysis.plots.residuals(fit)

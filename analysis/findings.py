@@ -1,0 +1,100 @@
+"""The record of what a ledger says: its cells, the laws of every k, comparisons, warnings; and its JSON."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pandas as pd
+
+from analysis.allocation import Allocation
+from analysis.compare import Comparison
+from analysis.family import Family
+from analysis.fitted import Fit, warning_lines
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneK:
+  """The laws of one k; None where one was refused or is not asked for."""
+
+  k: int
+  power: Fit | None = None  # L(n)
+  frontier: Fit | None = None  # L(C) in useful FLOPs
+  frontier_dense: Fit | None = None  # L(C) in dense FLOPs
+  converged: Fit | None = None  # tokens to convergence over n
+  profiles: tuple[pd.DataFrame, pd.DataFrame] | None = None  # as from `isoflop.profiles`
+  best_size: Fit | None = None  # n over C
+  rates: pd.DataFrame | None = None  # the cells of several learning rates
+  learning_rate: Fit | None = None  # the best one over n
+  tokens: Fit | None = None  # L(n, T)
+  split: Allocation | None = None  # of ten times the largest budget spent
+  family: Family | None = None  # L_s(n)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Findings:
+  """A ledger's cells, the laws fitted to them, and everything a reader must be warned of."""
+
+  cells: pd.DataFrame  # all, with state and reason
+  done: (
+    pd.DataFrame
+  )  # finished cells of all subjects; `best_learning_rate` marks the best rate of every setting
+  curves: pd.DataFrame  # of the subject that the laws are about
+  joint: Fit | None
+  by_k: list[OneK]
+  cost: float  # useful FLOPs a latent and token, of the largest cell
+  comparisons: list[Comparison]  # of joint, power and frontier with the same laws without an irreducible loss
+  warnings: list[dict[str, str]]
+  not_attempted: list[str]  # laws this sweep was not made for, with what it lacks
+
+  @property
+  def fits(self) -> list[Fit]:
+    """All of them, law by law, those in dense FLOPs last."""
+    kinds = (
+      'power',
+      'frontier',
+      'converged',
+      'best_size',
+      'learning_rate',
+      'tokens',
+      'family',
+      'frontier_dense',
+    )
+    rows = [self.joint, *(getattr(one, kind) for kind in kinds for one in self.by_k)]
+    pairs = [(row.common, row.separate) if isinstance(row, Family) else (row,) for row in rows]
+    return [fit for pair in pairs for fit in pair if fit]
+
+  def to_json(self) -> list[dict[str, Any]]:
+    """The content of laws.json."""
+    more: dict[int, dict[str, Any]] = {id(c.floored): {'comparison': c.to_json()} for c in self.comparisons}
+    for one in self.by_k:
+      if one.split:
+        more[id(one.tokens)] = {'allocation': _split_json(one.split, self.cost)}
+      if one.family:
+        more[id(one.family.separate)] = {'family': _family_json(one.family)}
+    return [fit.to_json() | more.get(id(fit), {}) for fit in self.fits]
+
+  def warning_lines(self) -> list[str]:
+    """Those of the ledger, then those of the fits that say something else."""
+    said = {w['code'] for w in self.warnings}
+    own = [line for line in warning_lines(self.fits) if line.partition(':')[0] not in said]
+    return [f'{w["code"]}: {w["message"]}' for w in self.warnings] + own
+
+
+def _split_json(split: Allocation, cost: float) -> dict[str, Any]:
+  record: dict[str, Any] = {'flops': split.flops, 'flops_per_latent_token': cost}
+  for key in ('n_latents', 'tokens', 'loss', 'exponent_n', 'exponent_tokens'):
+    record[key] = dict(zip(('estimate', 'low', 'high'), map(_known, getattr(split, key)), strict=True))
+  return record
+
+
+def _family_json(family: Family) -> dict[str, Any]:
+  rows = family.exponents().to_dict('records')
+  exponents = [{str(key): _known(value) for key, value in row.items()} for row in rows]
+  return {
+    'subjects': list(family.subjects), 'verdict': family.verdict, 'p_common': _known(family.p_common),
+    'exponents': exponents,
+  }  # fmt: skip
+
+
+def _known(value: Any) -> Any:
+  return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,308 @@
+"""Fits every law that a ledger's finished cells can carry, and names each refused one with its reason.
+
+The laws of the loss are of one subject and of the longest runs of every size; only those that are about several
+subjects, or about tokens, see more.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import convergence, isoflop, learning_rate, table
+from analysis.allocation import allocate
+from analysis.compare import WITHOUT, Comparison
+from analysis.family import Family, fit_family
+from analysis.findings import Findings, OneK
+from analysis.fit import fit_law, with_holdout
+from analysis.fitted import Fit
+from analysis.frontier import fit_frontier
+from sae_jax.errors import UserError
+
+_LEAST_SIZES = 4  # of a power law with three constants
+_BUDGETS = 6  # of compute, where the sweep was not made for certain ones
+_SAME = 0.02  # relative: cells that spent so nearly the same share a budget
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Data:
+  """Views of a ledger's finished cells."""
+
+  points: pd.DataFrame  # of one subject, the best learning rate, the longest runs of every size
+  best: pd.DataFrame  # the same with every token budget
+  rates: pd.DataFrame  # the points with every learning rate
+  every: pd.DataFrame  # the points of all subjects
+  curves: pd.DataFrame  # of one subject
+
+  def at(self, k: int) -> '_Data':
+    return _Data(*(frame[frame['k'] == k] for frame in vars(self).values()))
+
+  def measured(self, cells: pd.DataFrame) -> pd.DataFrame:
+    """The curves of these cells."""
+    return self.curves[self.curves['id'].isin(cells['id'])]
+
+
+def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Findings:
+  """Fits every law the finished cells can carry.
+
+  Args:
+    ledger: the folder a sweep wrote.
+    bootstrap: resamples behind the intervals.
+    subject: whose cells the laws over n, k and C are of; by default the one with most cells.
+
+  Raises:
+    UserError: there is no ledger, or no finished cell of that subject.
+  """
+  cells = table.load_cells(ledger)
+  done, curves = table.load_ledger(ledger, cells), table.load_curves(ledger, cells)
+  best = table.best_learning_rate(done)
+  done['best_learning_rate'] = done['id'].isin(best['id'])
+  warnings, best.attrs['warnings'] = list(best.attrs['warnings']), []  # said once, not again with every law
+  every = _longest(best)
+  own, notes = _choose_subject(every, subject)
+  points = own(every)
+  curves = curves[curves['id'].isin(own(cells)['id'])]
+  data = _Data(points, own(best), own(_longest(done)), every, curves)
+  risen = convergence.risen_warnings(points)
+  warnings += notes + _mixed_settings(points) + risen + convergence.unconverged_warnings(curves, points['id'])
+
+  asked, not_attempted = _asked(data)
+  tries = _Tries(bootstrap, _largest(points))
+  joint = tries.floored(
+    'L(n,k)', 'joint_nk', lambda law, b, h: fit_law(points, law, bootstrap=b, holdout=h).warned(*risen)
+  )
+  last = points.sort_values('n_latents').iloc[-1:]  # none in an empty ledger
+  cost = float((last['flops_useful'] / last['n_latents'] / last['tokens']).sum())
+  by_k = [_one_k(tries, data.at(k), k, asked, cost) for k in sorted(int(k) for k in points['k'].unique())]
+  return Findings(
+    cells, done, curves, joint, by_k, cost, tries.comparisons, warnings + tries.warnings(), not_attempted
+  )
+
+
+def budgets(curves: pd.DataFrame, x: str = 'flops_useful') -> np.ndarray:
+  """Compute at which at least three sizes can be compared: what cells were trained for, else six in equal ratios.
+
+  Args:
+    curves: as from `load_curves`, of finished runs of one k.
+    x: column of the compute.
+
+  Returns:
+    Budgets by rising compute; none where no three sizes overlap.
+  """
+  runs = curves.groupby('id').agg(spent=(x, 'max'), n=('n_latents', 'first')).sort_values('spent')
+  # Neighbours closer than _SAME belong together; the least of them is what all have spent.
+  group = (runs['spent'].pct_change() > _SAME).cumsum()
+  meant = runs.groupby(group).agg(spent=('spent', 'min'), sizes=('n', 'nunique'))
+  meant = meant.loc[meant['sizes'] >= 3, 'spent'].to_numpy(float)
+  if len(meant):
+    return meant
+  seen = curves.loc[curves[x] > 0, x]
+  tried = np.geomspace(seen.min(), seen.max(), 60) if len(seen) else np.array([])
+  _, found = isoflop.profiles(curves, tried.tolist(), x)
+  shared = found.loc[found['sizes'] >= 3, 'budget'] if len(found) else pd.Series(dtype=float)
+  return np.geomspace(shared.min(), shared.max(), _BUDGETS) if len(shared) else np.array([])
+
+
+class _Tries:
+  """Tries laws and keeps what was refused, why, and for which k."""
+
+  def __init__(self, bootstrap: int, largest: str | None):
+    self.bootstrap = bootstrap
+    self.largest = largest  # the rule that holds out the largest size
+    self.comparisons: list[Comparison] = []
+    self._refused: dict[str, dict[str, list[int]]] = {}
+
+  def one(self, what: str, fit: Callable[[], Any], k: int | None = None) -> Any:
+    """What `fit` returns, or None when it is refused."""
+    try:
+      return fit()
+    except UserError as error:
+      self._refused.setdefault(what, {}).setdefault(str(error), []).extend([] if k is None else [k])
+      return None
+
+  def plain(self, what: str, fit: Callable[[], Fit], k: int) -> Fit | None:
+    """The fit of one k without a held-out error, refused where it passes through its points whatever they are."""
+
+    def tested() -> Fit:
+      found = fit()
+      if len(found.table) <= len(found.law.names):
+        text = (
+          f'{len(found.table)} points for {len(found.law.names)} constants: nothing tests the law; add points'
+        )
+        raise UserError(text)
+      return dataclasses.replace(found, where={'k': k})
+
+    return self.one(what, tested, k)
+
+  def law(
+    self, what: str, fit: Callable[[str | None], Fit], k: int | None = None, holdout: str | None = None
+  ) -> Fit | None:
+    """The fit with its held-out error where it has one, of the largest size unless told otherwise."""
+    where = {} if k is None else {'k': k}
+    held = holdout or self.largest
+    return self.one(what, lambda: dataclasses.replace(with_holdout(fit, held), where=where), k)
+
+  def floored(
+    self,
+    what: str,
+    law: str,
+    fit: Callable[[str, int, str | None], Fit],
+    k: int | None = None,
+    holdout: str | None = None,
+  ) -> Fit | None:
+    """The fit of (law, resamples, holdout), compared with the same law without an irreducible loss."""
+    found = self.law(what, lambda h: fit(law, self.bootstrap, h), k, holdout)
+    plain = found and self.law(f'{what} without e', lambda h: fit(WITHOUT[law], 0, h), k, holdout)
+    if found and plain:
+      self.comparisons.append(Comparison(found, plain))
+    return found
+
+  def warnings(self) -> list[dict[str, str]]:
+    """One a law."""
+    out = []
+    for what, reasons in self._refused.items():
+      parts = [(f'k={", ".join(map(str, ks))}: ' if ks else '') + reason for reason, ks in reasons.items()]
+      out.append(
+        table.warning(
+          'not_fitted', f'{what}{" at " if parts[0].startswith("k=") else ": "}{"; ".join(parts)}'
+        )
+      )
+    return out
+
+
+def _one_k(tries: _Tries, data: _Data, k: int, asked: set[str], cost: float) -> OneK:
+  points, curves, b = data.points, data.curves, tries.bootstrap
+  found: dict[str, Any] = {}
+
+  def size(law: str, bootstrap: int, holdout: str | None) -> Fit:
+    count = points['n_latents'].nunique()
+    if count < _LEAST_SIZES:
+      raise UserError(f'{count} sizes, a power law with a floor needs {_LEAST_SIZES}; add sizes')
+    return fit_law(points, law, bootstrap=bootstrap, holdout=holdout)
+
+  found['power'] = tries.floored('L(n)', 'power', size, k)
+  for x, name in (('flops_useful', 'frontier'), ('flops_dense', 'frontier_dense')):
+
+    def compute(law: str, bootstrap: int, holdout: str | None, x: str = x) -> Fit:
+      return fit_frontier(curves, x, law=law, bootstrap=bootstrap, holdout=holdout)
+
+    # Held out in the variable one extrapolates in: the envelope of the last factor of five.
+    far = f'{x}>{curves[x].max() / 5:.2g}'
+    if name == 'frontier':
+      found[name] = tries.floored('L(C)', 'power', compute, k, far)
+    else:
+      found[name] = tries.law('L(C) in dense FLOPs', lambda h, fit=compute: fit('power', b, h), k, far)
+
+  if 'converged' in asked:
+    found['converged'] = tries.plain(
+      'T(n)', lambda: convergence.fit_convergence(data.measured(points), bootstrap=b), k
+    )
+  if 'best_size' in asked:
+    runs = data.measured(data.best)
+    found['profiles'] = profiles = tries.one('n(C)', lambda: _profiles(runs), k)
+    if profiles:
+      spent = profiles[1]['budget'].tolist()
+      found['best_size'] = tries.plain('n(C)', lambda: isoflop.fit_best_size(runs, spent, bootstrap=b), k)
+  if 'learning_rate' in asked and _several(data.rates, 'learning_rate'):
+    found['rates'] = data.rates
+    found['learning_rate'] = tries.plain(
+      'lr(n)', lambda: learning_rate.fit_learning_rate(data.rates, bootstrap=b), k
+    )
+  if 'tokens' in asked and _several(data.best, 'tokens'):
+    fit = tries.law('L(n,T)', lambda h: fit_law(data.best, 'additive2', bootstrap=b, holdout=h), k)
+    most = 10 * float(data.best['flops_useful'].max())
+    found['tokens'] = fit
+    found['split'] = fit and tries.one('best split of a budget', lambda: allocate(fit, most, cost), k)
+  if 'family' in asked:
+    found['family'] = tries.one('L_s(n)', lambda: _family(data.every, k), k)
+  return OneK(k, **found)
+
+
+def _profiles(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+  spent = budgets(runs)
+  if not len(spent):
+    raise UserError(
+      'at no compute had three sizes been measured; evaluate more often or train small sizes longer'
+    )
+  return isoflop.profiles(runs, spent.tolist())
+
+
+def _family(points: pd.DataFrame, k: int) -> Family:
+  """With an irreducible loss of each subject where all have the sizes for one."""
+  least = points.groupby('subject')['n_latents'].nunique().min()
+  family = fit_family(points, floor=bool(least >= _LEAST_SIZES))
+  common, separate = (dataclasses.replace(fit, where={'k': k}) for fit in (family.common, family.separate))
+  return Family(family.subjects, common, separate)
+
+
+def _asked(data: _Data) -> tuple[set[str], list[str]]:
+  """The laws beside those of the loss that this sweep was made for, and the others with what they lack.
+
+  What a sweep holds fixed is a question it does not ask, not a law that failed.
+  """
+  sizes = data.points['n_latents'].nunique()
+  subjects = data.every['subject'].nunique() if 'subject' in data.every else 0
+  conditions = (
+    ('converged', sizes > 1, 'T(n), tokens to convergence: one size'),
+    ('best_size', sizes > 2, 'n(C), the best size for a budget: fewer than three sizes'),
+    (
+      'learning_rate',
+      _several(data.rates, 'learning_rate'),
+      'lr(n), the best learning rate: one rate a size',
+    ),
+    ('tokens', _several(data.best, 'tokens'), 'L(n,T), latents against tokens: one token budget a size'),
+    ('family', subjects > 1, 'L_s(n), several subjects: one subject'),
+  )
+  if data.points.empty:
+    return set(), []
+  return {name for name, on, _ in conditions if on}, [text for _, on, text in conditions if not on]
+
+
+def _several(cells: pd.DataFrame, column: str) -> bool:
+  """Whether some size was trained with more than one value of the column."""
+  return bool((cells.groupby(['n_latents', 'k'])[column].nunique() > 1).any())
+
+
+def _longest(cells: pd.DataFrame) -> pd.DataFrame:
+  """The cells of every size that saw the most tokens."""
+  keys = [key for key in ('subject', 'n_latents', 'k') if key in cells]
+  most = cells.groupby(keys, dropna=False)['tokens'].transform('max')
+  return cells[cells['tokens'] == most].reset_index(drop=True)
+
+
+def _choose_subject(
+  points: pd.DataFrame, wanted: str | None
+) -> tuple[Callable[[pd.DataFrame], pd.DataFrame], list[dict[str, str]]]:
+  """What keeps the rows of one subject, and a warning when there are others."""
+  counts = points['subject'].astype(str).value_counts() if 'subject' in points else pd.Series(dtype=int)
+  names = sorted(counts.index)
+  if wanted is not None and wanted not in names:
+    raise UserError(
+      f'no finished cell of subject {wanted[:40]!r}; the ledger has {", ".join(names)[:200] or "none"}'
+    )
+  if len(names) < 2:
+    return lambda frame: frame, []
+  chosen = wanted or min(names, key=lambda name: (-counts[name], name))
+  text = (
+    f'cells of {len(names)} subjects are in one ledger; laws but L_s(n) are of the {counts[chosen]} of {chosen[:40]!r} alone; '
+    '--subject chooses another'
+  )
+  return lambda frame: frame[frame['subject'].astype(str) == chosen], [
+    table.warning('several_subjects', text)
+  ]
+
+
+def _mixed_settings(points: pd.DataFrame) -> list[dict[str, str]]:
+  columns = ('d_model', 'batch_tokens', 'tokens', 'source', 'site', 'text')
+  mixed = [c for c in columns if c in points and points[c].nunique(dropna=False) > 1]
+  if not mixed:
+    return []
+  text = f'cells with different {", ".join(mixed)} are in one ledger; laws over n and k ignore that'
+  return [table.warning('mixed_settings', text)]
+
+
+def _largest(points: pd.DataFrame) -> str | None:
+  sizes = sorted(points['n_latents'].unique())
+  return f'n_latents>{sizes[-2]:g}' if len(sizes) > 1 else None

@@ -1,0 +1,163 @@
+"""The report's page: it stands alone, escapes what comes from data, and its table sorts and filters in a browser."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import page
+from analysis.findings import Findings
+from tests import full_ledger
+
+HOSTILE = '"><img src=x onerror=alert(1)><script>alert("x")</script>'
+N = [1024, 1024, 64, 1024, 128, 512]
+NMSE = [0.3, np.nan, 0.25, 9e-7, 0.1, 0.2]
+
+
+def findings(**change):
+  """Findings without laws; six finished cells, one of them without a loss, and one that failed."""
+  done = pd.DataFrame({
+    'id': [f'cell{i}' for i in range(6)], 'n_latents': N, 'k': [1, 16, 1, 16, 1, 1], 'learning_rate': 1e-3, 'nmse': NMSE,
+    'weights': ['ema', 'raw'] * 3, 'best_learning_rate': [True, False] * 3,
+  })  # fmt: skip
+  failed = pd.DataFrame({'id': ['bad'], 'state': ['failed'], 'reason': [HOSTILE]})
+  cells = pd.concat([done.assign(state='done', reason=''), failed], ignore_index=True)
+  empty = {
+    'curves': pd.DataFrame(),
+    'joint': None,
+    'by_k': [],
+    'cost': 0.0,
+    'comparisons': [],
+    'warnings': [],
+  }
+  return Findings(**({'cells': cells, 'done': done, 'not_attempted': []} | empty | change))
+
+
+def test_page_escapes_everything_that_comes_from_data():
+  done = findings().done.assign(id=HOSTILE, site=[HOSTILE, 'b'] * 3, weights=HOSTILE)
+  found = findings(done=done, warnings=[{'code': HOSTILE, 'message': HOSTILE}], not_attempted=[HOSTILE])
+  text = page.render(HOSTILE, found, {})
+  assert '<img' not in text and text.count('<script>') == 1  # our own
+  assert text.count('&lt;script&gt;alert(&quot;x&quot;)') >= 10
+  assert 'data-text="cell=&quot;&gt;' in text  # an attribute cannot be left either
+
+
+def test_page_escapes_subjects_in_laws():
+  one = next(one for one in full_ledger.findings().by_k if one.family)
+  law = one.family.separate.law
+  terms = tuple(tuple(dataclasses.replace(p, meaning=HOSTILE) for p in term) for term in law.terms)
+  separate = dataclasses.replace(one.family.separate, law=dataclasses.replace(law, terms=terms))
+  hostile = dataclasses.replace(one, family=dataclasses.replace(one.family, separate=separate))
+  text = page.render('t', findings(by_k=[hostile]), {})
+  assert '<img' not in text and '&lt;img' in text
+
+
+def test_page_needs_nothing_from_outside_and_puts_warnings_first():
+  found = full_ledger.findings()
+  text = page.render('full', found, {'joint': b'png', 'isoflop_k3': b'png', 'isoflop_k7': b'png'})
+  assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)[^"]*"', text) == []
+  assert 'http://' not in text and 'https://' not in text and "default-src 'none'" in text
+  assert (
+    text.index('<h2>Warnings')
+    < text.index('<h2>Figures')
+    < text.index('<h2>Laws')
+    < text.index('<h2>Finished')
+  )
+  assert text.count('<figure>') == 3 and text.count('The same at k = 3') == 1
+  for line in found.warning_lines():
+    assert line.partition(':')[0] in text
+
+
+def test_page_folds_what_was_not_attempted():
+  text = page.render('t', findings(not_attempted=['lr(n): one rate']), {})
+  assert re.search(
+    r'<details><summary>Not attempted: 1 laws[^<]*</summary><ul[^>]*><li>lr\(n\): one rate', text
+  )
+  assert '<p>None.</p>' in text  # and it is no warning
+  assert 'Not attempted' not in page.render('t', findings(), {})
+
+
+def test_page_of_laws_has_a_row_for_every_k():
+  found = full_ledger.findings()
+  text = page.render('full', found, {})
+  laws = text[text.index('<h2>Laws') : text.index('The compute laws in the FLOPs')]
+  sections = re.findall(r'<section class="law"><h3>(.*?):.*?<tbody>(.*?)</tbody>', laws)
+  assert [name for name, _ in sections] == [
+    'L(n, k)',
+    'L(n)',
+    'L(C)',
+    'T(n)',
+    'n(C)',
+    'lr(n)',
+    'L(n, T)',
+    'L_s(n)',
+    'L_s(n)',
+  ]
+  assert dict(sections)['L(n)'].count('<tr>') == len(full_ledger.KS)
+
+
+@pytest.fixture(scope='module')
+def browse(tmp_path_factory):
+  """Runs JavaScript in the page of `findings`; returns what it puts into the object `seen`."""
+  chromium = shutil.which('chromium') or shutil.which('chromium-browser')
+  if chromium is None:
+    pytest.skip('no chromium')
+  folder = tmp_path_factory.mktemp('browser')
+
+  def run(script):
+    act = f"""<pre id="seen"></pre><script>
+      const seen = {{}};
+      const shown = () => Array.from(document.querySelectorAll('#cells tbody tr')).filter(r => r.offsetParent !== null);
+      const ids = () => shown().map(r => r.cells[0].textContent);
+      const head = name => Array.from(document.querySelectorAll('#cells th')).find(h => h.textContent === name);
+      const click = name => head(name).querySelector('button').click();
+      const type = text => {{ const box = document.getElementById('filter'); box.value = text;
+        box.dispatchEvent(new Event('input')); }};
+      {script}
+      document.getElementById('seen').textContent = JSON.stringify(seen);
+    </script></body>"""
+    path = folder / 'page.html'
+    path.write_text(page.render('title', findings(), {}).replace('</body>', act))
+    flags = (
+      'headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update '
+      'disable-sync virtual-time-budget=3000 dump-dom'
+    ).split()
+    command = [
+      chromium,
+      *(f'--{flag}' for flag in flags),
+      f'--user-data-dir={folder / "profile"}',
+      f'file://{path}',
+    ]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return json.loads(re.search(r'<pre id="seen">(.*?)</pre>', dom).group(1))
+
+  return run
+
+
+def test_page_sorts_and_filters_in_a_browser(browse):
+  seen = browse("""
+    seen.count = document.getElementById('count').textContent;
+    click('NMSE'); seen.up = ids(); seen.aria = head('NMSE').getAttribute('aria-sort');
+    click('NMSE'); seen.down = ids();
+    click('n'); seen.n = shown().map(r => Number(r.cells[1].dataset.v)); seen.old = head('NMSE').getAttribute('aria-sort');
+    click('cell'); click('cell'); seen.words = ids();
+    click('cell'); type('k=1'); seen.exact = ids();
+    type('K=1 n=1024'); seen.both = ids();
+    type('ell3'); seen.part = ids(); seen.left = document.getElementById('count').textContent;
+    type('"><img src=x>'); seen.none = ids();
+    type(''); seen.all = ids().length; seen.images = document.images.length;
+  """)
+  finite = [i for i in np.argsort(NMSE) if np.isfinite(NMSE[i])]
+  assert seen['count'] == '6 of 6 cells'
+  assert seen['up'] == [f'cell{i}' for i in (*finite, 1)] and seen['aria'] == 'ascending'
+  assert seen['down'] == [f'cell{i}' for i in (*finite[::-1], 1)]  # what is missing stays last
+  assert seen['n'] == sorted(N) and seen['old'] is None  # by number: 64 before 1024
+  assert seen['words'] == [f'cell{i}' for i in range(5, -1, -1)]
+  assert seen['exact'] == ['cell0', 'cell2', 'cell4', 'cell5']  # k=1 is not k=16
+  assert seen['both'] == ['cell0'] and seen['part'] == ['cell3'] and seen['left'] == '1 of 6 cells'
+  assert seen['none'] == [] and seen['all'] == 6 and seen['images'] == 0
