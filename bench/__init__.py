@@ -1,0 +1,1 @@
+"""Measurements against other libraries and against ourselves; how to run them: bench/peers.md."""
