@@ -1,38 +1,57 @@
-"""Products with k-sparse codes: the decoder's forward pass and every gradient, without a dense [B, F] code.
+"""Products with k-sparse codes: the decoder's forward pass and every gradient, by the path that suits the platform.
 
-Decode and code gradient loop over the k slots, weight gradients over the rows. Measured on 2 AVX-512 cores at (d, n, B, k) =
-(768, 32768, 2048, 32): decode 8 ms, code gradient 13 ms, both weight gradients 76 ms, against 295 ms for the
-encoder's matmul; the einsum over a [B, k, d] gather costs ten times the first two.
-
-`slots` bounds the loop where codes are shorter than the array (AuxK with few dead latents): slots from there on must
-hold value 0. It may be traced, since nothing here is differentiated through.
+The platform is that of the compiled program, not of the process, so that a step compiled ahead of time on a laptop
+takes the path of the chip it is for: loops on a CPU, Triton kernels on an NVIDIA GPU, dense matmuls on a TPU. All
+sum in float32 or wider. `slots` bounds the work where codes are shorter than the array (AuxK with few dead latents):
+slots from there on must hold value 0. It may be traced.
 """
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Slots = jax.Array | None
+from sae_jax import sparse_cpu, sparse_gpu, sparse_tpu
+from sae_jax.sparse_cpu import Slots
+
+PATHS = ('loops', 'kernels', 'dense')
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar('forced', default=None)
 
 
+@contextlib.contextmanager
+def forced(path: str) -> Iterator[None]:
+  """Whatever is traced inside takes this one of `PATHS` on every platform; 'kernels' compiles for CUDA only."""
+  if path not in PATHS:
+    raise ValueError(f'path {path!r} is none of {PATHS}')
+  token = _forced.set(path)
+  try:
+    yield
+  finally:
+    _forced.reset(token)
+
+
+def describe(platform: str, batch: int, n_latents: int, d_model: int, k: int) -> str:
+  """The path of the products in words, for one shard's tokens and latents on a device's platform ('gpu', 'tpu', …)."""
+  path, reason = _path('cuda' if platform == 'gpu' else platform, batch, n_latents, d_model, k)
+  words = {'loops': 'loops over slots and rows', 'kernels': 'Triton kernels', 'dense': 'dense matmuls'}
+  return f'sparse products: {words[path]}, {reason}'
+
+
+@jax.custom_vjp
 def decode(z_BK: jax.Array, idx_BK: jax.Array, w_FD: jax.Array, slots: Slots = None) -> jax.Array:
-  """sum_k z[b, k] w[idx[b, k]]: reconstruction [B, D] in float32 or wider."""
-
-  def add_slot(j, x_BD):
-    return x_BD + z_BK[:, j, None] * w_FD[idx_BK[:, j]]
-
-  return jax.lax.fori_loop(
-    0, _count(z_BK, slots), add_slot, jnp.zeros((z_BK.shape[0], w_FD.shape[1]), w_FD.dtype)
-  )
+  """sum_k z[b, k] w[idx[b, k]]: reconstruction [B, D] in the type of w, differentiable in z and w."""
+  by_path = (sparse_cpu.decode, sparse_gpu.decode, sparse_tpu.decode)
+  return _product(by_path, (z_BK, idx_BK, w_FD), slots, (len(idx_BK), *w_FD.shape, idx_BK.shape[1]))
 
 
 def code_gradient(idx_BK: jax.Array, w_FD: jax.Array, g_BD: jax.Array, slots: Slots = None) -> jax.Array:
-  """<w[idx[b, k]], g[b]>: gradient [B, K] of the codes for reconstruction gradient g."""
-
-  def slot(j, dz_KB):
-    return dz_KB.at[j].set(jnp.sum(w_FD[idx_BK[:, j]] * g_BD, axis=-1))
-
-  zeros_KB = jnp.zeros(idx_BK.shape[::-1], g_BD.dtype)
-  return jax.lax.fori_loop(0, _count(idx_BK, slots), slot, zeros_KB).T
+  """<w[idx[b, k]], g[b]>: gradient [B, K] of the codes for reconstruction gradient g; 0 from `slots` on."""
+  by_path = (sparse_cpu.code_gradient, sparse_gpu.code_gradient, sparse_tpu.code_gradient)
+  return _product(by_path, (idx_BK, w_FD, g_BD), slots, (len(idx_BK), *w_FD.shape, idx_BK.shape[1]))
 
 
 def add_weight_gradients(
@@ -46,30 +65,24 @@ def add_weight_gradients(
   slots: Slots = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Adds sum_b dz[b, k] x[b] to row idx[b, k] of the first and sum_b z[b, k] g[b] to that of the second."""
-
-  if slots is None:
-    # Row by row, x[b] and g[b] stay in the nearest cache: 40 of 470 ms of the step at the shape above, 25 of 148 at
-    # (512, 8192, 2048, 32), and two loops can run at once.
-    def add_row(values_BK, rows_BD):
-      return lambda b, total_FD: total_FD.at[idx_BK[b]].add(values_BK[b][:, None] * rows_BD[b][None])
-
-    n_rows = idx_BK.shape[0]
-    return (
-      jax.lax.fori_loop(0, n_rows, add_row(dz_BK, x_BD), dw_enc_FD),
-      jax.lax.fori_loop(0, n_rows, add_row(z_BK, g_BD), dw_dec_FD),
-    )
-
-  def add_slot(j, grads):
-    dw_enc, dw_dec = grads
-    rows_B = idx_BK[:, j]
-    return dw_enc.at[rows_B].add(dz_BK[:, j, None] * x_BD), dw_dec.at[rows_B].add(z_BK[:, j, None] * g_BD)
-
-  return jax.lax.fori_loop(0, slots, add_slot, (dw_enc_FD, dw_dec_FD))
+  by_path = (
+    sparse_cpu.add_weight_gradients,
+    sparse_gpu.add_weight_gradients,
+    sparse_tpu.add_weight_gradients,
+  )
+  args = (dw_enc_FD, dw_dec_FD, idx_BK, dz_BK, x_BD, z_BK, g_BD)
+  return _product(by_path, args, slots, (len(idx_BK), *dw_dec_FD.shape, idx_BK.shape[1]))
 
 
 def add_at(total_F: jax.Array, idx_BK: jax.Array, values_BK: jax.Array) -> jax.Array:
   """Adds values [B, K] to the entries of total [F] that their indices name."""
-  return total_F.at[idx_BK].add(values_BK)
+  by_path = (sparse_cpu.add_at, sparse_gpu.add_at, sparse_tpu.add_at)
+  args = (total_F, idx_BK, values_BK)
+  if path := _forced.get():
+    return by_path[PATHS.index(path)](*args)
+  loops, kernels, dense = by_path
+  tpu = dense if sparse_tpu.adds_densely(total_F.size) else loops
+  return jax.lax.platform_dependent(*args, cuda=kernels, tpu=tpu, default=loops)
 
 
 def used_slots(z_BK: jax.Array) -> jax.Array:
@@ -77,5 +90,51 @@ def used_slots(z_BK: jax.Array) -> jax.Array:
   return jnp.max(jnp.sum(z_BK > 0, axis=1))
 
 
-def _count(codes_BK: jax.Array, slots: Slots):
-  return codes_BK.shape[1] if slots is None else slots
+def _path(platform: str, batch: int, n_latents: int, d_model: int, k: int) -> tuple[str, str]:
+  if path := _forced.get():
+    return path, 'as forced'
+  if platform == 'cuda':
+    if sparse_gpu.fits(batch, n_latents, d_model):
+      return 'kernels', 'without atomics'
+    size = f'{max(batch, n_latents)} x {d_model}'
+    return 'loops', f'as {size} numbers are too many for Triton; sums by atomics, not bit-exact'
+  if platform == 'tpu':
+    enough = sparse_tpu.dense_from(n_latents, d_model, k)
+    if k >= enough:
+      return 'dense', f'counted to win from {enough} slots a token on (k={k})'
+    return 'loops', f'as dense matmuls are counted to win from {enough} slots a token on (k={k})'
+  return 'loops', f'as always on {platform}'
+
+
+def _product(by_path: tuple[Callable, Callable, Callable], args: tuple, slots: Slots, sizes) -> Any:
+  if path := _forced.get():
+    return by_path[PATHS.index(path)](*args, slots)
+  loops, kernels, dense = by_path
+  _, n_latents, d_model, k = sizes
+
+  def over_slots(*args):
+    # Off the CPU k large gathers and scatters, not B small ones.
+    return loops(*args[:-1], k if args[-1] is None else args[-1])
+
+  def dense_if_worth_it(*args):
+    enough = sparse_tpu.dense_from(n_latents, d_model, k)
+    return dense(*args) if slots is None else jax.lax.cond(args[-1] < enough, over_slots, dense, *args)
+
+  off_cpu = {'loops': over_slots, 'kernels': kernels, 'dense': dense_if_worth_it}
+  cuda, tpu = (off_cpu[_path(platform, *sizes)[0]] for platform in ('cuda', 'tpu'))
+  return jax.lax.platform_dependent(*args, slots, cuda=cuda, tpu=tpu, default=loops)
+
+
+def _decode_forward(z_BK, idx_BK, w_FD, slots):
+  return decode(z_BK, idx_BK, w_FD, slots), (z_BK, idx_BK, w_FD, slots)
+
+
+def _decode_backward(saved, g_BD):
+  z_BK, idx_BK, w_FD, slots = saved
+  zeros_FD = jnp.zeros_like(w_FD)
+  dz_BK = code_gradient(idx_BK, w_FD, g_BD, slots).astype(z_BK.dtype)
+  _, dw_FD = add_weight_gradients(zeros_FD, zeros_FD, idx_BK, z_BK, g_BD, z_BK, g_BD, slots)
+  return dz_BK, None, dw_FD, None
+
+
+decode.defvjp(_decode_forward, _decode_backward)
