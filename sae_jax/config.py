@@ -107,7 +107,9 @@ class MeshConfig:
   data: int
   latent: int
   member: int = 1  # parts of the devices that the cells of a group are dealt out over
-  row_chunks: int = 1  # parts that a device's tokens are encoded in, so that B x n never exists whole
+  # Parts that a device's tokens are encoded in, so that B x n never exists whole. Like the sizes above it changes the
+  # order of sums, and so last bits, but not what is computed: it stays out of the id.
+  row_chunks: int = 1
   exchange: str = 'auto'  # how shards agree on the top k: see topk.exchange; the choice changes no bit
 
 

@@ -10,7 +10,7 @@ from sae_jax.config import Config
 FLOAT = 4  # bytes
 
 
-def step_parts(n: int, k: int, d: int, batch: int) -> dict[str, dict[str, float]]:
+def step_parts(n: float, k: float, d: int, batch: float) -> dict[str, dict[str, float]]:
   """FLOPs (useful and dense) and least bytes of one step without AuxK, per part, over all devices."""
   sparse, dense = 2.0 * batch * k * d, 2.0 * batch * n * d
   weights = FLOAT * n * d
@@ -29,7 +29,33 @@ def step_parts(n: int, k: int, d: int, batch: int) -> dict[str, dict[str, float]
   }
 
 
-def state_pass_bytes(n: int, d: int) -> int:
+def chip_parts(config: Config, *, aux: bool) -> dict[str, dict[str, float]]:
+  """`step_parts` of one chip of the configuration's mesh, with 'executed': the FLOPs of its matrix products.
+
+  A chip holds 1/latent of the latents and of each token's codes, 1/data of the tokens, and updates its part of the
+  state. `aux` for a step in which AuxK runs. Bytes are the least that a chip's memory must move; in row chunks the
+  encoder is read once a chunk, and AuxK encodes again because the product was not kept.
+  """
+  mesh, d = config.mesh, config.sae.d_model
+  n, rows = config.sae.n_latents / mesh.latent, config.train.batch_tokens / mesh.data
+  parts = step_parts(n, config.sae.k / mesh.latent, d, rows)
+  reread = FLOAT * n * d * (mesh.row_chunks - 1)
+  parts['encode']['bytes'] += reread
+  parts['optimizer']['bytes'] /= mesh.data if config.state_is_split else 1
+  if aux:
+    again = step_parts(n, config.sae.k_aux / mesh.latent, d, rows)
+    if mesh.row_chunks > 1:
+      again['encode']['bytes'] += reread
+    else:
+      del again['encode']
+    parts |= {
+      f'aux_{name}': part for name, part in again.items() if name not in ('pre_bias_gradient', 'optimizer')
+    }
+  dense = ('encode', 'aux_encode', 'pre_bias_gradient')
+  return {name: part | {'executed': part['useful'] if name in dense else 0.0} for name, part in parts.items()}
+
+
+def state_pass_bytes(n: float, d: int) -> float:
   """One read of parameters, gradients, two moments and EMA, one write of all but the gradients."""
   size = FLOAT * (2 * n * d + n + d)
   return 5 * size + 4 * size

@@ -82,32 +82,65 @@ def encoder_scale(params: Params, probe_BD: jax.Array, k: int, axes: Axes) -> ja
   """
   x_BD = probe_BD + params['b_pre_D'][None]
   _, codes, _ = encode(params, x_BD, k, axes._replace(data=None), None)
-  x_hat_BD = _sum(sparse.decode(*codes, params['w_dec_FD']), axes.latent)
+  x_hat_BD = _decode(params, codes, axes)
   return 1 / jnp.mean(jnp.linalg.norm(x_hat_BD, axis=-1))
 
 
-def encode(params: Params, x_BD: jax.Array, k: int, axes: Axes, dtype) -> tuple[jax.Array, Codes, jax.Array]:
+def encode(
+  params: Params, x_BD: jax.Array, k: int, axes: Axes, dtype, chunks: int = 1, exchange: str = 'auto'
+) -> tuple[jax.Array | None, Codes, jax.Array]:
   """(x - b_pre) W_enc^T [B, F] without the bias, this shard's codes, and x - b_pre [B, D].
 
   `dtype` is that of the matmul's inputs, None for that of the parameters. It accumulates in the parameters' and the
-  selection reads that: on bfloat16 pre-activations half the rows tie at the k-th value.
+  selection reads that: on bfloat16 pre-activations half the rows tie at the k-th value. In more than one chunk of rows
+  the product never exists whole and None stands in its place.
   """
   xc_BD = x_BD - params['b_pre_D'][None]
+  product_BF = _product(params, xc_BD, dtype) if chunks == 1 else None
+  codes = _codes(params, params['b_enc_F'], product_BF, xc_BD, k, axes, dtype, chunks, exchange)
+  return product_BF, codes, xc_BD
+
+
+def _product(params: Params, xc_BD: jax.Array, dtype) -> jax.Array:
   dtype = dtype or xc_BD.dtype
-  product_BF = jnp.einsum(
+  return jnp.einsum(
     'bd,fd->bf',
     xc_BD.astype(dtype),
     params['w_enc_FD'].astype(dtype),
     preferred_element_type=xc_BD.dtype,
   )
-  v_BK, idx_BK, kept_BK = topk.select(product_BF, params['b_enc_F'], k, axes.latent)
-  return product_BF, Codes(jax.nn.relu(jnp.where(kept_BK, v_BK, 0)), idx_BK), xc_BD
+
+
+def _codes(params, bias_F, product_BF, xc_BD, k, axes, dtype, chunks, exchange) -> Codes:
+  """Codes of the pre-activations product + bias, the product made chunk by chunk where it is not given.
+
+  The loop over chunks is local: shards agree on the winners of all rows at once.
+  """
+  width = bias_F.shape[0]
+  m = min(k, width)
+  if product_BF is not None:
+    v_BK, idx_BK = topk.top_k(product_BF, bias_F, m)
+  else:
+    xc_CRD = xc_BD.reshape(chunks, -1, xc_BD.shape[1])
+    candidates = jax.lax.map(lambda xc_RD: topk.top_k(_product(params, xc_RD, dtype), bias_F, m), xc_CRD)
+    v_BK, idx_BK = (a_CRK.reshape(-1, m) for a_CRK in candidates)
+  kept_BK = topk.select(v_BK, k, width, axes.latent, exchange)
+  return Codes(jax.nn.relu(jnp.where(kept_BK, v_BK, 0)), idx_BK)
+
+
+def _slots(codes: Codes, axes: Axes) -> jax.Array | None:
+  """Slots that any row uses. A shard holds k candidates and wins k / shards of them: the rest are not worth a pass."""
+  return sparse.used_slots(codes.z_BK) if axes.latent else None
+
+
+def _decode(params: Params, codes: Codes, axes: Axes) -> jax.Array:
+  return _sum(sparse.decode(*codes, params['w_dec_FD'], _slots(codes, axes)), axes.latent)
 
 
 def reconstruct(params: Params, x_BD: jax.Array, k: int, axes: Axes, dtype) -> tuple[jax.Array, Codes]:
   """Reconstruction [B, D], summed over shards, and this shard's codes."""
   _, codes, _ = encode(params, x_BD, k, axes, dtype)
-  return _sum(sparse.decode(*codes, params['w_dec_FD']), axes.latent) + params['b_pre_D'][None], codes
+  return _decode(params, codes, axes) + params['b_pre_D'][None], codes
 
 
 class StepSums(NamedTuple):
@@ -130,6 +163,9 @@ def loss_and_grads(
   batch: int,
   axes: Axes,
   dtype,
+  chunks: int = 1,
+  exchange: str = 'auto',
+  scatter: bool = False,
 ) -> tuple[Params, jax.Array, StepSums]:
   """Gradients of the loss over the global batch, the new idle counters, and sums for the metrics.
 
@@ -139,6 +175,9 @@ def loss_and_grads(
     x_BD: this shard's tokens.
     scale: 1 / mean (x - mean x)^2, once for the run (section 1, "constant in the training loss").
     batch: tokens in the global batch.
+    chunks: parts the tokens are encoded in. With more than one, AuxK encodes again.
+    exchange: how shards agree on winners; see `topk.select`.
+    scatter: leave each data shard its part of the latents' gradients instead of all of them.
 
   The decoder's gradient is projected: the component along each unit-norm row is removed (section 4), so that Adam
   does not spend itself on what the renormalisation undoes. Row j of it is sum z g, so <g_j, w_j> is the sum of z dz
@@ -147,8 +186,9 @@ def loss_and_grads(
   Firing is combined over the whole batch before the dead mask is taken. Gradients are reduced over the data axis
   once, after the loops over k; nothing of size B x n leaves the shard.
   """
-  product_BF, codes, xc_BD = encode(params, x_BD, sae.k, axes, dtype)
-  x_hat_BD = _sum(sparse.decode(*codes, params['w_dec_FD']), axes.latent) + params['b_pre_D'][None]
+  product_BF, codes, xc_BD = encode(params, x_BD, sae.k, axes, dtype, chunks, exchange)
+  slots = _slots(codes, axes)
+  x_hat_BD = _decode(params, codes, axes) + params['b_pre_D'][None]
   error_BD = x_BD - x_hat_BD
 
   fired_F = (
@@ -168,44 +208,58 @@ def loss_and_grads(
     # loops then add to, so a step without dead latents pays one comparison.
     dw_enc_FD, dw_dec_FD, db_enc_F, along_F, aux_loss = jax.lax.cond(
       n_dead > 0,
-      lambda: _auxk(params, product_BF, dead_F, error_BD, xc_BD, sae=sae, loss=loss, batch=batch, axes=axes),
+      lambda: _auxk(
+        params,
+        product_BF,
+        dead_F,
+        error_BD,
+        xc_BD,
+        sae=sae,
+        loss=loss,
+        batch=batch,
+        axes=axes,
+        dtype=dtype,
+        chunks=chunks,
+        exchange=exchange,
+      ),
       lambda: _no_auxk(params),
     )
   else:
     dw_enc_FD, dw_dec_FD, db_enc_F, along_F, aux_loss = _no_auxk(params)
 
   g_BD = losses.mse_gradient(error_BD, scale, batch)
-  dz_BK = jnp.where(codes.z_BK > 0, sparse.code_gradient(codes.idx_BK, params['w_dec_FD'], g_BD), 0)
+  dz_BK = jnp.where(codes.z_BK > 0, sparse.code_gradient(codes.idx_BK, params['w_dec_FD'], g_BD, slots), 0)
   dw_enc_FD, dw_dec_FD = sparse.add_weight_gradients(
-    dw_enc_FD, dw_dec_FD, codes.idx_BK, dz_BK, xc_BD, codes.z_BK, g_BD
+    dw_enc_FD, dw_dec_FD, codes.idx_BK, dz_BK, xc_BD, codes.z_BK, g_BD, slots
   )
   db_enc_F = sparse.add_at(db_enc_F, codes.idx_BK, dz_BK)
   along_F = sparse.add_at(along_F, codes.idx_BK, codes.z_BK * dz_BK)
 
-  dw_enc_FD, dw_dec_FD, db_enc_F, along_F, db_pre_D, square_error, active = _sum(
+  dw_dec_FD = dw_dec_FD - along_F[:, None] * params['w_dec_FD']
+  # Summing over the batch first turns [B, F] x [F, D] into one vector-matrix product.
+  through_encoder_D = db_enc_F @ params['w_enc_FD']
+  reduce = _scatter if scatter else _sum
+  dw_enc_FD, dw_dec_FD, db_enc_F = reduce((dw_enc_FD, dw_dec_FD, db_enc_F), axes.data)
+  db_pre_D, square_error, active, through_encoder_D = _sum(
     (
-      dw_enc_FD,
-      dw_dec_FD,
-      db_enc_F,
-      along_F,
       jnp.sum(g_BD, axis=0),
       jnp.sum(error_BD * error_BD),
       jnp.sum(codes.z_BK > 0, dtype=jnp.int32),
+      through_encoder_D,
     ),
     axes.data,
   )
-  # Summing over the batch first turns [B, F] x [F, D] into one vector-matrix product.
-  through_encoder_D, active = _sum((db_enc_F @ params['w_enc_FD'], active), axes.latent)
+  through_encoder_D, active = _sum((through_encoder_D, active), axes.latent)
   grads = {
     'w_enc_FD': dw_enc_FD,
-    'w_dec_FD': dw_dec_FD - along_F[:, None] * params['w_dec_FD'],
+    'w_dec_FD': dw_dec_FD,
     'b_enc_F': db_enc_F if sae.latent_bias else jnp.zeros_like(db_enc_F),
     'b_pre_D': db_pre_D - through_encoder_D,
   }
   return grads, idle_F, StepSums(square_error, active, aux_loss, n_dead)
 
 
-def _auxk(params, product_BF, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes):
+def _auxk(params, product_BF, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes, dtype, chunks, exchange):
   """AuxK (section 2.3): dead latents reconstruct the residual e = x - x_hat.
 
   b_pre is in neither target nor prediction (adding it to only one is a known bug elsewhere), and the residual is
@@ -213,8 +267,7 @@ def _auxk(params, product_BF, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes
   """
   # -inf, not 0: with fewer than k_aux positive dead latents a 0 would select live ones.
   dead_bias_F = jnp.where(dead_F, params['b_enc_F'], -jnp.inf)
-  v_BK, idx_BK, kept_BK = topk.select(product_BF, dead_bias_F, sae.k_aux, axes.latent)
-  y_BK = jax.nn.relu(jnp.where(kept_BK, v_BK, 0))
+  y_BK, idx_BK = _codes(params, dead_bias_F, product_BF, xc_BD, sae.k_aux, axes, dtype, chunks, exchange)
   slots = sparse.used_slots(y_BK)  # a handful of dead latents must not cost k_aux passes
   difference_BD = _sum(sparse.decode(y_BK, idx_BK, params['w_dec_FD'], slots), axes.latent) - error_BD
   square_sum, sum_D, difference_square_sum = _sum(
@@ -240,3 +293,8 @@ def _no_auxk(params):
 
 def _sum(values, axis: str | None):
   return values if axis is None else jax.lax.psum(values, axis)
+
+
+def _scatter(values, axis: str | None):
+  """Sums over an axis of which each member keeps its own part of the rows."""
+  return values if axis is None else jax.lax.psum_scatter(values, axis, scatter_dimension=0, tiled=True)

@@ -28,6 +28,18 @@ PARAM_SPECS = {name: SPECS.get(name, P()) for name in ('w_enc_FD', 'w_dec_FD', '
 BATCH = P('data', None)
 
 
+def at_rest(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
+  """The layout of a state array between steps: latents over both axes, where they divide evenly.
+
+  So a chip keeps and updates 1/data of what its latent shard holds (gradients, moments, EMA), and the parameters are
+  gathered over the data axis once a step; see `Config.state_is_split`.
+  """
+  spec = SPECS.get(name, P())
+  if name == 'idle_F' or not spec or mesh.shape['data'] == 1 or shape[0] % mesh.size:
+    return spec
+  return P(('latent', 'data'), *spec[1:])
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh over the first data x latent devices. Raises `UserError` when there are fewer."""
   devices = jax.devices() if devices is None else devices
@@ -87,9 +99,9 @@ def compiler_options(mesh: Mesh) -> dict[str, str | bool] | None:
 def shardings(mesh: Mesh, tree: Any) -> Any:
   """A NamedSharding for each leaf, by the last name on its path."""
 
-  def one(path, _):
+  def one(path, leaf):
     names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
-    return NamedSharding(mesh, SPECS.get(names[-1], P()))
+    return NamedSharding(mesh, at_rest(mesh, names[-1], leaf.shape))
 
   return jax.tree.map_with_path(one, tree)
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import config_flags, distributed, files, flops, metrics, optim, sae, sharding
+from sae_jax import config_flags, distributed, files, flops, metrics, optim, sae, sharding, watchdog
 from sae_jax.config import Config, resolve
 from sae_jax.data.source import Source, open_source
 from sae_jax.errors import UserError, one_line_errors
@@ -389,7 +389,8 @@ def main(argv: list[str]) -> int:
   workdir = os.path.abspath(args.workdir) if files.is_local(args.workdir) else args.workdir
   files.check_exclusive_create(workdir)
   try:
-    outcome = train(config, workdir, should_stop=distributed.stop_flag())
+    with watchdog.Watchdog() as alive:
+      outcome = train(config, workdir, should_stop=alive.beating(distributed.stop_flag()))
   except Exception as error:
     if not isinstance(error, UserError) or files.exists(files.join(workdir, 'config.json')):
       metrics.record_failure(workdir, error, permanent=isinstance(error, Diverged))

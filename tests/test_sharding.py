@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from experiments import tiny
-from sae_jax import config, optim, sharding
+from sae_jax import config, hlo, optim, sharding
 from sae_jax import train as training
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
 from sae_jax.evaluate import Evaluator
 from sae_jax.sample import start_up_sample
-from tests import hlo
 
 B, D, F, K = 40, 11, 88, 13  # k exceeds the 11 latents of a shard of the 1x8 mesh
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4)]
@@ -78,39 +77,94 @@ def float32_losses():
   return run(cell(), 7, np.float32)[1]
 
 
-@pytest.fixture(scope='module', params=[(2, 4), (8, 1)])
+@pytest.mark.parametrize(
+  'mesh,overrides',
+  [
+    ((1, 1), {'mesh.row_chunks': 5}),
+    ((2, 4), {'mesh.row_chunks': 4, 'mesh.exchange': 'count'}),
+  ],
+)
+def test_row_chunks_and_exchange_do_not_change_parameters_in_float64(float64_runs, mesh, overrides):
+  expected, expected_losses = float64_runs[1, 1]
+  with jax.enable_x64(True):
+    got, losses = jax.device_get(run(cell(*mesh, **overrides), 17, np.float64))
+  for name in expected.params:
+    np.testing.assert_allclose(got.params[name], expected.params[name], rtol=0, atol=1e-9, err_msg=name)
+  np.testing.assert_array_equal(got.idle_F, expected.idle_F)
+  assert losses[-1] == pytest.approx(expected_losses[-1], abs=1e-9)
+
+
+COMPILED = {
+  'both axes': ((2, 4), {}),
+  'data': ((8, 1), {}),
+  'counting': ((2, 4), {'mesh.exchange': 'count', 'mesh.row_chunks': 4}),
+}
+
+
+@pytest.fixture(scope='module', params=COMPILED)
 def compiled_step(request):
-  config_ = cell(*request.param)
+  mesh_shape, overrides = COMPILED[request.param]
+  config_ = cell(*mesh_shape, **overrides)
   mesh = sharding.make_mesh(config_.mesh)
   init, step = training.make_step(config_, mesh)
   abstract = training.abstract_state(init, mesh, config_)
   x_BD = jax.ShapeDtypeStruct((B, D), np.float32, sharding=jax.NamedSharding(mesh, sharding.BATCH))
-  return request.param, hlo.collectives(step.lower(abstract, x_BD).compile().as_text())
+  text = step.lower(abstract, x_BD).compile().as_text()
+  return config_, hlo.collectives(text, dict(mesh.shape))
 
 
-def test_compiled_step_has_no_collective_in_a_loop(compiled_step):
-  _, found = compiled_step
-  assert found and not [c for c in found if c.in_loop]
+def test_compiled_step_has_no_collective_in_a_loop_but_the_rounds_of_counting(compiled_step):
+  config_, found = compiled_step
+  looped = [c for c in found if c.in_loop]
+  assert found and all(c.per_step for c in found)
+  if config_.mesh.exchange == 'count':
+    # One count a row, 32 rounds, for the main codes and again for AuxK: the number does not grow with k.
+    assert [(c.op, c.shapes, c.axis, c.per_step) for c in looped] == [
+      ('all-reduce', (f's32[{B // config_.mesh.data}]',), 'latent', 32)
+    ] * 2
+  else:
+    assert not looped
 
 
 def test_compiled_step_gathers_nothing_of_batch_by_latents(compiled_step):
-  (data, latent), found = compiled_step
+  config_, found = compiled_step
+  data, latent = config_.mesh.data, config_.mesh.latent
   local, per_shard = B // data, F // latent
   for c in found:
-    for result in c.results:
-      size = int(np.prod([int(n) for n in result.split('[')[1].rstrip(']').split(',') if n]))
-      gradient = c.kind == 'all-reduce' and size == per_shard * D
+    for shape in c.shapes:
+      size = int(np.prod(hlo.elements(shape), dtype=int))
+      weights = c.axis == 'data' and size in (per_shard * D, per_shard * D // data)
       # Candidates (k, and k_aux of AuxK, from every shard) are the largest thing that may move besides.
-      assert gradient or size <= max(local * latent * min(K, per_shard), local * D, F), c
+      assert weights or size <= max(local * latent * min(K, per_shard), local * D, F), c
       assert not (size >= local * F and local * F > per_shard * D), c
 
 
 def test_compiled_step_reduces_gradients_and_fired_mask_once(compiled_step):
-  (_, latent), found = compiled_step
-  reduced = [r for c in found if c.kind == 'all-reduce' for r in c.results]
-  per_shard = F // latent
-  assert reduced.count(f'f32[{per_shard},{D}]') == 2  # encoder and decoder, once each
-  assert len([r for r in reduced if r in (f's8[{per_shard}]', f's32[{per_shard}]', f'u8[{per_shard}]')]) == 1
+  config_, found = compiled_step
+  data, per_shard = config_.mesh.data, F // config_.mesh.latent
+  moved = [(c.op, s, c.axis) for c in found for s in c.shapes]
+  # Each chip ends with the sums of its own part of the latents, and parameters are gathered for the next step.
+  assert moved.count(('reduce-scatter', f'f32[{per_shard // data},{D}]', 'data')) == 2  # encoder and decoder
+  assert moved.count(('all-gather', f'f32[{per_shard},{D}]', 'data')) == 2
+  assert not [m for m in moved if m[0] == 'all-reduce' and m[1] == f'f32[{per_shard},{D}]']
+  masks = [m for m in moved if m[1] in (f's8[{per_shard}]', f's32[{per_shard}]', f'u8[{per_shard}]')]
+  assert [(op, axis) for op, _, axis in masks] == [('all-reduce', 'data')]
+
+
+def test_state_at_rest_is_split_over_both_axes_where_latents_divide():
+  for latents, split in ((88, 11), (92, 23)):  # 92 latents on 2 x 4 devices: whole latent shards of 23
+    config_ = cell(2, 4, **{'sae.n_latents': latents})
+    mesh = sharding.make_mesh(config_.mesh)
+    shapes = {
+      'w_dec_FD': jax.ShapeDtypeStruct((latents, D), np.float32),
+      'idle_F': jax.ShapeDtypeStruct((latents,), int),
+    }
+    for tree in (shapes, {'mu': shapes}):
+      flat = jax.tree.map(
+        lambda where, leaf: where.shard_shape(leaf.shape), sharding.shardings(mesh, tree), tree
+      )
+      assert flat.get('mu', flat) == {'w_dec_FD': (split, D), 'idle_F': (latents // 4,)}
+    assert config_.state_is_split == (latents == 88)
 
 
 def test_step_keeps_state_types_and_traces_once():

@@ -1,5 +1,7 @@
 """Exact top-k on one shard and across shards equals `jax.lax.top_k`, ties included."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,34 +19,80 @@ def tied_rows(seed: int, rows: int, width: int, levels: int) -> np.ndarray:
   return np.random.default_rng(seed).integers(-levels, levels + 1, (rows, width)).astype(np.float32)
 
 
-def chosen(v, idx, kept, width):
-  """Per row: the sorted (global index, value) pairs kept over all shards; inputs are [shards, B, m]."""
-  offset = np.arange(v.shape[0])[:, None, None] * width
-  rows = []
-  for b in range(v.shape[1]):
-    mask = kept[:, b]
-    rows.append(sorted(zip((idx + offset)[:, b][mask].tolist(), v[:, b][mask].tolist(), strict=True)))
-  return rows
-
-
-@pytest.mark.parametrize('data,latent', [(1, 8), (2, 4), (8, 1), (4, 2)])
-@pytest.mark.parametrize('k', [1, 5, 13, 40])  # width 40 over 8 shards: k > n/shards, and k = n
-def test_select_equals_unsharded(data, latent, k):
+@functools.cache
+def selector(k: int, data: int, latent: int, method: str):
+  """Candidates, indices and winners of every shard of a mesh, compiled: arrays [shards, B, m]."""
   mesh = jax.make_mesh((data, latent), ('data', 'latent'), axis_types=(AxisType.Auto,) * 2)
-  pre_BF = tied_rows(k, 8, 40, 3)
-  pre_BF[1] = -np.abs(pre_BF[1]) - 1  # all negative
-  pre_BF[2] = 0.5  # all tied
 
   def local(pre):
-    return tuple(a[None] for a in topk.select(pre, jnp.zeros(pre.shape[1]), k, 'latent'))
+    width = pre.shape[1]
+    v_Bm, idx_Bm = topk.top_k(pre, jnp.zeros(width, pre.dtype), min(k, width))
+    return tuple(a[None] for a in (v_Bm, idx_Bm, topk.select(v_Bm, k, width, 'latent', method)))
 
   spec = P('latent', 'data')
-  got = jax.jit(
+  return jax.jit(
     jax.shard_map(local, mesh=mesh, in_specs=P('data', 'latent'), out_specs=(spec,) * 3, check_vma=False)
-  )(pre_BF)
-  v, idx = jax.lax.top_k(pre_BF, k)
-  expected = chosen(np.asarray(v)[None], np.asarray(idx)[None], np.ones((1, 8, k), bool), 40)
-  assert chosen(*(np.asarray(a) for a in got), 40 // latent) == expected
+  )
+
+
+def winners(pre_BF: np.ndarray, k: int, data: int, latent: int, method: str) -> list[list[tuple[int, float]]]:
+  """Per row: the sorted (global index, value) pairs that the shards keep between them."""
+  v, idx, kept = (np.asarray(a) for a in selector(k, data, latent, method)(pre_BF))
+  assert (np.diff(kept.astype(int), axis=-1) <= 0).all()  # they lead: loops over slots may stop after them
+  idx = idx + np.arange(latent)[:, None, None] * (pre_BF.shape[1] // latent)
+  return [
+    sorted(zip(idx[:, b][kept[:, b]].tolist(), v[:, b][kept[:, b]].tolist(), strict=True))
+    for b in range(len(pre_BF))
+  ]
+
+
+def unsharded(pre_BF: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
+  v_BK, idx_BK = (np.asarray(a) for a in jax.lax.top_k(pre_BF, k))
+  return [sorted(zip(i.tolist(), v.tolist(), strict=True)) for i, v in zip(idx_BK, v_BK, strict=True)]
+
+
+def hard_rows(seed: int) -> np.ndarray:
+  """[8, 40]: ties everywhere, and rows that are all negative, all tied, all masked, or won by one shard alone."""
+  pre_BF = tied_rows(seed, 8, 40, 3)
+  pre_BF[1] = -np.abs(pre_BF[1]) - 1
+  pre_BF[2] = 0.5
+  pre_BF[3] = -np.inf
+  pre_BF[4, 20:25] = 50 + np.arange(5)  # the winners of k <= 5 sit in one shard of eight
+  pre_BF[5] = np.linspace(1e-38, 3e38, 40, dtype=np.float32)[::-1]  # all of them in the first shards
+  pre_BF[6, ::2] = -np.inf  # a few live entries, as under a dead mask
+  return pre_BF
+
+
+@pytest.mark.parametrize('method', ['gather', 'count'])
+@pytest.mark.parametrize('data,latent', [(1, 8), (2, 4), (8, 1), (4, 2)])
+@pytest.mark.parametrize('k', [1, 5, 13, 40])  # width 40 over 8 shards: k > n/shards, and k = n
+def test_select_equals_unsharded(data, latent, k, method):
+  pre_BF = hard_rows(k)
+  assert winners(pre_BF, k, data, latent, method) == unsharded(pre_BF, k)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+  seed=st.integers(0, 2**31 - 1),
+  levels=st.sampled_from([1, 2, 10_000]),
+  scale=st.sampled_from([1e-30, 1, 1e30]),
+)
+def test_counting_equals_unsharded(seed, levels, scale):
+  pre_BF = tied_rows(seed, 4, 24, levels) * np.float32(scale)
+  assert winners(pre_BF, 7, 1, 8, 'count') == unsharded(pre_BF, 7)
+
+
+def test_counting_works_in_float64(x64):
+  pre_BF = np.random.default_rng(3).standard_normal((4, 24)) + 1e-12 * np.arange(24)
+  assert winners(pre_BF, 7, 2, 4, 'count') == unsharded(pre_BF, 7)
+
+
+def test_exchange_gathers_little_and_counts_much():
+  assert topk.exchange(k=32, shards=4, width=8192, rows=2048) == 'gather'
+  assert topk.exchange(k=256, shards=128, width=131_072, rows=32_768) == 'count'
+  assert (
+    topk.exchange(k=256, shards=128, width=131_072, rows=8) == 'gather'
+  )  # rounds would cost more than bytes
 
 
 @settings(max_examples=25, deadline=None)
