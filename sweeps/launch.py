@@ -1,4 +1,4 @@
-"""Runs what a ledger lacks: registers the cells of a grid, starts workers, shows progress until all is done.
+"""Runs what a ledger lacks: registers the cells of a grid, starts workers or jobs, shows progress until all is done.
 
 python -m sweeps.launch --sweep=sweeps/grids/tiny.py --ledger=runs/tiny --executor=local [--dry_run]
 
@@ -6,224 +6,139 @@ Never imports jax, so that a launch with nothing to do takes a moment.
 """
 
 import argparse
-import heapq
-import json
 import pathlib
 import signal
 import sys
 import tempfile
 import time
-from typing import Protocol
 
-import numpy as np
-from tqdm import tqdm
-
-from sae_jax import files, flops, metrics
+from sae_jax import arguments, files, metrics
 from sae_jax.errors import UserError, one_line_errors
-from sweeps import grid, ledger, status, work
-from sweeps.executors import local
+from sweeps import board, engines, grid, ledger, preview, status, work
+from sweeps.board import UNFINISHED
+from sweeps.executors import Executor, Job, local
 
 MAX_STRAYS = 3  # ends of workers that held no cell: a broken installation rather than a bad cell
-_UNFINISHED = ('waiting', 'running')
-
-
-class Executor(Protocol):
-  """How jobs get run. Its view is only a hint: what is done stands in the ledger."""
-
-  def submit(self, job: local.Job) -> str:
-    """Starts or queues a job and returns its id; nothing happens when a job of that id exists."""
-    ...
-
-  def states(self, ids: list[str]) -> dict[str, str]:
-    """'pending', 'running' or 'gone' by id."""
-    ...
-
-  def cancel(self, job_id: str) -> None:
-    """Asks a job to save and end; asked again, ends it."""
-    ...
 
 
 class WorkerDied(Exception):
   """Stands in failure.json for a process that ended without a Python exception."""
 
 
-class Board:
-  """One bar over the cells when a person watches, one plain line a change otherwise."""
-
-  def __init__(self, store: ledger.Ledger, states: list[ledger.CellState]):
-    self._store, self._begin = store, time.monotonic()
-    self._cost = {s.cell.id: flops.cell_flops(s.cell.config)['dense'] for s in states}
-    self._at_start: float | None = None
-    self._line = ''
-    self._told: dict[str, int] = {s.cell.id: s.attempts for s in states}
-    self._bar = None
-    if sys.stderr.isatty():
-      tqdm.monitor_interval = 0  # no thread of its own: workers are forked from this process
-      self._bar = tqdm(total=len(states), bar_format='{n_fmt}/{total_fmt} cells |{bar}|{postfix} [{elapsed}]')
-
-  def show(self, states: list[ledger.CellState]) -> None:
-    for s in states:
-      if s.attempts > self._told.get(s.cell.id, 0):
-        self.say(f'cell {s.cell.id} {grid.label(s.cell.overrides)}: {s.reason}')
-      self._told[s.cell.id] = s.attempts
-    counts = status.count(states)
-    line = status.summary(counts)
-    if self._bar is not None:
-      self._bar.total, self._bar.n = len(states), counts['done']
-      self._bar.set_postfix_str(f'{line}{self._left(states)}')
-    elif line != self._line:
-      print(f'{line}{self._left(states)}', flush=True)
-    self._line = line
-
-  def say(self, line: str) -> None:
-    if self._bar is not None:
-      self._bar.write(line, file=sys.stderr)
-    else:
-      print(line, flush=True)
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()
-
-  def _left(self, states: list[ledger.CellState]) -> str:
-    """Part of the work done, and time left at the speed of this launch so far; cells weigh by their FLOPs."""
-    spent = left = 0.0
-    for s in states:
-      cost = self._cost.setdefault(s.cell.id, flops.cell_flops(s.cell.config)['dense'])
-      last = status.progress(self._store.folder(s.cell.id)) if s.state == 'running' else None
-      ready = min(1.0, last['step'] / s.cell.config.train.steps) if last else float(s.state == 'done')
-      spent += ready * cost
-      left += (1 - ready) * cost if s.state in _UNFINISHED else 0.0
-    self._at_start = spent if self._at_start is None else self._at_start
-    gained = spent - self._at_start
-    part = f', {100 * spent / max(1.0, spent + left):.0f} % of the work'
-    if not left or gained <= 0:
-      return part
-    return f'{part}, {_duration((time.monotonic() - self._begin) * left / gained)} left'
-
-
 def drive(
   store: ledger.Ledger,
   executor: Executor,
-  jobs: list[local.Job],
+  jobs: list[Job],
   received: list[int],
   max_failures: int,
 ) -> None:
   """Runs jobs until they have all gone. `received` grows by one a signal: the first cancels, the second kills."""
   names = [executor.submit(job) for job in jobs]
-  board = Board(store, store.states(max_failures))
+  shown = board.Board(store, store.states(max_failures))
   poll_s = 0.5 if files.is_local(store.path) else 15.0
   cancels = 0
   try:
     while True:
       running = [name for name, state in executor.states(names).items() if state != 'gone']
       states = store.states(max_failures)
-      board.show(states)
+      shown.show(states)
       if not running:
         return
       # Workers notice by themselves that nothing is left; this spares them their last nap.
-      over = not any(s.state in _UNFINISHED for s in states)
+      over = not any(s.state in UNFINISHED for s in states)
       while cancels < min(2, max(len(received), over)):
         if received:
-          board.say(
+          shown.say(
             'stopping: workers save a checkpoint; again to kill' if len(received) == 1 else 'killing workers'
           )
         for name in running:
           executor.cancel(name)
         cancels += 1
-      until = time.monotonic() + poll_s
-      heard = len(received)
-      while time.monotonic() < until and len(received) == heard:
-        time.sleep(0.1)
+      _nap(poll_s, received)
   finally:
-    board.close()
+    shown.close()
 
 
-def plan(
-  sweep: grid.Sweep, store: ledger.Ledger, workers: int, max_failures: int, stated: float | None
-) -> str:
-  """What a launch would do: a line a cell, and the time it should take. Writes nothing."""
-  states = [store.state(ledger.Cell(c.id, overrides, c), max_failures) for overrides, c in sweep.cells]
-  costs = {s.cell.id: flops.cell_flops(s.cell.config) for s in states}
-  rate, source = _rate(store, states, stated)
-  rows = [('id', 'cell', 'steps', 'useful FLOPs', 'dense FLOPs', 'time', 'state')]
-  for s in states:
-    cost = costs[s.cell.id]
-    rows.append(
-      (
-        s.cell.id,
-        grid.label(s.cell.overrides),
-        str(s.cell.config.train.steps),
-        f'{cost["useful"]:.2e}',
-        f'{cost["dense"]:.2e}',
-        _duration(cost['dense'] / rate),
-        f'{s.state}: {s.reason}' if s.reason else s.state,
-      )
-    )
-  todo = [costs[s.cell.id] for s in states if s.state in _UNFINISHED]
-  busy = [0.0] * workers  # as the workers do it: the largest cell next, to whoever is free
-  for dense in sorted((cost['dense'] for cost in todo), reverse=True):
-    heapq.heapreplace(busy, busy[0] + dense / rate)
-  total = {key: sum(cost[key] for cost in todo) for key in ('useful', 'dense')}
-  return '\n'.join(
-    [
-      *status.table(rows),
-      f'{sweep.name}: {len(states)} cells, {len(todo)} to do, {total["useful"]:.2e} useful and '
-      f'{total["dense"]:.2e} dense FLOPs, about {_duration(max(busy))} on {workers} worker{"s"[: workers > 1]}',
-      f'time at {rate:.2e} dense FLOP/s a worker, {source}',
-    ]
-  )
+def follow(
+  store: ledger.Ledger,
+  cluster: engines.Cluster,
+  gangs: int | None,
+  received: list[int],
+  max_failures: int,
+  detach: bool = False,
+) -> None:
+  """Submits jobs for what waits and watches them until they have gone; the jobs do not need this process.
+
+  A signal ends the watching only. With `detach` there is none.
+  """
+  submitted: set[str] = set()
+  states = store.states(max_failures)
+  shown = None if detach else board.Board(store, states)
+  try:
+    while True:
+      for job in engines.jobs(store, cluster, states, gangs, max_failures):
+        # Once: a job that has gone with its cell undone is for a person to look at.
+        if job.id not in submitted and not received:
+          submitted.add(cluster.engine.submit(job))
+      if shown is None:
+        print(f'{len(submitted)} jobs are with the engine; the same command, or sweeps.status, watches them')
+        return
+      # Jobs of an earlier launch too: their cells may be running, or wait between two runs of the job.
+      names = sorted(submitted.union(engines.names(states, gangs)))
+      alive = {name: s for name, s in cluster.engine.states(names).items() if s != 'gone'}
+      queued = sum(s == 'pending' for s in alive.values())
+      shown.show(states, f'; jobs: {len(alive) - queued} running, {queued} pending')
+      if not any(s.state in UNFINISHED for s in states):
+        for name, state in alive.items():
+          if state == 'pending':
+            cluster.engine.cancel(name)  # it would find nothing to do
+        return
+      if received or not (alive or any(s.state == 'running' for s in states)):
+        shown.show(store.states(max_failures))
+        return
+      _nap(cluster.poll_s, received)
+      states = store.states(max_failures)
+  finally:
+    if shown is not None:
+      shown.close()
 
 
-def _rate(store: ledger.Ledger, states: list[ledger.CellState], stated: float | None) -> tuple[float, str]:
-  spent = seconds = 0.0
-  for s in states:
-    if s.state == 'done':
-      result = json.loads(files.read(files.join(store.folder(s.cell.id), metrics.RESULT)))
-      spent, seconds = spent + result['flops_dense'], seconds + result['wall_s']
-  if seconds > 0:
-    return spent / seconds, 'measured on the finished cells of this ledger'
-  if stated is not None:
-    return stated, 'as stated by --flops_per_second'
-  x = np.ones((1024, 1024), np.float32)
-  products, begin = 0, time.monotonic()
-  while (elapsed := time.monotonic() - begin) < 1:
-    x @ x
-    products += 1
-  return products * 2.0 * 1024**3 / elapsed, 'that of a numpy matrix product here: no cell has finished yet'
+def _nap(seconds: float, received: list[int]) -> None:
+  """Sleeps, but not past a new signal."""
+  until, heard = time.monotonic() + seconds, len(received)
+  while time.monotonic() < until and len(received) == heard:
+    time.sleep(0.1)
 
 
-def _duration(seconds: float) -> str:
-  if seconds < 60:
-    return f'{seconds:.1f} s' if seconds < 10 else f'{seconds:.0f} s'
-  minutes = round(seconds / 60)
-  return f'{minutes} min' if minutes < 60 else f'{minutes // 60} h {minutes % 60:02d} min'
+def _catch_signals() -> list[int]:
+  """A list that grows by one a SIGINT or SIGTERM from now on."""
+  received: list[int] = []
+  for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, lambda number, _: received.append(number))
+  return received
 
 
 def _verdict(store: ledger.Ledger, ids: set[str], max_failures: int) -> int:
   """Prints how the cells of this grid ended, and returns the exit code that says the same."""
   states = [s for s in store.states(max_failures) if s.cell.id in ids]
   failed = [s for s in states if s.state == 'failed']
-  left = sum(s.state in _UNFINISHED for s in states)
   print(f'{status.summary(status.count(states))} in {store.path}', flush=True)
   for s in failed:
     print(f'failed: {s.cell.id} {grid.label(s.cell.overrides)}: {s.reason}')
   if failed:
     print(f'after the cause is gone: python -m sweeps.retry --ledger={store.path}')
-  return work.SOME_FAILED if failed or left else 0
+  return 0 if all(s.state == 'done' for s in states) else work.SOME_FAILED
 
 
-def _run_locally(store: ledger.Ledger, workers: int, max_failures: int, logs: pathlib.Path) -> list[int]:
+def _work_here(store: ledger.Ledger, workers: int, max_failures: int, logs: pathlib.Path) -> list[int]:
   """Trains with processes of this machine; returns the signals received."""
-  received: list[int] = []
-  for signum in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(signum, lambda number, _: received.append(number))
+  received = _catch_signals()
   strays = 0
 
   def may_restart(pid: int, code: int) -> bool:
     nonlocal strays
     exit_code = 128 - code if code < 0 else code
-    if not any(s.state in _UNFINISHED for s in store.states(max_failures)):
+    if not any(s.state in UNFINISHED for s in store.states(max_failures)):
       return False
     cell_id = store.held_by(pid)
     if cell_id is None:
@@ -234,7 +149,7 @@ def _run_locally(store: ledger.Ledger, workers: int, max_failures: int, logs: pa
     return True
 
   argv = (sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}', f'--max_failures={max_failures}')
-  jobs = [local.Job(f'worker-{i}', argv, local.device_env(i, workers)) for i in range(workers)]
+  jobs = [Job(f'worker-{i}', argv, local.device_env(i, workers)) for i in range(workers)]
   drive(store, local.Local(logs, may_restart), jobs, received, max_failures)
   return received
 
@@ -248,47 +163,131 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='python -m sweeps.launch',
     description='Train the cells of a grid that the ledger lacks. Started again, it does only what is missing.',
-    epilog='Exit codes: 0 all done, 1 some failed for good, 2 bad input, 130 stopped by Ctrl-C with all saved.',
+    epilog='Exit codes: 0 all done (or all submitted), 1 some are not, 2 bad input, 130 stopped by Ctrl-C: '
+    'local workers have saved, jobs of an engine run on.',
   )
   parser.add_argument('--sweep', required=True, help='grid file, e.g. sweeps/grids/tiny.py')
   parser.add_argument('--ledger', required=True, help='folder or fsspec URL for results, one sweep each')
-  parser.add_argument('--executor', choices=('local',), default='local', help='what runs the cells')
   parser.add_argument(
-    '--workers', type=int, default=1, help='processes that train at once (default %(default)s)'
+    '--executor', choices=('local', 'slurm', 'jobset'), default='local', help='what runs the cells'
   )
   parser.add_argument(
-    '--dry_run', action='store_true', help='list cells, FLOPs, states and time; write nothing'
+    '--workers',
+    type=arguments.whole('--workers', least=0),
+    help='local: processes that train at once (default 1; 0 fills the ledger for workers started by hand)',
   )
-  parser.add_argument('--flops_per_second', type=float, help='of one worker, for the times of --dry_run')
+  parser.add_argument('--site', metavar='FILE', help='slurm, jobset: TOML file with what the cluster wants')
+  parser.add_argument(
+    '--gangs',
+    type=arguments.whole('--gangs'),
+    help='slurm, jobset: so many jobs share all cells, for many short ones (default: a job a cell)',
+  )
+  parser.add_argument('--detach', action='store_true', help='slurm, jobset: submit and leave')
+  parser.add_argument(
+    '--dry_run', action='store_true', help='list cells, FLOPs, states, time and jobs; write nothing'
+  )
+  parser.add_argument(
+    '--flops_per_second',
+    type=arguments.positive('--flops_per_second', '1e12'),
+    help='of one worker, for the times of --dry_run',
+  )
+  parser.add_argument('--topology', help='slice, e.g. v5p:2x2x2: --dry_run also prints chip-hours on it')
+  parser.add_argument(
+    '--dollars_per_chip_hour',
+    type=arguments.positive('--dollars_per_chip_hour', '1.2'),
+    help='price for --topology',
+  )
   work.add_max_failures(parser)
   return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+  """Raises `UserError` for flags that do not go together."""
+  work.check_max_failures(args.max_failures)
+  given = {'--site': args.site, '--gangs': args.gangs, '--detach': args.detach or None}
+  if args.executor != 'local':
+    given = {'--workers': args.workers}
+  for flag, value in given.items():
+    if value is not None:
+      raise UserError(f'{flag} has no meaning with --executor={args.executor}; leave it out')
+  if args.topology and not args.dry_run:
+    raise UserError(f'--topology={args.topology} only tells what --dry_run would cost; add --dry_run')
+  if args.dollars_per_chip_hour and not args.topology:
+    raise UserError('--dollars_per_chip_hour needs --topology=NAME, e.g. v5p:2x2x2; add it')
+
+
+def _cluster(args: argparse.Namespace, store: ledger.Ledger) -> engines.Cluster | None:
+  """What the jobs are for; None when this machine trains."""
+  if args.executor == 'slurm':
+    return engines.slurm_cluster(args.site, store.path)
+  return engines.jobset_cluster(args.site, store.path) if args.executor == 'jobset' else None
 
 
 @one_line_errors
 def main(argv: list[str]) -> int:
   args = _parser().parse_args(argv)
-  work.check_max_failures(args.max_failures)
-  if args.workers < 1:
-    raise UserError(f'--workers={args.workers} is below 1; at least one process must train')
-  if args.flops_per_second is not None and not 0 < args.flops_per_second < float('inf'):
-    raise UserError(f'--flops_per_second={args.flops_per_second} is not a positive number; give e.g. 1e12')
+  _check(args)
   sweep = grid.build(args.sweep)
   store = ledger.Ledger(args.ledger)
+  cluster = _cluster(args, store)
   if sweep.dropped:
-    print(f'{sweep.dropped} cells of {args.sweep} equal an earlier one and were dropped')
+    print(f'{sweep.dropped} cells of {args.sweep} equal an earlier one and were dropped', file=sys.stderr)
   if args.dry_run:
-    store.check_free_for(sweep)
-    print(plan(sweep, store, args.workers, args.max_failures, args.flops_per_second))
+    _dry_run(args, sweep, store, cluster)
     return 0
   store.register(sweep)
   ids = {c.id for _, c in sweep.cells}
   states = store.states(args.max_failures)
-  todo = [s for s in states if s.state in _UNFINISHED]
+  todo = [s for s in states if s.state in UNFINISHED]
   print(f'sweep {sweep.name}: {len(ids)} cells, todo {len(todo)}', flush=True)
   if others := sum(s.cell.id not in ids for s in todo):
     print(f'{others} of them come from an earlier version of the grid; they are run too')
   if not todo:
     return _verdict(store, ids, args.max_failures)
+  if cluster is not None:
+    return _run_on(cluster, args, store, ids)
+  if args.workers == 0:
+    print(f'on every host that is to train: python -m sweeps.work --ledger={store.path}')
+    return 0
+  return _run_here(args, store, ids, len(todo))
+
+
+def _dry_run(
+  args: argparse.Namespace, sweep: grid.Sweep, store: ledger.Ledger, cluster: engines.Cluster | None
+) -> None:
+  store.check_free_for(sweep)
+  states = preview.states_of(sweep, store, args.max_failures)
+  workers, out = args.workers or 1, sys.stdout
+  if cluster is not None:
+    jobs = engines.jobs(store, cluster, states, args.gangs, args.max_failures)
+    print(cluster.engine.render(jobs))
+    workers, out = max(1, len(jobs)), sys.stderr  # stdout holds what can be given to the engine by hand
+  print(preview.table(sweep.name, store, states, workers, args.flops_per_second), file=out)
+  if args.topology:
+    print(preview.cost_table(states, args.topology, args.dollars_per_chip_hour), file=out)
+
+
+def _run_on(cluster: engines.Cluster, args: argparse.Namespace, store: ledger.Ledger, ids: set[str]) -> int:
+  """Trains with jobs of an engine; returns the exit code."""
+  received = _catch_signals()
+  print(f'output of the jobs: {cluster.logs}', flush=True)
+  follow(store, cluster, args.gangs, received, args.max_failures, args.detach)
+  if args.detach:
+    return 0
+  code = _verdict(store, ids, args.max_failures)
+  if received:
+    print(
+      'the jobs run on; the same command watches them again, '
+      f'python -m sweeps.cancel --ledger={store.path} stops cells'
+    )
+    return 128 + received[0]
+  if any(s.state in UNFINISHED for s in store.states(args.max_failures)):
+    print(f'the jobs ended with cells left to do; see their output in {cluster.logs}')
+  return code
+
+
+def _run_here(args: argparse.Namespace, store: ledger.Ledger, ids: set[str], todo: int) -> int:
+  """Trains with processes of this machine; returns the exit code."""
   at_home = files.is_local(store.path)
   logs = (
     files.local(files.join(store.path, 'logs'))
@@ -296,12 +295,12 @@ def main(argv: list[str]) -> int:
     else pathlib.Path(tempfile.mkdtemp(prefix='sweep-'))
   )
   print(f'output of the workers: {logs}', flush=True)
-  received = _run_locally(store, min(args.workers, len(todo)), args.max_failures, logs)
+  received = _work_here(store, min(args.workers or 1, todo), args.max_failures, logs)
   code = _verdict(store, ids, args.max_failures)
   if received:
     print('interrupted: the same command resumes')
     return 128 + received[0]
-  if any(s.state in _UNFINISHED for s in store.states(args.max_failures)):
+  if any(s.state in UNFINISHED for s in store.states(args.max_failures)):
     print(f'the workers ended with cells left to do; their last words:\n{_tail(logs)}')
   return code
 

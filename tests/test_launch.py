@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from sae_jax import metrics
-from sweeps import grid, launch, ledger
-from sweeps.executors import local
+from sae_jax import flops, metrics
+from sweeps import board, grid, launch, lease, ledger, preview
+from sweeps.executors import Job, local
 
 SHORT = """
 from experiments import tiny
@@ -99,7 +99,7 @@ def start():
 
 
 def alive(pid):
-  return ledger._process_start(pid) != -1
+  return lease.process_start(pid) != -1
 
 
 # ----- whole sweeps
@@ -163,10 +163,11 @@ def test_dry_run_takes_a_stated_speed(tmp_path):
   ran = finish(command(tmp_path, '--dry_run', '--flops_per_second=1e6', '--workers=3', text=SHORT))
   sweep = grid.build(str(tmp_path / 'cells.py'))
   store = ledger.Ledger(str(tmp_path / 'ledger'))
-  assert ran.stdout.strip() == launch.plan(sweep, store, 3, 3, 1e6)
+  states = preview.states_of(sweep, store, 3)
+  assert ran.stdout.strip() == preview.table('cells', store, states, 3, 1e6)
   # Dense FLOPs of the cells are as 1:1:2:2:4:4, so three workers need the largest, then a 2, then none.
-  dense = [launch.flops.cell_flops(c)['dense'] for _, c in sweep.cells]
-  assert f'about {launch._duration(max(max(dense), sum(dense) / 3) / 1e6)} on 3 workers' in ran.stdout
+  dense = [flops.cell_flops(c)['dense'] for _, c in sweep.cells]
+  assert f'about {board.duration(max(max(dense), sum(dense) / 3) / 1e6)} on 3 workers' in ran.stdout
 
 
 def test_diverging_cell_fails_for_good_and_alone(tmp_path):
@@ -178,6 +179,13 @@ def test_diverging_cell_fails_for_good_and_alone(tmp_path):
   assert 'sweeps.retry' in ran.stdout and 'learning_rate=1e+30' in ran.stdout
   again = finish(command(tmp_path))
   assert again.returncode == 1 and 'todo 0' in again.stdout
+
+
+def test_no_workers_fills_the_ledger_for_those_started_by_hand(tmp_path, capsys):
+  with pytest.raises(SystemExit) as ended:
+    launch.main([*command(tmp_path, text=SHORT)[3:], '--workers=0'])
+  assert not ended.value.code and 'python -m sweeps.work --ledger=' in capsys.readouterr().out
+  assert [s.state for s in ledger.Ledger(str(tmp_path / 'ledger')).states()] == ['waiting'] * 6
 
 
 # ----- kills and interrupts
@@ -232,7 +240,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path, start):
 
 
 def job(code, name='worker-0'):
-  return local.Job(name, (sys.executable, '-c', code))
+  return Job(name, (sys.executable, '-c', code))
 
 
 def settle(executor, name):
@@ -298,7 +306,16 @@ def test_device_env_shares_the_gpus_out(monkeypatch, gpus, workers, seen):
 @pytest.mark.parametrize(
   ('flags', 'line'),
   [
-    (['--workers=0'], '--workers=0 is below 1'),
+    (['--workers=-1'], '--workers=-1 is not a whole number of at least 0'),
+    (['--workers=x'], '--workers=x is not a whole number'),
+    (['--gangs=0', '--executor=slurm'], '--gangs=0 is not a whole number of at least 1'),
+    (['--gangs=2'], '--gangs has no meaning with --executor=local'),
+    (['--executor=slurm', '--workers=2'], '--workers has no meaning with --executor=slurm'),
+    (['--executor=slurm', '--site=missing.toml'], '--site=missing.toml'),
+    (['--executor=jobset'], '--executor=jobset needs --site=FILE.toml'),
+    (['--topology=v5e:2x2'], 'add --dry_run'),
+    (['--dollars_per_chip_hour=1', '--dry_run'], '--dollars_per_chip_hour needs --topology'),
+    (['--topology=v9:2x2', '--dry_run', '--flops_per_second=1'], "topology 'v9:2x2' is of no known chip"),
     (['--max_failures=0'], '--max_failures=0 is below 1'),
     (['--flops_per_second=nan', '--dry_run'], '--flops_per_second=nan is not a positive number'),
     (['--ledger=s3://bucket/x'], 'no exclusive create'),

@@ -10,19 +10,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-PREEMPTED = 42
-MAX_PREEMPTIONS = 100
+from sweeps.executors import PREEMPTED, Job
+
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None  # loaded here: little is safe after a fork
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """One process to keep running. `id` names it and its log; `env` is added to the environment."""
-
-  id: str
-  argv: tuple[str, ...]
-  env: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -76,7 +67,7 @@ class Local:
       return 'gone'
     if code == PREEMPTED:
       running.preemptions += 1
-      restart = running.preemptions <= MAX_PREEMPTIONS
+      restart = running.preemptions <= running.job.max_restarts
     else:
       restart = self._may_restart(running.process.pid, code)
     if not restart:

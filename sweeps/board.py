@@ -1,0 +1,75 @@
+"""What a person sees while a sweep runs: one bar over the cells, or one plain line a change when nobody watches."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from sae_jax import flops
+from sweeps import grid, ledger, status
+
+UNFINISHED = ('waiting', 'running')
+
+
+class Board:
+  """Shows the states of cells, with the time left at the speed of this launch so far."""
+
+  def __init__(self, store: ledger.Ledger, states: list[ledger.CellState]):
+    self._store, self._begin = store, time.monotonic()
+    self._cost = {s.cell.id: flops.cell_flops(s.cell.config)['dense'] for s in states}
+    self._at_start: float | None = None
+    self._line = ''
+    self._told: dict[str, int] = {s.cell.id: s.attempts for s in states}
+    self._bar = None
+    if sys.stderr.isatty():
+      tqdm.monitor_interval = 0  # no thread of its own: workers are forked from this process
+      self._bar = tqdm(total=len(states), bar_format='{n_fmt}/{total_fmt} cells |{bar}|{postfix} [{elapsed}]')
+
+  def show(self, states: list[ledger.CellState], jobs: str = '') -> None:
+    """Brings the display up to date; `jobs` is said after the cells."""
+    for s in states:
+      if s.attempts > self._told.get(s.cell.id, 0):
+        self.say(f'cell {s.cell.id} {grid.label(s.cell.overrides)}: {s.reason}')
+      self._told[s.cell.id] = s.attempts
+    counts = status.count(states)
+    line = status.summary(counts) + jobs
+    if self._bar is not None:
+      self._bar.total, self._bar.n = len(states), counts['done']
+      self._bar.set_postfix_str(f'{line}{self._left(states)}')
+    elif line != self._line:
+      print(f'{line}{self._left(states)}', flush=True)
+    self._line = line
+
+  def say(self, line: str) -> None:
+    if self._bar is not None:
+      self._bar.write(line, file=sys.stderr)
+    else:
+      print(line, flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+  def _left(self, states: list[ledger.CellState]) -> str:
+    """Part of the work done, and time left at the speed of this launch so far; cells weigh by their FLOPs."""
+    spent = left = 0.0
+    for s in states:
+      cost = self._cost.setdefault(s.cell.id, flops.cell_flops(s.cell.config)['dense'])
+      last = status.progress(self._store.folder(s.cell.id)) if s.state == 'running' else None
+      ready = min(1.0, last['step'] / s.cell.config.train.steps) if last else float(s.state == 'done')
+      spent += ready * cost
+      left += (1 - ready) * cost if s.state in UNFINISHED else 0.0
+    self._at_start = spent if self._at_start is None else self._at_start
+    gained = spent - self._at_start
+    part = f', {100 * spent / max(1.0, spent + left):.0f} % of the work'
+    if not left or gained <= 0:
+      return part
+    return f'{part}, {duration((time.monotonic() - self._begin) * left / gained)} left'
+
+
+def duration(seconds: float) -> str:
+  """'8.3 s', '12 min', '3 h 05 min'."""
+  if seconds < 60:
+    return f'{seconds:.1f} s' if seconds < 10 else f'{seconds:.0f} s'
+  minutes = round(seconds / 60)
+  return f'{minutes} min' if minutes < 60 else f'{minutes // 60} h {minutes % 60:02d} min'

@@ -1,0 +1,122 @@
+"""What a launch would do and cost, before anybody pays for it. Writes nothing."""
+
+import heapq
+import json
+import time
+
+import numpy as np
+
+from sae_jax import files, flops, metrics
+from sae_jax.config import Config
+from sweeps import grid, ledger, status
+from sweeps.board import UNFINISHED, duration
+
+
+def states_of(sweep: grid.Sweep, store: ledger.Ledger, max_failures: int) -> list[ledger.CellState]:
+  """The state of every cell of a grid, whether or not the ledger has it already."""
+  return [store.state(ledger.Cell(c.id, overrides, c), max_failures) for overrides, c in sweep.cells]
+
+
+def table(
+  name: str, store: ledger.Ledger, states: list[ledger.CellState], workers: int, stated: float | None
+) -> str:
+  """A line a cell with its FLOPs and time on one worker, and the time they should take on all.
+
+  `stated` is the FLOP/s of a worker, used until finished cells of this ledger have told.
+  """
+  costs = {s.cell.id: flops.cell_flops(s.cell.config) for s in states}
+  rate, source = _rate(store, states, stated)
+  rows = [('id', 'cell', 'steps', 'useful FLOPs', 'dense FLOPs', 'time', 'state')]
+  for s in states:
+    cost = costs[s.cell.id]
+    rows.append(
+      (
+        s.cell.id,
+        grid.label(s.cell.overrides),
+        str(s.cell.config.train.steps),
+        f'{cost["useful"]:.2e}',
+        f'{cost["dense"]:.2e}',
+        duration(cost['dense'] / rate),
+        f'{s.state}: {s.reason}' if s.reason else s.state,
+      )
+    )
+  todo = [costs[s.cell.id] for s in states if s.state in UNFINISHED]
+  busy = [0.0] * workers  # as the workers do it: the largest cell next, to whoever is free
+  for dense in sorted((cost['dense'] for cost in todo), reverse=True):
+    heapq.heapreplace(busy, busy[0] + dense / rate)
+  total = {key: sum(cost[key] for cost in todo) for key in ('useful', 'dense')}
+  return '\n'.join(
+    [
+      *status.table(rows),
+      f'{name}: {len(states)} cells, {len(todo)} to do, {total["useful"]:.2e} useful and '
+      f'{total["dense"]:.2e} dense FLOPs, about {duration(max(busy))} on {workers} worker{"s"[: workers > 1]}',
+      f'time at {rate:.2e} dense FLOP/s a worker, {source}',
+    ]
+  )
+
+
+def cost_table(states: list[ledger.CellState], topology: str, dollars: float | None) -> str:
+  """Chip-hours of the cells to do on a slice such as 'v5p:2x2x2', each alone on all of it, and what they cost.
+
+  Each shape of step is compiled once, for chips that need not be here; the time is the roofline, a lower bound.
+  `dollars` is the price of a chip-hour, None when it does not matter. Raises `UserError` for a cell that does not fit.
+  """
+  from sae_jax import plan  # brings the compiler; a launch does without
+
+  plans: dict[str, plan.Plan] = {}
+  rows = [('id', 'cell', 'mesh', 'memory', 'chip-hours', *(('dollars',) if dollars else ()))]
+  total = 0.0
+  todo = [s for s in states if s.state in UNFINISHED]
+  for s in todo:
+    config = s.cell.config
+    key = _step_shape(config)
+    if key not in plans:
+      plans[key] = plan.plan(config, topology)
+    made = plans[key]
+    hours = made.seconds * config.train.steps * made.chips / 3600
+    total += hours
+    rows.append(
+      (
+        s.cell.id,
+        grid.label(s.cell.overrides),
+        f'{made.mesh["data"]}x{made.mesh["latent"]}',
+        f'{made.memory_fraction:.1%}',
+        f'{hours:.3g}',
+        *((f'{hours * dollars:.2f}',) if dollars else ()),
+      )
+    )
+  price = f', {total * dollars:,.2f} dollars at {dollars:g} a chip-hour' if dollars else ''
+  return '\n'.join(
+    [
+      *status.table(rows),
+      f'{topology}: {len(todo)} cells, {total:.3g} chip-hours{price}',
+      f'at the roofline of {len(plans)} compiled steps that nobody ran: a lower bound, without start, evaluation and subject',
+    ]
+  )
+
+
+def _step_shape(config: Config) -> str:
+  """Equal for cells whose compiled steps are alike: what only enters as a number stays out."""
+  flat = config.flat()
+  kept = {k: v for k, v in flat.items() if k.startswith(('sae.', 'mesh.', 'train.'))}
+  for free in ('train.seed', 'train.tokens', 'train.checkpoint_every'):
+    del kept[free]
+  return json.dumps(kept | {'aux': config.loss.aux_coefficient > 0}, sort_keys=True)
+
+
+def _rate(store: ledger.Ledger, states: list[ledger.CellState], stated: float | None) -> tuple[float, str]:
+  spent = seconds = 0.0
+  for s in states:
+    if s.state == 'done':
+      result = json.loads(files.read(files.join(store.folder(s.cell.id), metrics.RESULT)))
+      spent, seconds = spent + result['flops_dense'], seconds + result['wall_s']
+  if seconds > 0:
+    return spent / seconds, 'measured on the finished cells of this ledger'
+  if stated is not None:
+    return stated, 'as stated by --flops_per_second'
+  x = np.ones((1024, 1024), np.float32)
+  products, begin = 0, time.monotonic()
+  while (elapsed := time.monotonic() - begin) < 1:
+    x @ x
+    products += 1
+  return products * 2.0 * 1024**3 / elapsed, 'that of a numpy matrix product here: no cell has finished yet'
