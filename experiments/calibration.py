@@ -1,8 +1,9 @@
 """SmolLM2-135M, layer 12: the cells that show whether predictions of larger autoencoders can be believed.
 
 make calibrate
+python -m sae_jax.data.harvest --config=experiments/calibration.py --out=runs/calibration/store
 
-harvests twice the demo's tokens, trains 16 small cells, writes down what 12 larger ones should reach, trains those, and
+`make calibrate` harvests twice the demo's tokens, trains 16 small cells, writes down what 12 larger ones should reach, trains those, and
 counts how many fell inside their 90 % band. About 25 minutes alone on two CPU cores. The outcome stands in README.
 """
 

@@ -7,6 +7,7 @@ back is compared with the digests that were saved with it.
 import hashlib
 import json
 import math
+import sys
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from sae_jax import files
 from sae_jax.errors import UserError
 
 _BLOCK = 1024  # rows of a hashed block; a power of two, so that power-of-two shards hold whole blocks
+_unclosed: dict[str, Any] = {}  # by folder, the checkpointers of this process that may still be writing
 
 
 def array_digest(array: jax.Array) -> str:
@@ -64,6 +66,12 @@ class Checkpoints:
     folder = str(files.local(workdir)) if files.is_local(workdir) else str(workdir)
     self._folder, self._corrupt = epath.Path(folder) / 'ckpt', epath.Path(folder) / 'corrupt'
     self._cell = cell_id
+    if abandoned := _unclosed.pop(str(self._folder), None):
+      # An attempt in this process ended with an exception. Its save must end before unfinished steps are cleaned up.
+      try:
+        abandoned.close()
+      except Exception as error:
+        print(f'{self._folder}: the save of the attempt before failed ({error})', file=sys.stderr)
     self._checkpointer = self._open()
 
   def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
@@ -84,6 +92,8 @@ class Checkpoints:
       self._checkpointer.wait()
 
   def close(self) -> None:
+    """Waits for the last save and lets go of the folder."""
+    _unclosed.pop(str(self._folder), None)
     with _disk_full_is_user_error(self._folder):
       self._checkpointer.close()
 
@@ -133,11 +143,12 @@ class Checkpoints:
     self._checkpointer = self._open()
 
   def _open(self) -> ocp.training.Checkpointer:
-    return ocp.training.Checkpointer(
+    opened = _unclosed[str(self._folder)] = ocp.training.Checkpointer(
       self._folder,
       preservation_policy=ocp.training.preservation_policies.LatestN(2),
       cleanup_tmp_directories=True,
     )
+    return opened
 
 
 class _disk_full_is_user_error:
@@ -148,15 +159,10 @@ class _disk_full_is_user_error:
     return self
 
   def __exit__(self, kind, error, trace):
-    if error is not None and _is_disk_full(error):
+    if error is not None and files.is_disk_full(error):
       raise UserError(
         f'{self._path}: no space left on the device; free some and start again: it resumes'
       ) from error
-
-
-def _is_disk_full(error: BaseException) -> bool:
-  text = str(error)
-  return any(word in text for word in ('No space left', 'ENOSPC', 'RESOURCE_EXHAUSTED', 'Disk quota'))
 
 
 def _hash_blocks(digests: np.ndarray, first: int, data: np.ndarray) -> None:

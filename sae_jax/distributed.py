@@ -4,39 +4,48 @@ One process is joined too many when something fails: a Python exception in one r
 collective (3 of 5 trials past 50 s), so a rank that raises ends at once and the engine restarts the gang.
 """
 
+import atexit
 import os
 import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+
+# The coordination service's store has no public name yet; jax is pinned to one minor version.
+from jax._src import distributed as _jax_distributed
+from jax._src.clusters import cloud_tpu_cluster
 
 from sae_jax.errors import UserError
 
 _ADDRESS, _COUNT, _RANK = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
+_INDEX = 'JOB_COMPLETION_INDEX'  # what Kubernetes tells the pods of an indexed Job, so of a JobSet
+_HEARTBEAT = 'SAE_JAX_HEARTBEAT_S'
+_service: list[Any] = []  # the preemption service of a gang of several processes
+_START_S = 300  # hosts of one gang may pull their image minutes apart
 
 
-def initialize() -> None:
+def initialize(
+  coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
   """Joins the other processes of this run, if there are any; call before any device is used.
 
-  Explicit: JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Otherwise a Slurm step of
-  several tasks is detected. Raises `UserError` for an incomplete explicit address.
+  Stated by the arguments, or by JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID (in a
+  Kubernetes Job the last may be left to JOB_COMPLETION_INDEX). Otherwise a Slurm step of several tasks and a TPU
+  machine are detected. A rank that is dead for SAE_JAX_HEARTBEAT_S (20) ends the others. Raises `UserError` for an
+  incomplete or impossible statement.
   """
-  limits = dict(initialization_timeout=60, heartbeat_timeout_seconds=20, shutdown_timeout_seconds=20)
-  if _COUNT in os.environ or _RANK in os.environ:
-    missing = [name for name in (_ADDRESS, _COUNT, _RANK) if name not in os.environ]
-    if missing:
-      raise UserError(
-        f'{", ".join(missing)} not set beside the other JAX_* variables of this run; set all three'
-      )
-    jax.distributed.initialize(
-      os.environ[_ADDRESS], num_processes=int(os.environ[_COUNT]), process_id=int(os.environ[_RANK]), **limits
-    )
-  elif int(os.environ.get('SLURM_STEP_NUM_TASKS', '1')) > 1:
+  limits = dict(
+    initialization_timeout=_START_S, heartbeat_timeout_seconds=heartbeat_s(), shutdown_timeout_seconds=20
+  )
+  stated = stated_gang(os.environ, coordinator, num_processes, process_id)
+  if stated is not None:
+    jax.distributed.initialize(**stated, **limits)
+  elif int(os.environ.get('SLURM_STEP_NUM_TASKS', '1')) > 1 or _on_tpu_machine():
     jax.distributed.initialize(**limits)
   elif jax.config.jax_num_cpu_devices > 1:
     # One process with several CPU devices would reduce in another order than gloo does between processes: joined to
@@ -46,8 +55,50 @@ def initialize() -> None:
       address = f'127.0.0.1:{free.getsockname()[1]}'
     jax.distributed.initialize(address, num_processes=1, process_id=0, **limits)
   if jax.process_count() > 1:
+    _take_preemption_service()
     sys.excepthook = _end_at_once
     threading.excepthook = lambda hook: _end_at_once(hook.exc_type, hook.exc_value, hook.exc_traceback)
+
+
+def heartbeat_s() -> int:
+  """How long a rank may be silent before the others end."""
+  return _whole(_HEARTBEAT, os.environ.get(_HEARTBEAT, '20'), at_least=1)
+
+
+def stated_gang(
+  environ: Mapping[str, str],
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> dict[str, Any] | None:
+  """The gang that arguments or, where they are missing, variables state, as `jax.distributed.initialize` takes it.
+
+  None when nothing is stated: an address alone names no gang. Raises `UserError` for half a statement.
+  """
+  address = coordinator or environ.get(_ADDRESS)
+  count = environ.get(_COUNT) if num_processes is None else num_processes
+  rank = environ.get(_RANK) if process_id is None else process_id
+  if count is None and rank is None and not coordinator:
+    return None
+  rank = environ.get(_INDEX) if rank is None else rank
+  missing = [
+    f'{flag} ({name})'
+    for flag, name, value in (
+      ('--coordinator', _ADDRESS, address),
+      ('--num_processes', _COUNT, count),
+      ('--process_id', _RANK, rank),
+    )
+    if value is None
+  ]
+  if address is None or count is None or rank is None:
+    raise UserError(f'a gang needs {", ".join(missing)} beside what is given; state all three or none')
+  host, _, port = address.rpartition(':')
+  if not host or not port.isdecimal():
+    raise UserError(f'coordinator {address!r} is not HOST:PORT; give e.g. 10.0.0.1:8476')
+  count, rank = _whole('num_processes', count, at_least=1), _whole('process_id', rank, at_least=0)
+  if rank >= count:
+    raise UserError(f'process_id {rank} is not below num_processes {count}; ranks count from 0')
+  return {'coordinator_address': address, 'num_processes': count, 'process_id': rank}
 
 
 def stop_flag() -> Callable[[], bool]:
@@ -57,13 +108,86 @@ def stop_flag() -> Callable[[], bool]:
   the main thread, and poll equally often on every process.
   """
   if jax.process_count() > 1:
-    # The preemption service that `initialize` started has SIGTERM; a handler of ours would take it away.
-    polls = iter(range(1, sys.maxsize))
-    return lambda: multihost_utils.reached_preemption_sync_point(next(polls))
+    return Vote()
   stopping = threading.Event()
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: stopping.set())
   return stopping.is_set
+
+
+class Vote:
+  """Asks whether this gang was told to stop; every rank hears yes at the same `polls`.
+
+  The preemption service that `initialize` started has SIGTERM; a handler of ours would take it away. A rank that
+  polls while the others do not must bring them to its `polls` before they go on together.
+  """
+
+  def __init__(self) -> None:
+    self.polls = 0
+    self._stopped = False
+
+  def __call__(self) -> bool:
+    self.polls += 1
+    self._stopped = self._stopped or _service[0].reached_sync_point(self.polls)
+    return self._stopped
+
+
+def tell(key: str, value: str) -> None:
+  """Says something to every rank of the gang, once a key; no device takes part, so that a hung one does not matter."""
+  _store().key_value_set(key, value)
+
+
+def hear(key: str, timeout_s: float = 0.0) -> str | None:
+  """What a rank told under `key`, or None when nothing came within the timeout."""
+  try:
+    if timeout_s <= 0:
+      return _store().key_value_try_get(key)
+    return _store().blocking_key_value_get(key, round(1000 * timeout_s))
+  except jax.errors.JaxRuntimeError as error:
+    if any(status in str(error) for status in ('DEADLINE_EXCEEDED', 'NOT_FOUND')):
+      return None
+    raise
+
+
+def _take_preemption_service() -> None:
+  """Keeps the service from Orbax, whose thread that ends a save polls it too, with the number of the saved step.
+
+  The service takes every number for how far this rank is. After such a poll a SIGTERM stopped the ranks at different
+  steps, and the gang crashed in its next collective (2 of 4 trials with a save just before the signal; none of 6 since).
+  """
+  state = _jax_distributed.global_state
+  _service.append(state.preemption_sync_manager)
+  state.preemption_sync_manager = None  # Orbax then sees a service that is switched off
+
+  def give_back() -> None:
+    state.preemption_sync_manager = _service.pop()  # jax shuts it down before the client that it depends on
+
+  atexit.register(give_back)  # runs before jax's own, which was registered earlier
+
+
+def _store() -> Any:
+  client = _jax_distributed.global_state.client
+  assert client is not None, 'initialize() makes the gang'
+  return client
+
+
+def _on_tpu_machine() -> bool:
+  """Whether jax finds the gang itself: from GKE's variables, or from the metadata of a TPU machine."""
+  if (os.environ.get('JAX_PLATFORMS') or 'tpu').split(',')[0] != 'tpu':
+    return False
+  return any(
+    cluster.is_env_present() for cluster in (cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster)
+  )
+
+
+def _whole(name: str, value: str | int, at_least: int) -> int:
+  try:
+    number = int(value)
+  except ValueError:
+    number = at_least - 1
+  if number < at_least:
+    raise UserError(f'{name}={value!r} is not a whole number of at least {at_least}; give one')
+  return number
 
 
 def _end_at_once(kind, error, trace) -> None:

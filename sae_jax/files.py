@@ -4,11 +4,14 @@ The ledger's promises rest on `create`: of two writers of one path exactly one s
 never sees half a file.
 """
 
+import errno
 import os
 import pathlib
 import posixpath
 import secrets
+import shutil
 from collections.abc import Callable
+from typing import Any
 
 import fsspec
 
@@ -17,6 +20,8 @@ from sae_jax.errors import UserError
 # Protocols whose open(path, 'xb') is exclusive at the store, not only in this process's cache of listings.
 # gcsfs sends ifGenerationMatch=0; s3fs and the http family check and then write, so two writers can both win.
 _EXCLUSIVE = ('memory', 'gs', 'gcs')
+_EXTRAS = {'gs': 'gcs', 'gcs': 'gcs'}  # what to install for a protocol
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def is_local(path: str) -> bool:
@@ -44,7 +49,7 @@ def check_exclusive_create(path: str) -> None:
 def exists(path: str) -> bool:
   if is_local(path):
     return local(path).exists()
-  fs, name = fsspec.core.url_to_fs(path, use_listings_cache=False)
+  fs, name = _filesystem(path)
   return fs.exists(name)
 
 
@@ -52,7 +57,8 @@ def read(path: str) -> bytes:
   """The whole file. Raises FileNotFoundError."""
   if is_local(path):
     return local(path).read_bytes()
-  with fsspec.open(path, 'rb') as f:
+  fs, name = _filesystem(path)
+  with fs.open(name, 'rb') as f:
     return f.read()
 
 
@@ -60,7 +66,7 @@ def listdir(path: str) -> list[str]:
   """Sorted names in a folder; empty when the folder does not exist."""
   if is_local(path):
     return sorted(os.listdir(local(path))) if local(path).is_dir() else []
-  fs, name = fsspec.core.url_to_fs(path, use_listings_cache=False)
+  fs, name = _filesystem(path)
   fs.invalidate_cache()
   return (
     sorted(posixpath.basename(p.rstrip('/')) for p in fs.ls(name, detail=False)) if fs.isdir(name) else []
@@ -71,19 +77,27 @@ def create(path: str, data: bytes) -> None:
   """Writes a new file. Raises FileExistsError when the path exists, whoever made it."""
   if not is_local(path):
     check_exclusive_create(path)
-    fs, name = fsspec.core.url_to_fs(path)
+    fs, name = _filesystem(path)
     fs.makedirs(fs._parent(name), exist_ok=True)
     with fs.open(name, 'xb') as f:
       f.write(data)
     return
-  # A link is atomic and exclusive, where open('x') would expose a half-written file.
-  _via_temporary(local(path), data, os.link)
+  try:
+    # A link is atomic and exclusive, where open('x') would expose a half-written file.
+    _via_temporary(local(path), data, os.link)
+  except OSError as error:
+    if error.errno not in _NO_LINKS:
+      raise
+    raise UserError(
+      f'{path}: this filesystem has no hard links ({error.strerror}), so no exclusive create, and two workers could '
+      'both commit a cell; use another folder or gs://'
+    ) from error
 
 
 def replace(path: str, data: bytes) -> None:
   """Writes a file, atomically taking the place of an older one."""
   if not is_local(path):
-    fs, name = fsspec.core.url_to_fs(path)
+    fs, name = _filesystem(path)
     fs.makedirs(fs._parent(name), exist_ok=True)
     with fs.open(name, 'wb') as f:
       f.write(data)
@@ -96,9 +110,51 @@ def remove(path: str) -> None:
   if is_local(path):
     local(path).unlink(missing_ok=True)
     return
-  fs, name = fsspec.core.url_to_fs(path, use_listings_cache=False)
+  fs, name = _filesystem(path)
   if fs.exists(name):
     fs.rm_file(name)
+
+
+def size(path: str) -> int:
+  """Bytes of the files in a folder and below; 0 when there is none. Links are not followed."""
+  if is_local(path):
+    walked = os.walk(local(path))
+    return sum(os.lstat(os.path.join(folder, name)).st_size for folder, _, names in walked for name in names)
+  fs, name = _filesystem(path)
+  return sum(found['size'] for found in fs.find(name, detail=True).values())
+
+
+def remove_tree(path: str) -> None:
+  """Deletes a folder and what is below it, if it is there. Raises OSError for a link."""
+  if is_local(path):
+    if os.path.lexists(local(path)):
+      shutil.rmtree(local(path))
+    return
+  fs, name = _filesystem(path)
+  if fs.exists(name):
+    fs.rm(name, recursive=True)
+
+
+def is_disk_full(error: BaseException) -> bool:
+  """Whether an error, or the one that caused it, says that there is no space left."""
+  if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    return True
+  if any(text in str(error) for text in ('No space left', 'no space left', 'ENOSPC', 'Disk quota')):
+    return True
+  return error.__cause__ is not None and is_disk_full(error.__cause__)
+
+
+def _filesystem(path: str) -> tuple[Any, str]:
+  """The fsspec filesystem of a URL, which trusts no listing it has cached, and the path there."""
+  protocol = path.split('://')[0]
+  try:
+    return fsspec.core.url_to_fs(path, use_listings_cache=False)
+  except ImportError as error:
+    extra = _EXTRAS.get(protocol)
+    remedy = f"pip install 'sae_jax[{extra}]'" if extra else 'install its fsspec package'
+    raise UserError(f'{path}: {protocol}:// needs a package that is not installed; {remedy}') from error
+  except ValueError as error:
+    raise UserError(f'{path}: {error}; use a local path or gs://') from error
 
 
 def _via_temporary(

@@ -46,6 +46,7 @@ class Member:
     self._evaluation_steps = log_spaced(config.train.steps, config.eval.per_decade)
     self._facts: dict[str, Any] = {
       'mesh': [config.mesh.data, config.mesh.latent],
+      'row_chunks': config.mesh.row_chunks,
       'versions': metrics.versions(),
       'bit_exact': True,
       'wall_s': 0.0,
@@ -61,7 +62,7 @@ class Member:
     if not restored:
       return fresh()
     state, saved = restored
-    same = all(saved[key] == self._facts[key] for key in ('mesh', 'versions'))
+    same = all(saved.get(key, 1) == self._facts[key] for key in ('mesh', 'row_chunks', 'versions'))
     self._facts |= {'bit_exact': saved['bit_exact'] and same, 'wall_s': saved['wall_s']}
     return state
 

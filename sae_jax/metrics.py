@@ -72,7 +72,8 @@ def commit_result(workdir: str, result: dict[str, Any]) -> None:
 def record_failure(
   workdir: str, error: BaseException, exit_code: int | None = None, permanent: bool = False
 ) -> None:
-  """Writes failure.json, counting attempts. `permanent` failures are not worth a retry."""
+  """Writes failure.json, counting attempts. `permanent` failures are not worth a retry; a `UserError` is one, except
+  for a full disk."""
   path = files.join(workdir, FAILURE)
   try:
     attempts = int(json.loads(files.read(path))['attempts'])
@@ -83,7 +84,7 @@ def record_failure(
     'kind': type(error).__name__,
     'traceback': ''.join(traceback.format_exception(error))[-8000:],
     'attempts': attempts + 1,
-    'permanent': permanent or isinstance(error, UserError),
+    'permanent': permanent or (isinstance(error, UserError) and not files.is_disk_full(error)),
     'exit_code': exit_code,
     'host': socket.gethostname(),
     'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),

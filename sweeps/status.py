@@ -1,4 +1,4 @@
-"""What a ledger's cells are doing, and why: done, running, failed, waiting.
+"""What a ledger's cells are doing, and why: done, running, failed, cancelled, waiting.
 
 python -m sweeps.status --ledger=DIR [--watch] [--json]
 """
@@ -6,16 +6,18 @@ python -m sweeps.status --ledger=DIR [--watch] [--json]
 import argparse
 import collections
 import json
+import shutil
 import sys
 import time
 from typing import Any
 
-from sae_jax import files, metrics
+from sae_jax import files, flops, metrics
 from sae_jax.errors import one_line_errors
 from sweeps import grid, ledger, work
 
-STATES = ('done', 'running', 'failed', 'waiting')
+STATES = ('running', 'failed', 'cancelled', 'waiting', 'done')  # in the order of interest
 _CLEAR = '\033[H\033[2J'
+_TAIL = 1 << 16  # bytes of a log that are searched for a cell's last words
 
 
 def progress(folder: str) -> dict[str, Any] | None:
@@ -26,39 +28,70 @@ def progress(folder: str) -> dict[str, Any] | None:
 
 def count(states: list[ledger.CellState]) -> dict[str, int]:
   found = collections.Counter(s.state for s in states)
-  return {state: found[state] for state in STATES}
+  return {state: found[state] for state in ('done', 'running', 'failed', 'waiting', 'cancelled')}
 
 
 def summary(counts: dict[str, int]) -> str:
-  """'3 done, 1 running, 0 failed, 2 waiting'."""
-  return ', '.join(f'{number} {state}' for state, number in counts.items())
+  """'3 done, 1 running, 0 failed, 2 waiting', and the cancelled where there are any."""
+  return ', '.join(f'{number} {state}' for state, number in counts.items() if number or state != 'cancelled')
 
 
 def report(store: ledger.Ledger, max_failures: int) -> dict[str, Any]:
-  """Name, counts and one row a cell, as JSON would have it."""
+  """Name, counts, seconds left and one row a cell, as JSON would have it.
+
+  Speeds are those of the metrics' last line, over all of the cell's training time; they are missing before it.
+  """
   states = store.states(max_failures)
   rows = []
+  speed = left = 0.0  # dense FLOPs a second of what runs now, and what is left to do
   for s in states:
     row: dict[str, Any] = {
-      'id': s.cell.id,
-      'overrides': s.cell.overrides,
-      'state': s.state,
-      'attempts': s.attempts,
-    }
-    row |= {'reason': s.reason, 'steps': s.cell.config.train.steps}
+      'id': s.cell.id, 'overrides': s.cell.overrides, 'state': s.state, 'attempts': s.attempts, 'reason': s.reason,
+      'steps': s.cell.config.train.steps,
+    }  # fmt: skip
+    folder, cost = store.folder(s.cell.id), flops.cell_flops(s.cell.config)['dense']
     if s.state == 'done':
-      result = json.loads(files.read(files.join(store.folder(s.cell.id), metrics.RESULT)))
+      result = json.loads(files.read(files.join(folder, metrics.RESULT)))
       row |= {'step': result['steps'], 'nmse': result['nmse']}
-    elif last := progress(store.folder(s.cell.id)):
+    elif last := progress(folder):
       row |= {'step': last['step'], 'nmse': last.get('eval/nmse')}
+      cost *= 1 - min(1.0, last['step'] / row['steps'])
+      if s.state == 'running' and last.get('wall_s') and last['step']:
+        row |= {'tokens_per_s': last['tokens'] / last['wall_s']}
+        row |= {'left_s': last['wall_s'] * (row['steps'] / last['step'] - 1)}
+        speed += last['flops_dense'] / last['wall_s']
+    if s.state in ('running', 'waiting'):
+      left += cost
+    if s.state == 'failed' and (words := last_words(store, s.cell.id)):
+      row |= {'log': words}
     rows.append(row)
-  return {'name': store.name(), 'counts': count(states), 'cells': rows}
+  found = {'name': store.name(), 'counts': count(states), 'cells': rows}
+  return found | ({'left_s': left / speed} if speed and left else {})
+
+
+def last_words(store: ledger.Ledger, cell_id: str) -> str:
+  """The last line that a worker's log has of a cell, '' where there is none: on object stores, or in another place."""
+  if not files.is_local(store.path):
+    return ''
+  found = ''
+  logs = files.local(files.join(store.path, 'logs'))
+  for path in sorted(logs.glob('**/*.log'), key=lambda path: path.stat().st_mtime):
+    with open(path, 'rb') as f:
+      f.seek(max(0, path.stat().st_size - _TAIL))
+      text = f.read().decode(errors='replace')
+    about_cell = False
+    for line in filter(str.strip, text.splitlines()):
+      if line.startswith('cell '):
+        about_cell = line.startswith(f'cell {cell_id} ')
+      if about_cell:
+        found = f'{path.name}: {ledger.printable(line)}'
+  return found
 
 
 def text(found: dict[str, Any]) -> str:
-  """A plain table, failures and running cells with their reasons."""
-  rows = [('id', 'cell', 'state', 'step', 'nmse', 'why')]
-  for row in found['cells']:
+  """A plain table by state, running and failed cells first and with their reasons."""
+  rows = [('id', 'cell', 'state', 'step', 'nmse', 'tokens/s', 'left', 'why')]
+  for row in sorted(found['cells'], key=lambda row: STATES.index(row['state'])):
     rows.append(
       (
         row['id'],
@@ -66,19 +99,38 @@ def text(found: dict[str, Any]) -> str:
         row['state'],
         f'{row["step"]}/{row["steps"]}' if 'step' in row else '',
         f'{row["nmse"]:.4f}' if isinstance(row.get('nmse'), float) else '',
-        row['reason'],
+        f'{row["tokens_per_s"]:,.0f}' if 'tokens_per_s' in row else '',
+        duration(row['left_s']) if 'left_s' in row else '',
+        ' | '.join(part for part in (row['reason'], row.get('log')) if part),
       )
     )
   head = f'sweep {ledger.printable(found["name"])}: {summary(found["counts"])}'
+  if 'left_s' in found:
+    head += f', {duration(found["left_s"])} left at this speed'
   return '\n'.join([head, *table(rows)])
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:
-  """Rows as lines with aligned columns; the first row is the header."""
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  return [
-    '  '.join(f'{text:<{width}}' for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
-  ]
+  """Rows as lines with aligned columns; the first row is the header, and columns without any entry are left out."""
+  kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+  widths = {i: max(len(row[i]) for row in rows) for i in kept}
+  return ['  '.join(f'{row[i]:<{widths[i]}}' for i in kept).rstrip() for row in rows]
+
+
+def duration(seconds: float) -> str:
+  """'8.1 s', '42 s', '5 min', '3 h 07 min'."""
+  if seconds < 60:
+    return f'{seconds:.1f} s' if seconds < 10 else f'{seconds:.0f} s'
+  minutes = round(seconds / 60)
+  return f'{minutes} min' if minutes < 60 else f'{minutes // 60} h {minutes % 60:02d} min'
+
+
+def fitted(shown: str, columns: int, lines: int) -> str:
+  """As much of a table as a screen holds, with a last line that says how much does not."""
+  kept = shown.splitlines()
+  if len(kept) >= lines:
+    kept = [*kept[: lines - 2], f'... {len(kept) - lines + 2} more; python -m sweeps.status | less shows all']
+  return '\n'.join(line[:columns] for line in kept)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     epilog='A lease held on another machine counts as running until --watch has seen it unchanged for 90 s.',
   )
   parser.add_argument('--ledger', required=True, help='folder or fsspec URL of the sweep')
-  parser.add_argument('--watch', action='store_true', help='refresh every 2 s until nothing is left to do')
+  parser.add_argument(
+    '--watch',
+    action='store_true',
+    help='refresh every 2 s until nothing is left to do; on a terminal, in place',
+  )
   parser.add_argument('--json', action='store_true', help='print one JSON object instead of a table')
   work.add_max_failures(parser)
   return parser
@@ -105,7 +161,7 @@ def main(argv: list[str]) -> int:
       found = report(store, args.max_failures)
       now = json.dumps(found) if args.json else text(found)
       if sys.stdout.isatty() and args.watch:
-        print(f'{_CLEAR}{now}', flush=True)
+        print(f'{_CLEAR}{fitted(now, *shutil.get_terminal_size())}', flush=True)
       elif now != shown:
         print(now, flush=True)
       shown = now

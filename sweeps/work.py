@@ -1,24 +1,30 @@
 """A worker: claims and trains cells until none is left. The same command on every host of a pod or cluster.
 
-python -m sweeps.work --ledger=DIR
+python -m sweeps.work --ledger=DIR [--cell=ID]
 
 Largest cells first, so that the sweep does not end waiting for one. A worker also waits for the cells that others
 are training: if one of those workers dies, its cell must be picked up.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from sae_jax import files, flops, metrics
-from sae_jax.errors import UserError, one_line_errors
-from sweeps import grid, ledger
+from sae_jax import files, flops, metrics, watchdog
+from sae_jax.errors import USER_ERROR_EXIT, UserError, one_line_errors
+from sweeps import grid, lease, ledger
+
+if TYPE_CHECKING:
+  from sweeps import gang  # loads jax, which drivers and status do without
 
 PREEMPTED = 42
 SOME_FAILED = 1
+SETTLED = ('done', 'failed', 'cancelled')
 Train = Callable[..., str]  # sae_jax.train.train
 
 
@@ -27,16 +33,31 @@ class Stop:
 
   def __init__(self) -> None:
     self.signum: int | None = None
+    self.listen()
+
+  def listen(self) -> None:
+    """Takes the signals (back: `jax.distributed.initialize` has a use for SIGTERM of its own)."""
     for signum in (signal.SIGTERM, signal.SIGINT):
       signal.signal(signum, self._handle)
+
+  def hand_over(self) -> None:
+    """Leaves SIGTERM to the vote of a gang, and passes on what came so far and every Ctrl-C."""
+    signal.signal(signal.SIGINT, self._pass_on)
+    if self.signum is not None:
+      self._pass_on(self.signum, None)
+
+  def __call__(self) -> bool:
+    return self.signum is not None
 
   def _handle(self, signum: int, _: object) -> None:
     self.signum = signum
     for again in (signal.SIGTERM, signal.SIGINT):
       signal.signal(again, signal.SIG_DFL)
 
-  def __call__(self) -> bool:
-    return self.signum is not None
+  def _pass_on(self, signum: int, _: object) -> None:
+    self.signum = signum
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run(
@@ -44,54 +65,112 @@ def run(
   train: Train,
   *,
   stop: Callable[[], bool],
+  only: str | None = None,
   permanent: tuple[type[Exception], ...] = (),
   max_failures: int = ledger.MAX_FAILURES,
   poll_s: float = 5.0,
+  leader: 'gang.Leader | None' = None,
 ) -> int:
-  """Trains until every cell is done (0) or failed for good (1), or `stop` becomes true (42).
+  """Trains until every cell, or the cell `only`, is done (0) or will not be (1), or `stop` becomes true (42).
 
   An exception in one cell is recorded there and leaves the others alone; after a `UserError` or one of `permanent`
-  the cell is not tried again. Raises `LeaseLost` when another worker
-  took over the cell in training: this process must end without touching it again.
+  the cell is not tried again. With a `leader` an exception also ends the whole gang, for a fresh start. Raises
+  `LeaseLost` when another worker took over the cell in training: this process must end without touching it again.
+  Raises `UserError` when the disk is full, which is no fault of the cell, and for an unknown `only`.
   """
+  if only is not None and only not in {cell.id for cell in store.cells()}:
+    raise UserError(f'no cell {only!r} in {store.path}; python -m sweeps.status lists the ids')
+
+  def states() -> list[ledger.CellState]:
+    return [s for s in store.states(max_failures) if only in (None, s.cell.id)]
+
   while not stop():
-    states = store.states(max_failures)
-    if all(s.state in ('done', 'failed') for s in states):
-      return SOME_FAILED if any(s.state == 'failed' for s in states) else 0
-    waiting = sorted((s for s in states if s.state == 'waiting'), key=_precedence)
-    lease, cell = next(((taken, s.cell) for s in waiting if (taken := store.claim(s.cell.id))), (None, None))
-    if lease is None or cell is None:
+    found = states()
+    if (code := _verdict(found)) is not None:
+      return code
+    waiting = sorted((s for s in found if s.state == 'waiting'), key=_precedence)
+    held, cell = next(((taken, s.cell) for s in waiting if (taken := store.claim(s.cell.id))), (None, None))
+    if held is None or cell is None:
       _sleep(poll_s, stop)
       continue
-    with lease:
-      folder, name = store.folder(cell.id), f'{cell.id} {grid.label(cell.overrides)}'
-      print(f'cell {name}: starts', flush=True)
-      try:
-        outcome = train(
-          cell.config, folder, should_stop=_lease_or(stop, lease), label=grid.label(cell.overrides)
-        )
-      except ledger.LeaseLost:
-        raise
-      except Exception as error:  # whatever a cell raises is that cell's: the sweep goes on
-        lease.check()
-        metrics.record_failure(folder, error, permanent=isinstance(error, permanent))
-        print(f'cell {name}: failed, {type(error).__name__}: {ledger.printable(str(error))}', flush=True)
-      else:
-        print(f'cell {name}: {outcome}', flush=True)
+    error = _attempt(store, train, cell, held, stop, permanent, leader, lambda: _verdict(states()))
+    if error is not None and leader is not None:
+      code = _verdict(states())
+      leader.disband(PREEMPTED if code is None else code)
   return PREEMPTED
+
+
+def _attempt(
+  store: ledger.Ledger,
+  train: Train,
+  cell: ledger.Cell,
+  held: lease.Lease,
+  stop: Callable[[], bool],
+  permanent: tuple[type[Exception], ...],
+  leader: 'gang.Leader | None',
+  verdict: Callable[[], int | None],
+) -> Exception | None:
+  """Trains a cell under its lease, which ends here. Returns the error that was recorded in it, if any."""
+  folder, label = store.folder(cell.id), grid.label(cell.overrides)
+
+  def say(what: str) -> None:
+    print(f'cell {cell.id} {label}: {what}', flush=True)
+
+  def record(error: Exception) -> None:
+    held.check()
+    metrics.record_failure(folder, error, permanent=isinstance(error, permanent))
+    say(f'failed, {type(error).__name__}: {ledger.printable(str(error))}')
+
+  def charge(error: Exception) -> int:
+    try:
+      record(error)
+    except lease.LeaseLost:
+      return PREEMPTED
+    held.release()
+    code = verdict()
+    return PREEMPTED if code is None else code
+
+  with held:
+    say('starts')
+    together = leader.training(cell, label, charge) if leader is not None else contextlib.nullcontext()
+    try:
+      with together, watchdog.Watchdog() as alive:
+
+        def should_stop() -> bool:
+          alive.beat()
+          held.check()
+          if leader is None:
+            return stop() or held.cancelled
+          if held.cancelled:
+            leader.call_vote()
+          return stop()
+
+        outcome = train(cell.config, folder, should_stop=should_stop, label=label)
+    except lease.LeaseLost:
+      raise
+    except Exception as error:  # whatever a cell raises is that cell's: the sweep goes on
+      if files.is_disk_full(error):
+        raise UserError(
+          f'{store.path}: no space left on the device; free some (python -m sweeps.gc) and start again: it resumes'
+        ) from error
+      if leader is not None:
+        leader.outlive(error, permanent)
+      record(error)
+      return error
+    say(f'{outcome}, cancelled' if held.cancelled and outcome == 'preempted' else outcome)
+    return None
+
+
+def _verdict(states: list[ledger.CellState]) -> int | None:
+  """The exit code once nothing is left to do."""
+  if any(s.state not in SETTLED for s in states):
+    return None
+  return 0 if all(s.state == 'done' for s in states) else SOME_FAILED
 
 
 def _precedence(state: ledger.CellState) -> tuple[int, float, str]:
   """Fresh cells before failed ones, then the most expensive."""
   return state.attempts, -flops.cell_flops(state.cell.config)['dense'], state.cell.id
-
-
-def _lease_or(stop: Callable[[], bool], lease: ledger.Lease) -> Callable[[], bool]:
-  def should_stop() -> bool:
-    lease.check()
-    return stop()
-
-  return should_stop
 
 
 def _sleep(seconds: float, stop: Callable[[], bool]) -> None:
@@ -104,11 +183,20 @@ def _sleep(seconds: float, stop: Callable[[], bool]) -> None:
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='python -m sweeps.work',
-    description='Claim and train the unfinished cells of a ledger until none is left.',
-    epilog='Exit codes: 0 all done, 1 some failed for good, 42 stopped by SIGTERM with a checkpoint, 130 by Ctrl-C.',
+    description='Claim and train the unfinished cells of a ledger until none is left. Started with the same command '
+    'on every host of a Slurm step, a JobSet or a TPU slice, the processes train each cell together.',
+    epilog='Exit codes: 0 all done, 1 some failed for good or were cancelled, 42 stopped by SIGTERM with a checkpoint '
+    '(start it again), 130 by Ctrl-C, 142 no progress (SAE_JAX_STALL_S, 600 s), 128+n another signal.',
   )
   parser.add_argument('--ledger', required=True, help='folder or fsspec URL that sweeps.launch has filled')
+  parser.add_argument('--cell', metavar='ID', help='train this cell only')
   add_max_failures(parser)
+  together = parser.add_argument_group(
+    'several processes', 'Detected on Slurm and TPU slices; elsewhere stated here or by the variables named.'
+  )
+  together.add_argument('--coordinator', metavar='HOST:PORT', help='of process 0 (JAX_COORDINATOR_ADDRESS)')
+  together.add_argument('--num_processes', type=int, metavar='N', help='of the gang (JAX_NUM_PROCESSES)')
+  together.add_argument('--process_id', type=int, metavar='I', help='of this one, from 0 (JAX_PROCESS_ID)')
   return parser
 
 
@@ -133,22 +221,43 @@ def main(argv: list[str]) -> int:
 
   import jax
 
+  from sae_jax import distributed
   from sae_jax import train as training
+  from sweeps import gang
 
   if files.is_local(store.path):
     # Cells of one shape compile once for all workers and restarts.
     jax.config.update('jax_compilation_cache_dir', str(files.local(files.join(store.path, 'compile_cache'))))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+  leader, asked = None, stop
+  if jax.process_count() > 1:
+    stop.hand_over()
+    asked = distributed.Vote()
+    if jax.process_index():
+      return gang.follow(training.train, store, asked, permanent=(training.Diverged,))
+    leader = gang.Leader(asked)
+  else:
+    stop.listen()
   try:
     code = run(
-      store, training.train, stop=stop, permanent=(training.Diverged,), max_failures=args.max_failures
-    )
-  except ledger.LeaseLost as error:
+      store, training.train, stop=asked, only=args.cell, permanent=(training.Diverged,),
+      max_failures=args.max_failures, leader=leader,
+    )  # fmt: skip
+  except lease.LeaseLost as error:
     print(f'lease lost: {error}', file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(
-      PREEMPTED
-    )  # not sys.exit: a checkpoint still being written belongs to a cell that is no longer ours
+    if leader is not None:
+      leader.disband(PREEMPTED)
+    # Not sys.exit: a checkpoint still being written belongs to a cell that is no longer ours.
+    os._exit(PREEMPTED)
+  except UserError as error:
+    if leader is None:
+      raise
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    leader.disband(USER_ERROR_EXIT)
+  if leader is not None:
+    leader.dismiss(code)
   return 128 + signal.SIGINT if code == PREEMPTED and stop.signum == signal.SIGINT else code
 
 

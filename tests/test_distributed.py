@@ -11,6 +11,9 @@ import time
 
 import pytest
 
+from sae_jax import distributed
+from sae_jax.errors import UserError
+
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {
   'sae.n_latents': 64, 'sae.d_model': 13, 'sae.k': 3, 'mesh.data': 2, 'mesh.latent': 4, 'train.batch_tokens': 64,
@@ -55,6 +58,50 @@ def finish(gang) -> list[int]:
 def result(workdir) -> dict:
   kept = json.loads((workdir / 'result.json').read_text())
   return {key: value for key, value in kept.items() if key != 'wall_s'}
+
+
+GIVEN = {'JAX_COORDINATOR_ADDRESS': 'head:8476', 'JAX_NUM_PROCESSES': '4', 'JAX_PROCESS_ID': '3'}
+
+
+def test_gang_is_what_is_stated():
+  whole = {'coordinator_address': 'head:8476', 'num_processes': 4, 'process_id': 3}
+  assert distributed.stated_gang(GIVEN) == whole
+  assert distributed.stated_gang({}, 'head:8476', 4, 3) == whole
+  assert distributed.stated_gang(GIVEN | {'JAX_PROCESS_ID': '1'}, process_id=3) == whole
+  in_a_pod = {'JOB_COMPLETION_INDEX': '3'} | GIVEN
+  del in_a_pod['JAX_PROCESS_ID']
+  assert distributed.stated_gang(in_a_pod) == whole
+
+
+@pytest.mark.parametrize(
+  'environ',
+  [{}, {'JOB_COMPLETION_INDEX': '0'}, {'JAX_COORDINATOR_ADDRESS': 'head:8476', 'SLURM_STEP_NUM_TASKS': '4'}],
+)
+def test_no_gang_is_stated_by_what_others_use(environ):
+  assert distributed.stated_gang(environ) is None
+
+
+@pytest.mark.parametrize(
+  ('change', 'line'),
+  [
+    ({'JAX_PROCESS_ID': None}, '--process_id (JAX_PROCESS_ID)'),
+    (
+      {'JAX_COORDINATOR_ADDRESS': None, 'JAX_NUM_PROCESSES': None},
+      '--coordinator (JAX_COORDINATOR_ADDRESS), --num',
+    ),
+    ({'JAX_COORDINATOR_ADDRESS': 'head'}, "'head' is not HOST:PORT"),
+    ({'JAX_COORDINATOR_ADDRESS': ':8476'}, 'is not HOST:PORT'),
+    ({'JAX_NUM_PROCESSES': 'many'}, "num_processes='many' is not a whole number"),
+    ({'JAX_NUM_PROCESSES': '0'}, 'of at least 1'),
+    ({'JAX_PROCESS_ID': '-1'}, 'of at least 0'),
+    ({'JAX_PROCESS_ID': '4'}, 'process_id 4 is not below num_processes 4'),
+  ],
+)
+def test_half_a_gang_is_one_line(change, line):
+  environ = {name: value for name, value in (GIVEN | change).items() if value is not None}
+  with pytest.raises(UserError) as found:
+    distributed.stated_gang(environ)
+  assert line in str(found.value)
 
 
 @pytest.fixture(scope='module')

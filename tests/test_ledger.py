@@ -1,5 +1,8 @@
+import errno
 import json
 import multiprocessing
+import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -13,7 +16,7 @@ import pytest
 from experiments import tiny
 from sae_jax import config, files, metrics
 from sae_jax.errors import UserError
-from sweeps import grid, ledger
+from sweeps import grid, lease, ledger
 
 
 class Clock:
@@ -68,7 +71,7 @@ def test_states_follow_the_files(path):
   store.register(make_sweep([1, 2, 3, 4, 5]))
   ids = [cell.id for cell in store.cells()]
   finish(store, ids[0])
-  lease = store.claim(ids[1])
+  held = store.claim(ids[1])
   for _ in range(3):
     metrics.record_failure(store.folder(ids[2]), ValueError('too\nlong \x1b[31m'))
   metrics.record_failure(store.folder(ids[3]), UserError('bad value'))
@@ -78,7 +81,7 @@ def test_states_follow_the_files(path):
   assert [s.attempts for s in states] == [0, 0, 3, 1, 1]
   assert states[2].reason.startswith('ValueError: too long ?[31m')
   assert 'attempt 1 of 3' in states[4].reason
-  lease.release()
+  held.release()
   assert store.states()[1].state == 'waiting'
 
 
@@ -179,9 +182,9 @@ def test_claim_excludes_until_released(path):
   first, second = ledger.Ledger(path), ledger.Ledger(path)
   first.register(make_sweep([1]))
   cell_id = first.cells()[0].id
-  with first.claim(cell_id) as lease:
+  with first.claim(cell_id) as held:
     assert second.claim(cell_id) is None
-    lease.check()
+    held.check()
   with second.claim(cell_id):
     assert first.claim(cell_id) is None
 
@@ -232,7 +235,7 @@ def test_racing_threads_take_over_a_stale_lease_once(one):
     thread.start()
   for thread in threads:
     thread.join()
-  assert sum(lease is not None for lease in taken) == 1
+  assert sum(x is not None for x in taken) == 1
 
 
 def test_lease_is_stale_only_when_watched_unchanged(one):
@@ -250,6 +253,23 @@ def test_lease_is_stale_only_when_watched_unchanged(one):
   assert observer.states()[0].state == 'running'
   clock.now += 90.0
   assert observer.states()[0].state == 'waiting'
+  assert observer.claim(cell_id) is not None
+
+
+@pytest.mark.parametrize('written', [-1e18, 0.0, 4e9])
+@pytest.mark.parametrize('now', [-1e9, 0.0, 1e15])
+def test_clocks_of_other_machines_decide_nothing(one, written, now):
+  store, cell_id = one
+  assert store.claim(cell_id)
+  edit_claim(store, cell_id, pid_space='elsewhere', refreshed=int(written))
+  claim = pathlib.Path(store.folder(cell_id)) / 'claims' / '1.json'
+  os.utime(claim, (max(0.0, written), max(0.0, written)))
+  clock = Clock(now)
+  observer = ledger.Ledger(store.path, clock=clock)
+  assert observer.claim(cell_id) is None
+  clock.now += 89.0
+  assert observer.claim(cell_id) is None
+  clock.now += 1.0
   assert observer.claim(cell_id) is not None
 
 
@@ -281,6 +301,27 @@ def test_dead_process_of_this_host_is_succeeded_at_once(one):
   assert store.held_by(crashed.pid) is None
 
 
+def test_release_leaves_a_claim_alone_that_was_taken_over(one):
+  store, cell_id = one
+  held = store.claim(cell_id)
+  files.create(files.join(store.folder(cell_id), 'claims', '2.json'), b'{"released": false}')
+  held.release()
+  assert not json.loads(files.read(files.join(store.folder(cell_id), 'claims', '1.json')))['released']
+
+
+def test_full_disk_does_not_hide_why_a_lease_ended(one, monkeypatch, capsys):
+  store, cell_id = one
+  held = store.claim(cell_id)
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with pytest.raises(KeyError, match='the reason'), held:
+    monkeypatch.setattr(files, 'replace', full)
+    raise KeyError('the reason')
+  assert 'could not be released (No space left' in capsys.readouterr().err
+
+
 def test_reused_process_id_counts_as_dead(one):
   store, cell_id = one
   assert store.claim(cell_id)
@@ -301,40 +342,40 @@ def test_lost_lease_is_fatal_and_stays_lost(one):
   store, cell_id = one
   clock = Clock()
   holder = ledger.Ledger(store.path, clock=clock)
-  lease = holder.claim(cell_id)
+  held = holder.claim(cell_id)
   files.create(files.join(store.folder(cell_id), 'claims', '2.json'), b'{"released": false}')
   clock.now = 59.0
-  lease.check()  # within two refreshes nothing is read
+  held.check()  # within two refreshes nothing is read
   clock.now = 60.0
   for _ in range(2):
-    with pytest.raises(ledger.LeaseLost):
-      lease.check()
-  lease.release()
+    with pytest.raises(lease.LeaseLost):
+      held.check()
+  held.release()
   assert not json.loads(files.read(files.join(store.folder(cell_id), 'claims', '1.json')))['released']
 
 
 def test_background_refresh_notices_the_loss(one):
   store, cell_id = one
-  lease = ledger.Ledger(store.path, refresh_s=0.01).claim(cell_id)
+  held = ledger.Ledger(store.path, refresh_s=0.01).claim(cell_id)
   files.create(files.join(store.folder(cell_id), 'claims', '2.json'), b'{}')
   until = time.monotonic() + 30
-  with pytest.raises(ledger.LeaseLost):
+  with pytest.raises(lease.LeaseLost):
     while time.monotonic() < until:
-      lease.check()
+      held.check()
       time.sleep(0.01)
 
 
 def test_unreachable_files_are_borne_until_the_lease_may_be_stale(one, monkeypatch):
   store, cell_id = one
   clock = Clock()
-  lease = ledger.Ledger(store.path, clock=clock).claim(cell_id)
+  held = ledger.Ledger(store.path, clock=clock).claim(cell_id)
 
   def unreachable(*_):
     raise OSError('stale file handle')
 
   monkeypatch.setattr(files, 'replace', unreachable)
   clock.now = 89.0
-  lease.check()
+  held.check()
   clock.now = 90.0
-  with pytest.raises(ledger.LeaseLost, match='stale file handle'):
-    lease.check()
+  with pytest.raises(lease.LeaseLost, match='stale file handle'):
+    held.check()

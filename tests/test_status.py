@@ -1,4 +1,6 @@
 import json
+import os
+import pathlib
 
 import pytest
 
@@ -18,7 +20,8 @@ def store(tmp_path):
   done, failed, running, _ = (store.folder(cell.id) for cell in store.cells())
   metrics.commit_result(done, {'steps': 200, 'nmse': 0.125})
   metrics.record_failure(failed, UserError('no such \x1b[2J file'))
-  metrics.MetricsFile(running).write(7, {'eval/nmse': 0.5})
+  spent = {'tokens': 7 * 256, 'wall_s': 14.0, 'flops_dense': 7.0}
+  metrics.MetricsFile(running).write(7, {'eval/nmse': 0.5} | spent)
   with store.claim(store.cells()[2].id):
     yield store
 
@@ -30,21 +33,47 @@ def run(main, *argv):
 
 
 def test_status_shows_counts_progress_and_reasons(store, capsys):
+  failed_id = store.cells()[1].id
+  log = pathlib.Path(store.path) / 'logs' / 'worker-0.log'
+  log.parent.mkdir()
+  log.write_text(
+    f'cell {failed_id} k=3: starts\nlast \x1b[2J words\n\ncell 0123456789ab k=9: starts\nof another\n'
+  )
   assert run(status.main, f'--ledger={store.path}') == 0
-  head, _, *rows = capsys.readouterr().out.splitlines()
-  assert head == 'sweep primes: 1 done, 1 running, 1 failed, 1 waiting'
-  done, failed, running, waiting = (row.split() for row in rows)
+  head, names, *rows = capsys.readouterr().out.splitlines()
+  assert head.startswith('sweep primes: 1 done, 1 running, 1 failed, 1 waiting, ') and ' left ' in head
+  assert names.split() == ['id', 'cell', 'state', 'step', 'nmse', 'tokens/s', 'left', 'why']
+  running, failed, waiting, done = (row.split() for row in rows)
   assert done[1:] == ['k=2', 'done', '200/200', '0.1250']
   assert failed[1:3] == ['k=3', 'failed'] and failed[3:8] == ['UserError:', 'no', 'such', '?[2J', 'file']
-  assert running[1:6] == ['k=5', 'running', '7/200', '0.5000', 'process']
+  assert rows[1].endswith('| worker-0.log: last ?[2J words')
+  # 193 steps of 2 s each
+  assert running[1:10] == [
+    'k=5',
+    'running',
+    '7/200',
+    '0.5000',
+    '128',
+    '6',
+    'min',
+    'process',
+    str(os.getpid()),
+  ]
   assert waiting[1:] == ['k=7', 'waiting']
+
+
+def test_screen_holds_what_fits():
+  shown = status.fitted('\n'.join(f'line {i}' for i in range(9)), columns=4, lines=5)
+  assert shown.splitlines()[:3] == ['line'] * 3 and len(shown.splitlines()) == 4
+  assert status.fitted('a\nb', columns=80, lines=24) == 'a\nb'
 
 
 def test_status_json_has_the_same(store, capsys):
   assert run(status.main, f'--ledger={store.path}', '--json') == 0
   found = json.loads(capsys.readouterr().out)
-  assert found['counts'] == {'done': 1, 'running': 1, 'failed': 1, 'waiting': 1}
+  assert found['counts'] == {'done': 1, 'running': 1, 'failed': 1, 'waiting': 1, 'cancelled': 0}
   assert [c['overrides'] for c in found['cells']] == [{'sae.k': k} for k in (2, 3, 5, 7)]
+  assert [c.get('left_s') for c in found['cells']] == [None, None, 2.0 * 193, None]
   assert [c.get('nmse') for c in found['cells']] == [0.125, None, 0.5, None]
 
 
@@ -57,7 +86,7 @@ def test_watch_ends_when_nothing_is_left(store, capsys, monkeypatch):
   monkeypatch.setattr(status.time, 'sleep', finish)
   assert run(status.main, f'--ledger={store.path}', '--watch') == 0
   heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith('sweep')]
-  assert heads[0].endswith('1 waiting') and heads[-1].endswith('3 done, 0 running, 1 failed, 0 waiting')
+  assert '1 waiting' in heads[0] and heads[-1].endswith('3 done, 0 running, 1 failed, 0 waiting')
 
 
 def test_retry_clears_what_failed(store, capsys):

@@ -1,3 +1,4 @@
+import errno
 import json
 import pathlib
 import subprocess
@@ -8,7 +9,7 @@ import pytest
 from experiments import tiny
 from sae_jax import config, files, metrics
 from sae_jax.errors import UserError
-from sweeps import grid, ledger, work
+from sweeps import grid, lease, ledger, work
 
 
 class Broken(Exception):
@@ -113,13 +114,13 @@ def test_run_trains_cells_added_meanwhile(store):
 
 def test_run_picks_up_the_cell_of_a_worker_that_dies(store):
   held = states(store)[5].cell.id
-  lease = store.claim(held)
+  other = store.claim(held)
   naps = []
 
   def stop():
     naps.append(1)
     if len(naps) == 20:  # the other worker dies while this one is waiting for it
-      lease._stop.set()
+      other._stop.set()
       claim = files.join(store.folder(held), 'claims', '1.json')
       files.replace(claim, json.dumps(json.loads(files.read(claim)) | {'started': 1}).encode())
     return False
@@ -142,10 +143,34 @@ def test_run_ends_at_once_when_the_lease_is_lost(store, raises):
     should_stop()
     raise AssertionError('went on without the lease')
 
-  with pytest.raises(ledger.LeaseLost):
+  with pytest.raises(lease.LeaseLost):
     work.run(holder, overtaken, stop=never)
   cell_id = states(store)[5].cell.id
   assert not files.exists(files.join(store.folder(cell_id), 'failure.json'))
+
+
+def test_run_trains_one_cell_only_when_told_so(store):
+  train, five = FakeTrain({4: [Broken(str(i)) for i in range(9)]}), states(store)
+  assert work.run(store, train, stop=never, only=five[3].cell.id) == 0
+  assert work.run(store, train, stop=never, only=five[3].cell.id) == 0
+  assert work.run(store, train, stop=never, only=five[4].cell.id, max_failures=2) == work.SOME_FAILED
+  assert train.order == [3, 4, 4]
+  with pytest.raises(UserError, match="no cell '0123456789ab'"):
+    work.run(store, train, stop=never, only='0123456789ab')
+
+
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_full_disk_stops_the_worker_and_is_no_fault_of_the_cell(store, wrapped):
+  full = OSError(errno.ENOSPC, 'No space left on device')
+  if wrapped:
+    cause, full = full, RuntimeError('cannot save')
+    full.__cause__ = cause
+  train = FakeTrain({5: [full]})
+  with pytest.raises(UserError, match='no space left'):
+    work.run(store, train, stop=never)
+  assert states(store)[5].state == 'waiting' and states(store)[5].attempts == 0
+  assert work.run(store, train, stop=never) == 0
+  assert train.order == [5, 5, 4, 3]
 
 
 SIGNALLED = """
@@ -171,6 +196,7 @@ def test_stop_asks_once_and_kills_the_second_time():
     (['--ledger=missing'], 'no sweep at'),
     (['--ledger=missing', '--max_failures=0'], '--max_failures=0 is below 1'),
     (['--ledger=s3://bucket/x'], 'exclusive create'),
+    (['--ledger=gs://bucket/x'], "pip install 'sae_jax[gcs]'"),
   ],
 )
 def test_main_says_what_is_wrong_in_one_line(argv, line, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,74 @@
+"""Takes cells out of a running sweep: whoever trains one saves a checkpoint and leaves it, and nobody starts it.
+
+python -m sweeps.cancel --ledger=DIR (ID ... | --all) [--undo]
+
+A running worker hears of it when it refreshes its lease, within 30 s. Undone, a cell goes on from its checkpoint.
+"""
+
+import argparse
+
+from sae_jax import files
+from sae_jax.errors import UserError, one_line_errors
+from sweeps import grid, lease, ledger
+
+
+def cancel(store: ledger.Ledger, ids: list[str]) -> list[ledger.CellState]:
+  """Cancels the named cells, or all unfinished ones. Raises `UserError` for an unknown id and for one that is done."""
+  chosen = _chosen(store, ids, lambda s: s.state not in ('done', 'failed', 'cancelled'))
+  for s in chosen:
+    if s.state == 'done':
+      raise UserError(f'cell {s.cell.id} is done, so there is nothing to cancel; leave it out')
+  for s in chosen:
+    files.replace(files.join(store.folder(s.cell.id), lease.CANCEL), b'{"cancelled": true}\n')
+  return chosen
+
+
+def undo(store: ledger.Ledger, ids: list[str]) -> list[ledger.CellState]:
+  """Takes the named cells, or all, up again; returns those that were cancelled. Raises `UserError` for an unknown id."""
+  cancelled = [
+    s
+    for s in _chosen(store, ids, lambda _: True)
+    if files.exists(files.join(store.folder(s.cell.id), lease.CANCEL))
+  ]
+  for s in cancelled:
+    files.remove(files.join(store.folder(s.cell.id), lease.CANCEL))
+  return cancelled
+
+
+def _chosen(store, ids, by_default) -> list[ledger.CellState]:
+  states = {s.cell.id: s for s in store.states()}
+  for cell_id in ids:
+    if cell_id not in states:
+      raise UserError(f'no cell {cell_id!r} in {store.path}; python -m sweeps.status lists the ids')
+  return [states[i] for i in dict.fromkeys(ids)] if ids else [s for s in states.values() if by_default(s)]
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='python -m sweeps.cancel',
+    description='Have cells saved and left alone, by running workers (within 30 s) and by later ones.',
+  )
+  parser.add_argument('--ledger', required=True, help='folder or fsspec URL of the sweep')
+  parser.add_argument('ids', nargs='*', metavar='ID', help='cells, as sweeps.status prints them')
+  parser.add_argument('--all', action='store_true', help='every cell that is not finished')
+  parser.add_argument('--undo', action='store_true', help='take them up again')
+  return parser
+
+
+@one_line_errors
+def main(argv: list[str]) -> int:
+  args = _parser().parse_args(argv)
+  if bool(args.ids) == args.all:
+    raise UserError(f'{len(args.ids)} cells named and --all={args.all}; name cells, or give --all alone')
+  store = ledger.Ledger(args.ledger)
+  for s in (changed := (undo if args.undo else cancel)(store, args.ids)):
+    was = f', now running ({s.reason})' if s.state == 'running' and not args.undo else ''
+    print(
+      f'{s.cell.id} {grid.label(s.cell.overrides)}: {"taken up again" if args.undo else "cancelled"}{was}'
+    )
+  print(f'{len(changed)} cells {"to train again" if args.undo else "cancelled; --undo takes them up again"}')
+  return 0
+
+
+if __name__ == '__main__':
+  main()

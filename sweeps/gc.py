@@ -1,0 +1,81 @@
+"""Frees the checkpoints of finished cells: optimizer states that nothing reads again.
+
+python -m sweeps.gc --ledger=DIR [--dry_run]
+
+Results, metrics and the autoencoders in sae/ stay, and so does everything of a cell that is not finished.
+"""
+
+import argparse
+import dataclasses
+
+from sae_jax import files
+from sae_jax.errors import UserError, one_line_errors
+from sweeps import grid, ledger
+
+FOLDERS = ('ckpt', 'corrupt')
+
+
+@dataclasses.dataclass(frozen=True)
+class Garbage:
+  cell: ledger.Cell
+  folders: tuple[str, ...]
+  size: int  # bytes
+
+
+def find(store: ledger.Ledger) -> list[Garbage]:
+  """What can go, a finished cell at a time. A cell without its sae/ keeps its checkpoints: they are its only weights."""
+  found = []
+  for s in store.states():
+    folder = store.folder(s.cell.id)
+    if s.state == 'done' and files.listdir(files.join(folder, 'sae')):
+      folders = tuple(p for name in FOLDERS if files.listdir(p := files.join(folder, name)))
+      if folders:
+        found.append(Garbage(s.cell, folders, sum(files.size(p) for p in folders)))
+  return found
+
+
+def free(garbage: Garbage) -> None:
+  """Raises `UserError` when a folder cannot be deleted, for instance a link."""
+  for folder in garbage.folders:
+    try:
+      files.remove_tree(folder)
+    except OSError as error:
+      raise UserError(f'cannot delete {folder} ({error.strerror or error}); delete it by hand') from error
+
+
+def printable_size(size: float) -> str:
+  """'1.5 GB', in powers of 1,000."""
+  for unit in ('B', 'kB', 'MB', 'GB'):
+    if size < 1000:
+      return f'{size:.0f} B' if unit == 'B' else f'{size:.1f} {unit}'
+    size /= 1000
+  return f'{size:.1f} TB'
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='python -m sweeps.gc',
+    description='Delete the checkpoints of finished cells; results, metrics and autoencoders stay.',
+  )
+  parser.add_argument('--ledger', required=True, help='folder or fsspec URL of the sweep')
+  parser.add_argument('--dry_run', action='store_true', help='list what would go; delete nothing')
+  return parser
+
+
+@one_line_errors
+def main(argv: list[str]) -> int:
+  args = _parser().parse_args(argv)
+  found = find(ledger.Ledger(args.ledger))
+  for garbage in found:
+    if not args.dry_run:
+      free(garbage)
+    print(
+      f'{garbage.cell.id} {grid.label(garbage.cell.overrides)}: {printable_size(garbage.size)}', flush=True
+    )
+  total = printable_size(sum(garbage.size for garbage in found))
+  print(f'{total} {"would be" if args.dry_run else "were"} freed in {len(found)} finished cells')
+  return 0
+
+
+if __name__ == '__main__':
+  main()

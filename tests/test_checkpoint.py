@@ -1,0 +1,116 @@
+"""Checkpoints on a disk that fills up, and after an attempt that left one half-written."""
+
+import json
+import pathlib
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+from sae_jax import checkpoint, files, metrics
+from sae_jax.errors import UserError
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A filesystem of 1 MB, and a function that takes what is left of it."""
+  mount = tmp_path / 'small'
+  mount.mkdir()
+  if subprocess.run(
+    ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', mount], capture_output=True
+  ).returncode:
+    pytest.skip('needs the right to mount')
+
+  def fill() -> pathlib.Path:
+    path = mount / 'of someone else'
+    with pytest.raises(OSError, match='No space'), open(path, 'wb', buffering=0) as f:
+      while True:
+        f.write(bytes(4096))
+    return path
+
+  yield mount, fill
+  subprocess.run(['umount', '-l', mount], check=True)
+
+
+def state(value: float) -> dict:
+  return {'w_FD': jax.device_put(np.full((101, 13), value, np.float32))}
+
+
+def restored(workdir) -> tuple | None:
+  abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state(0.0))
+  checkpoints = checkpoint.Checkpoints(str(workdir), 'cell')
+  found = checkpoints.restore(abstract, note=print)
+  checkpoints.close()
+  return found
+
+
+def saved(workdir, step: int, value: float) -> None:
+  checkpoints = checkpoint.Checkpoints(str(workdir), 'cell')
+  checkpoints.save(step, state(value), {'at': step})
+  checkpoints.close()
+
+
+def test_full_disk_during_a_save_keeps_the_one_before(small_disk):
+  mount, fill = small_disk
+  saved(mount, 1, 1.0)
+  others = fill()
+  with pytest.raises(UserError, match='no space left') as full:
+    saved(mount, 2, 2.0)
+  others.unlink()
+  metrics.record_failure(str(mount), full.value)
+  assert not json.loads((mount / metrics.FAILURE).read_text())['permanent']
+  found, facts = restored(mount)
+  assert facts == {'at': 1} and np.all(np.asarray(found['w_FD']) == 1.0)
+  saved(mount, 2, 2.0)
+  found, facts = restored(mount)
+  assert facts == {'at': 2} and np.all(np.asarray(found['w_FD']) == 2.0)
+
+
+def test_full_disk_at_metrics_and_result_leaves_no_half_line_and_no_result(small_disk):
+  mount, fill = small_disk
+  log = metrics.MetricsFile(str(mount))
+  log.write(1, {'eval/nmse': 0.5})
+  others = fill()
+  with pytest.raises(OSError, match='No space') as full:
+    for step in range(2, 1000):  # what is left of the last block of the file
+      log.write(step, {'eval/nmse': 0.5, 'text': 'x' * 100})
+  assert files.is_disk_full(full.value)
+  with pytest.raises(OSError, match='No space'):
+    metrics.commit_result(str(mount), {'text': 'x' * 5000})
+  assert files.listdir(str(mount)) == ['metrics.jsonl', 'of someone else']
+  metrics.record_failure(str(mount), full.value)  # says so, and raises nothing
+  assert not (mount / metrics.RESULT).exists()
+  others.unlink()
+  steps = [line['step'] for line in metrics.read_metrics(str(mount))]
+  metrics.MetricsFile(str(mount)).write(7777, {})
+  assert [line['step'] for line in metrics.read_metrics(str(mount))] == [*steps, 7777]
+  metrics.commit_result(str(mount), {})
+
+
+def test_attempt_after_an_exception_waits_for_the_save_it_left(tmp_path):
+  left = checkpoint.Checkpoints(str(tmp_path), 'cell')
+  left.save(1, state(1.0), {'at': 1})
+  _, facts = restored(tmp_path)  # no wait, no close: what an exception in a step leaves
+  assert facts == {'at': 1}
+
+
+def test_save_of_one_step_twice_keeps_the_first(tmp_path):
+  checkpoints = checkpoint.Checkpoints(str(tmp_path), 'cell')
+  checkpoints.save(5, state(1.0), {'at': 5})
+  checkpoints.save(5, state(1.0), {'at': 5})
+  checkpoints.close()
+  assert restored(tmp_path)[1] == {'at': 5}
+
+
+def test_empty_and_foreign_steps(tmp_path, capsys):
+  assert restored(tmp_path) is None
+  saved(tmp_path, 3, 1.0)
+  (tmp_path / 'ckpt' / '9').mkdir()
+  (tmp_path / 'ckpt' / 'notes').mkdir()
+  assert restored(tmp_path)[1] == {'at': 3}
+  assert 'step 9 is damaged (the folder is empty)' in capsys.readouterr().out
+  checkpoints = checkpoint.Checkpoints(str(tmp_path), 'another')
+  with pytest.raises(UserError, match='is of cell cell, not another'):
+    checkpoints.restore(state(0.0), note=print)
+  checkpoints.close()

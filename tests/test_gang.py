@@ -1,0 +1,188 @@
+"""Gangs of two real processes on one ledger: one lease, one outcome, and no rank left behind."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import tiny
+from sae_jax import config, metrics
+from sweeps import cancel, grid, ledger
+
+ROOT = pathlib.Path(__file__).parents[1]
+CELL = {
+  'sae.n_latents': 64, 'sae.d_model': 13, 'sae.k': 3, 'mesh.data': 2, 'train.batch_tokens': 64, 'train.tokens': 64 * 30,
+  'train.checkpoint_every': 7, 'eval.tokens': 101, 'eval.batch_tokens': 64, 'loss.dead_tokens': 128,
+}  # fmt: skip
+# A worker in whose 11th step something happens.
+DISTURBED = """
+import os, signal, sys, time
+from sae_jax import files, train as training
+from sweeps import ledger, work
+ledger.Ledger.__init__.__kwdefaults__['refresh_s'] = 0.1
+undisturbed = training.train
+def train(*args, should_stop, **named):
+  steps = []
+  def disturbed():
+    steps.append(1)
+    if len(steps) == 11:
+      %s
+    return should_stop()
+  return undisturbed(*args, should_stop=disturbed, **named)
+training.train = train
+work.main(sys.argv[1:])
+"""
+
+
+def make_ledger(folder, *cells) -> ledger.Ledger:
+  resolved = tuple((o, config.resolve(config.override(tiny.get_config(), CELL | o))) for o in cells)
+  store = ledger.Ledger(str(folder))
+  store.register(grid.Sweep('gang', 'experiments/tiny.py', resolved, dropped=0))
+  return store
+
+
+@pytest.fixture
+def start():
+  """Starts the ranks of a gang as an engine would; `disturb` gives one of them a line to run in its 11th step."""
+  started = []
+
+  def begin(store, *flags, ranks=2, disturb=None, **env):
+    with socket.socket() as s:
+      s.bind(('127.0.0.1', 0))
+      port = s.getsockname()[1]
+    gang = []
+    for rank in range(ranks):
+      code = ['-c', DISTURBED % disturb[1]] if disturb and disturb[0] == rank else ['-m', 'sweeps.work']
+      argv = [sys.executable, *code, f'--ledger={store.path}', *flags]
+      if ranks > 1:
+        argv += [f'--coordinator=127.0.0.1:{port}', f'--num_processes={ranks}', f'--process_id={rank}']
+      devices = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(2 // ranks)}
+      gang.append(
+        subprocess.Popen(
+          argv,
+          cwd=ROOT,
+          env=os.environ | devices | env,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE,
+          text=True,
+        )
+      )
+    started.extend(gang)
+    return gang
+
+  yield begin
+  for process in started:
+    process.kill()
+    process.communicate(timeout=60)
+
+
+def finish(gang) -> list[int]:
+  said = [process.communicate(timeout=300) for process in gang]
+  print(*[err[-3000:] for _, err in said])
+  return [process.returncode for process in gang]
+
+
+def digests(store) -> dict[str, str]:
+  found = {}
+  for cell in store.cells():
+    path = pathlib.Path(store.folder(cell.id)) / metrics.RESULT
+    if path.exists():
+      found[cell.id] = json.loads(path.read_text())['params_digest']
+  return found
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  """The cell as one process trains it on the same mesh."""
+  store = make_ledger(tmp_path_factory.mktemp('one') / 'ledger', {})
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
+  argv = [sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}']
+  assert subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, timeout=300).returncode == 0
+  return digests(store)
+
+
+def test_gang_leaves_a_diverging_cell_and_finishes_the_other(undisturbed, start, tmp_path):
+  store = make_ledger(tmp_path / 'ledger', {}, {'optim.learning_rate': 1e30, 'sae.n_latents': 128})
+  assert finish(start(store)) == [42, 42]  # the larger cell failed: a fresh gang for the next
+  assert finish(start(store)) == [1, 1]
+  good, bad = store.states()
+  assert digests(store) == undisturbed and good.cell.id in undisturbed
+  assert (bad.state, bad.attempts) == ('failed', 1) and 'Diverged: not finite' in bad.reason
+
+
+def hurt(rank, happens, codes, default=False, **env):
+  marks = () if default else pytest.mark.chaos
+  return pytest.param(rank, happens, env, codes, marks=marks, id=f'rank {rank}: {happens[:40]}')
+
+
+@pytest.mark.parametrize(
+  ('rank', 'happens', 'env', 'codes'),
+  [
+    # The rank that sleeps and the one that waits for it may both be the first to notice; -6 is jax's abort.
+    hurt(1, 'time.sleep(1000)', {142, 134, -6}, SAE_JAX_STALL_S='4', default=True),
+    # The preemption service agrees on a step in the background; meanwhile a cell this small would end.
+    hurt(1, 'os.kill(os.getpid(), signal.SIGTERM); time.sleep(3)', {42}, default=True),
+    hurt(1, 'os.kill(os.getpid(), signal.SIGSTOP)', {134, -6}, SAE_JAX_HEARTBEAT_S='3'),
+    # A rank that is gone is no fault of the cell, whatever the others' collectives raise.
+    hurt(1, 'os.kill(os.getpid(), signal.SIGKILL)', {-9, 134, -6}, SAE_JAX_HEARTBEAT_S='3'),
+    hurt(0, 'os.kill(os.getpid(), signal.SIGKILL)', {-9, 134, -6}, SAE_JAX_HEARTBEAT_S='3'),
+    hurt(1, 'raise ValueError("in one rank")', {42}, SAE_JAX_HEARTBEAT_S='3'),
+    hurt(0, 'raise work.lease.LeaseLost("taken")', {42}),
+  ],
+)
+def test_disturbed_gang_ends_and_resumes_to_the_same_bits(
+  undisturbed, start, tmp_path, rank, happens, env, codes
+):
+  store = make_ledger(tmp_path / 'ledger', {})
+  gang = start(store, disturb=(rank, happens), **env)
+  if 'SIGSTOP' in happens:
+    found = gang[1 - rank].wait(timeout=300)
+    gang[rank].kill()  # as engines do on the first exit other than 0
+    gang[rank].wait(timeout=60)
+    found = {found}
+  else:
+    found = set(finish(gang))
+  assert found <= codes
+  assert not digests(store)
+  (state,) = store.states()
+  assert state.state == 'waiting'
+  assert state.attempts == (1 if 'raise ValueError' in happens else 0)
+  if state.attempts:
+    assert 'in one rank' in state.reason
+  assert finish(start(store, ranks=1)) == [0]  # on the same mesh the processes do not matter
+  assert digests(store) == undisturbed
+
+
+@pytest.mark.chaos
+def test_gang_that_waited_for_work_stops_together_idle_or_training(undisturbed, start, tmp_path):
+  store = make_ledger(tmp_path / 'ledger', {})
+  held = store.claim(store.cells()[0].id)
+  gang = start(store)
+  time.sleep(10)
+  assert [process.poll() for process in gang] == [None, None]
+  gang[1].send_signal(signal.SIGTERM)
+  assert finish(gang) == [42, 42]
+  gang = start(store, disturb=(1, 'os.kill(os.getpid(), signal.SIGTERM); time.sleep(3)'))
+  time.sleep(10)  # rank 0 has asked for a stop many times, rank 1 never
+  held.release()
+  assert finish(gang) == [42, 42]
+  assert finish(start(store, ranks=1)) == [0]
+  assert digests(store) == undisturbed
+
+
+@pytest.mark.chaos
+def test_cancelled_cell_is_left_by_all_ranks_at_one_step(undisturbed, start, tmp_path):
+  store = make_ledger(tmp_path / 'ledger', {})
+  (cell,) = store.cells()
+  write = 'files.replace(args[1] + "/cancel.json", b"{}"); time.sleep(3)'
+  assert finish(start(store, disturb=(0, write))) == [42, 42]
+  assert store.states()[0].state == 'cancelled'
+  assert [state.cell.id for state in cancel.undo(store, [])] == [cell.id]
+  assert finish(start(store, ranks=1)) == [0]  # on the same mesh the processes do not matter
+  assert digests(store) == undisturbed

@@ -1,0 +1,67 @@
+import pathlib
+
+import fsspec
+import pytest
+
+from experiments import tiny
+from sae_jax import config, files, metrics
+from sae_jax.errors import UserError
+from sweeps import gc, grid, ledger
+
+
+@pytest.fixture(params=['local', 'memory'])
+def store(request, tmp_path):
+  """Cells in every state but running, each with a checkpoint; the second of the finished ones has no sae/."""
+  cells = [{'sae.k': k} for k in (1, 2, 3, 4)]
+  resolved = tuple((o, config.resolve(config.override(tiny.get_config(), o))) for o in cells)
+  store = ledger.Ledger(str(tmp_path / 'ledger') if request.param == 'local' else 'memory://gc')
+  store.register(grid.Sweep('four', 'experiments/tiny.py', resolved, dropped=0))
+  done, bare, failed, _ = folders = [store.folder(cell.id) for cell in store.cells()]
+  for folder in folders:
+    files.create(files.join(folder, 'ckpt', '7', 'array'), b'x' * 1000)
+    files.create(files.join(folder, 'corrupt', '5-0', 'array'), b'x' * 500)
+    files.create(files.join(folder, 'claims', '1.json'), b'')
+    if folder != bare:
+      files.create(files.join(folder, 'sae', 'raw.safetensors'), b'x')
+  for folder in (done, bare):
+    metrics.commit_result(folder, {})
+  metrics.record_failure(failed, UserError('bad value'))
+  yield store
+  if request.param == 'memory':
+    fsspec.filesystem('memory').rm('/gc', recursive=True)
+
+
+def run(*argv):
+  with pytest.raises(SystemExit) as ended:
+    gc.main(list(argv))
+  return ended.value.code
+
+
+def test_gc_frees_finished_cells_only(store, capsys):
+  folders = [store.folder(cell.id) for cell in store.cells()]
+  before = [files.listdir(folder) for folder in folders]
+  assert run(f'--ledger={store.path}', '--dry_run') == 0
+  assert capsys.readouterr().out.splitlines()[-1] == '1.5 kB would be freed in 1 finished cells'
+  assert [files.listdir(folder) for folder in folders] == before
+  assert run(f'--ledger={store.path}') == 0
+  assert capsys.readouterr().out.splitlines()[-1] == '1.5 kB were freed in 1 finished cells'
+  assert files.listdir(folders[0]) == ['claims', 'config.json', 'result.json', 'sae']
+  assert [files.listdir(folder) for folder in folders[1:]] == before[1:]
+  assert gc.find(store) == []
+
+
+def test_gc_does_not_follow_links(tmp_path):
+  outside = tmp_path / 'precious'
+  (outside / '7').mkdir(parents=True)
+  (outside / '7' / 'array').write_text('x')
+  resolved = config.resolve(tiny.get_config())
+  store = ledger.Ledger(str(tmp_path / 'ledger'))
+  store.register(grid.Sweep('one', 'experiments/tiny.py', (({}, resolved),), dropped=0))
+  folder = pathlib.Path(store.folder(resolved.id))
+  files.create(str(folder / 'sae' / 'x'), b'')
+  metrics.commit_result(str(folder), {})
+  (folder / 'ckpt').symlink_to(outside)
+  (garbage,) = gc.find(store)
+  with pytest.raises(UserError, match='delete it by hand'):
+    gc.free(garbage)
+  assert (outside / '7' / 'array').exists()
