@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 USER_ERROR_EXIT = 2
+PREEMPTED = 42  # exit code: a checkpoint is saved and a restart is free
 
 
 class UserError(Exception):

@@ -122,14 +122,15 @@ def git_commit() -> str:
 class Progress:
   """A bar with NMSE, tokens/s and ETA when a person watches, one plain line every ten seconds otherwise."""
 
-  def __init__(self, label: str, steps: int, start: int, batch_tokens: int):
+  def __init__(self, label: str, steps: int, start: int, batch_tokens: int, visible: bool = True):
+    self._visible = visible
     self._label, self._steps, self._batch = label, steps, batch_tokens
     self._step = self._start = start
     self._begin = self._last_line = time.monotonic()
     # tqdm counts tokens, so that its rate is one people compare.
     self._bar = (
       tqdm(total=steps * batch_tokens, initial=start * batch_tokens, desc=label, unit='tok', unit_scale=True)
-      if sys.stderr.isatty()
+      if visible and sys.stderr.isatty()
       else None
     )
 
@@ -137,7 +138,7 @@ class Progress:
     if self._bar is not None:
       self._bar.set_postfix_str(f'step {step}/{self._steps}  nmse {nmse:.4f}', refresh=False)
       self._bar.update((step - self._step) * self._batch)
-    elif (now := time.monotonic()) - self._last_line >= 10 or step == self._steps:
+    elif self._visible and ((now := time.monotonic()) - self._last_line >= 10 or step == self._steps):
       self._last_line = now
       rate = (step - self._start) / max(1e-9, now - self._begin)
       left = (self._steps - step) / rate if rate > 0 else math.inf
@@ -153,7 +154,7 @@ class Progress:
     """One line that does not break the bar."""
     if self._bar is not None:
       self._bar.write(text, file=sys.stderr)
-    else:
+    elif self._visible:
       print(text, file=sys.stderr, flush=True)
 
   def close(self) -> None:

@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.config import MeshConfig
+from sae_jax.config import Config, MeshConfig
 from sae_jax.data.source import Source
 from sae_jax.errors import UserError
 from sae_jax.sae import Axes
@@ -26,6 +26,7 @@ SPECS = {
 }
 PARAM_SPECS = {name: SPECS.get(name, P()) for name in ('w_enc_FD', 'w_dec_FD', 'b_enc_F', 'b_pre_D')}
 BATCH = P('data', None)
+_CPU_PRODUCT = 2**28  # bytes
 
 
 def at_rest(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
@@ -94,6 +95,22 @@ def compiler_options(mesh: Mesh) -> dict[str, str | bool] | None:
     'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT',
     'xla_cpu_copy_insertion_use_region_analysis': True,  # without it w_enc and w_dec are copied once a step
   }
+
+
+def row_chunks(config: Config, mesh: Mesh) -> int:
+  """Parts a device's tokens are encoded in: `mesh.row_chunks`, or on a CPU as many as keep the product under 256 MB.
+
+  Every step gets fresh pages for the [B, n] product there, and touching them for the first time costs more than the
+  rest: at (d, n, B, k) = (768, 32768, 8192, 32), 1 GB, the step took 2,061 ms whole and 1,624 in 4 parts (matmul alone
+  1,414), on two cores; at 256 MB nothing was gained.
+  """
+  rows = config.train.batch_tokens // config.mesh.data
+  least = config.mesh.row_chunks
+  if mesh.devices.flat[0].platform != 'cpu':
+    return least
+  product = 4 * rows * (config.sae.n_latents // config.mesh.latent)
+  enough = (c for c in range(least, rows + 1) if rows % c == 0 and product <= c * _CPU_PRODUCT)
+  return next(enough, rows)
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:

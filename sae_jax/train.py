@@ -21,14 +21,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import config_flags, distributed, files, flops, metrics, optim, sae, sharding, watchdog
+from sae_jax import config_flags, distributed, files, flops, metrics, optim, sae, sharding, sparse, watchdog
 from sae_jax.config import Config, resolve
 from sae_jax.data.source import Source, open_source
-from sae_jax.errors import UserError, one_line_errors
+from sae_jax.errors import PREEMPTED, UserError, one_line_errors
 from sae_jax.member import Diverged, Member, check_finite, claim_folder
 from sae_jax.sample import start_up_sample
 
-PREEMPTED_EXIT = 42
 _PROBES = 256
 
 
@@ -90,7 +89,7 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
       batch=batch,
       axes=axes,
       dtype=dtype,
-      chunks=config.mesh.row_chunks,
+      chunks=sharding.row_chunks(config, mesh),
       exchange=config.mesh.exchange,
       scatter=config.state_is_split,
     ),
@@ -303,7 +302,10 @@ def _train_together(trainees, source, meshes, start, should_stop, label) -> dict
   steps, batch = first.train.steps, first.train.batch_tokens
   parts = [_Part(mesh, [t for t in trainees if t.member.mesh is mesh]) for mesh in meshes]
   parts = [part for part in parts if part.trainees]
-  progress = metrics.Progress(label, steps, start, batch)
+  progress = metrics.Progress(label, steps, start, batch, visible=jax.process_index() == 0)
+  device = meshes[0].devices.flat[0].platform
+  shard = (batch // meshes[0].shape['data'], first.sae.n_latents // meshes[0].shape['latent'])
+  progress.note(sparse.describe(device, *shard, first.sae.d_model, first.sae.k))
   for trainee in trainees:
     trainee.member.begin()
 
@@ -392,7 +394,8 @@ def main(argv: list[str]) -> int:
     with watchdog.Watchdog() as alive:
       outcome = train(config, workdir, should_stop=alive.beating(distributed.stop_flag()))
   except Exception as error:
-    if not isinstance(error, UserError) or files.exists(files.join(workdir, 'config.json')):
+    known = not isinstance(error, UserError) or files.exists(files.join(workdir, 'config.json'))
+    if known and jax.process_index() == 0:  # one attempt, however many processes
       metrics.record_failure(workdir, error, permanent=isinstance(error, Diverged))
     if isinstance(error, Diverged):
       raise UserError(str(error)) from error
@@ -401,7 +404,7 @@ def main(argv: list[str]) -> int:
     raise
   if outcome == 'preempted':
     print(f'{config.id}: preempted, checkpoint saved; the same command resumes', file=sys.stderr)
-    return PREEMPTED_EXIT
+    return PREEMPTED
   print(files.read(files.join(workdir, metrics.RESULT)).decode(), end='')
   return 0
 

@@ -64,12 +64,4 @@ class Board:
     part = f', {100 * spent / max(1.0, spent + left):.0f} % of the work'
     if not left or gained <= 0:
       return part
-    return f'{part}, {duration((time.monotonic() - self._begin) * left / gained)} left'
-
-
-def duration(seconds: float) -> str:
-  """'8.3 s', '12 min', '3 h 05 min'."""
-  if seconds < 60:
-    return f'{seconds:.1f} s' if seconds < 10 else f'{seconds:.0f} s'
-  minutes = round(seconds / 60)
-  return f'{minutes} min' if minutes < 60 else f'{minutes // 60} h {minutes % 60:02d} min'
+    return f'{part}, {status.duration((time.monotonic() - self._begin) * left / gained)} left'

@@ -130,7 +130,9 @@ def _verdict(store: ledger.Ledger, ids: set[str], max_failures: int) -> int:
   return 0 if all(s.state == 'done' for s in states) else work.SOME_FAILED
 
 
-def _work_here(store: ledger.Ledger, workers: int, max_failures: int, logs: pathlib.Path) -> list[int]:
+def _work_here(
+  store: ledger.Ledger, workers: int, max_failures: int, logs: pathlib.Path, group: int | None
+) -> list[int]:
   """Trains with processes of this machine; returns the signals received."""
   received = _catch_signals()
   strays = 0
@@ -149,6 +151,7 @@ def _work_here(store: ledger.Ledger, workers: int, max_failures: int, logs: path
     return True
 
   argv = (sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}', f'--max_failures={max_failures}')
+  argv += () if group is None else (f'--group={group}',)
   jobs = [Job(f'worker-{i}', argv, local.device_env(i, workers)) for i in range(workers)]
   drive(store, local.Local(logs, may_restart), jobs, received, max_failures)
   return received
@@ -198,12 +201,12 @@ def _parser() -> argparse.ArgumentParser:
     help='price for --topology',
   )
   work.add_max_failures(parser)
+  work.add_group(parser)
   return parser
 
 
 def _check(args: argparse.Namespace) -> None:
   """Raises `UserError` for flags that do not go together."""
-  work.check_max_failures(args.max_failures)
   given = {'--site': args.site, '--gangs': args.gangs, '--detach': args.detach or None}
   if args.executor != 'local':
     given = {'--workers': args.workers}
@@ -295,7 +298,7 @@ def _run_here(args: argparse.Namespace, store: ledger.Ledger, ids: set[str], tod
     else pathlib.Path(tempfile.mkdtemp(prefix='sweep-'))
   )
   print(f'output of the workers: {logs}', flush=True)
-  received = _work_here(store, min(args.workers or 1, todo), args.max_failures, logs)
+  received = _work_here(store, min(args.workers or 1, todo), args.max_failures, logs, args.group)
   code = _verdict(store, ids, args.max_failures)
   if received:
     print('interrupted: the same command resumes')

@@ -45,7 +45,6 @@ def _parser() -> argparse.ArgumentParser:
 @one_line_errors
 def main(argv: list[str]) -> int:
   args = _parser().parse_args(argv)
-  work.check_max_failures(args.max_failures)
   cleared = retry(ledger.Ledger(args.ledger), args.ids, args.max_failures)
   for s in cleared:
     print(f'{s.cell.id} {grid.label(s.cell.overrides)}: cleared {s.reason}')

@@ -153,7 +153,6 @@ def _parser() -> argparse.ArgumentParser:
 @one_line_errors
 def main(argv: list[str]) -> int:
   args = _parser().parse_args(argv)
-  work.check_max_failures(args.max_failures)
   store = ledger.Ledger(args.ledger)
   shown = ''
   try:

@@ -15,14 +15,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sae_jax import files, flops, metrics, watchdog
-from sae_jax.errors import USER_ERROR_EXIT, UserError, one_line_errors
-from sweeps import grid, lease, ledger
+from sae_jax import arguments, files, flops, metrics, watchdog
+from sae_jax.errors import PREEMPTED, USER_ERROR_EXIT, UserError, one_line_errors
+from sweeps import grid, groups, lease, ledger
 
 if TYPE_CHECKING:
   from sweeps import gang  # loads jax, which drivers and status do without
 
-PREEMPTED = 42
 SOME_FAILED = 1
 SETTLED = ('done', 'failed', 'cancelled')
 Train = Callable[..., str]  # sae_jax.train.train
@@ -70,6 +69,8 @@ def run(
   max_failures: int = ledger.MAX_FAILURES,
   poll_s: float = 5.0,
   leader: 'gang.Leader | None' = None,
+  train_group: groups.TrainGroup | None = None,
+  group: int | None = None,
 ) -> int:
   """Trains until every cell, or the cell `only`, is done (0) or will not be (1), or `stop` becomes true (42).
 
@@ -77,6 +78,9 @@ def run(
   the cell is not tried again. With a `leader` an exception also ends the whole gang, for a fresh start. Raises
   `LeaseLost` when another worker took over the cell in training: this process must end without touching it again.
   Raises `UserError` when the disk is full, which is no fault of the cell, and for an unknown `only`.
+
+  With `train_group` cells of one stream train together, at most `group` of them (see `groups.most` for None). A gang
+  trains one cell at a time.
   """
   if only is not None and only not in {cell.id for cell in store.cells()}:
     raise UserError(f'no cell {only!r} in {store.path}; python -m sweeps.status lists the ids')
@@ -93,6 +97,13 @@ def run(
     if held is None or cell is None:
       _sleep(poll_s, stop)
       continue
+    if train_group is not None and leader is None:
+      first = next(s for s in waiting if s.cell.id == cell.id)
+      others = groups.companions(store, first, waiting, groups.most(cell.config, group) - 1)
+      more = [(s.cell, taken) for s in others if (taken := store.claim(s.cell.id))]
+      if more:
+        groups.attempt(store, train_group, [(cell, held), *more], stop, permanent)
+        continue
     error = _attempt(store, train, cell, held, stop, permanent, leader, lambda: _verdict(states()))
     if error is not None and leader is not None:
       code = _verdict(states())
@@ -190,32 +201,45 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--ledger', required=True, help='folder or fsspec URL that sweeps.launch has filled')
   parser.add_argument('--cell', metavar='ID', help='train this cell only')
+  add_group(parser)
   add_max_failures(parser)
   together = parser.add_argument_group(
     'several processes', 'Detected on Slurm and TPU slices; elsewhere stated here or by the variables named.'
   )
   together.add_argument('--coordinator', metavar='HOST:PORT', help='of process 0 (JAX_COORDINATOR_ADDRESS)')
-  together.add_argument('--num_processes', type=int, metavar='N', help='of the gang (JAX_NUM_PROCESSES)')
-  together.add_argument('--process_id', type=int, metavar='I', help='of this one, from 0 (JAX_PROCESS_ID)')
+  together.add_argument(
+    '--num_processes',
+    type=arguments.whole('--num_processes'),
+    metavar='N',
+    help='of the gang (JAX_NUM_PROCESSES)',
+  )
+  together.add_argument(
+    '--process_id',
+    type=arguments.whole('--process_id', 0),
+    metavar='I',
+    help='of this one, from 0 (JAX_PROCESS_ID)',
+  )
   return parser
 
 
 def add_max_failures(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
-    '--max_failures', type=int, default=ledger.MAX_FAILURES, help='attempts of a cell (default %(default)s)'
-  )
+    '--max_failures', type=arguments.whole('--max_failures'), default=ledger.MAX_FAILURES,
+    help='attempts of a cell (default %(default)s)',
+  )  # fmt: skip
 
 
-def check_max_failures(value: int) -> None:
-  if value < 1:
-    raise UserError(f'--max_failures={value} is below 1; a cell needs at least one attempt')
+def add_group(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    '--group', type=arguments.whole('--group'), metavar='N',
+    help='cells of one stream that a worker trains together (default: 8 with a live subject, else mesh.member)',
+  )  # fmt: skip
 
 
 @one_line_errors
 def main(argv: list[str]) -> int:
   stop = Stop()  # before the heavy imports: a signal in those seconds must not be lost
   args = _parser().parse_args(argv)
-  check_max_failures(args.max_failures)
   store = ledger.Ledger(args.ledger)
   store.cells()
 
@@ -242,7 +266,7 @@ def main(argv: list[str]) -> int:
   try:
     code = run(
       store, training.train, stop=asked, only=args.cell, permanent=(training.Diverged,),
-      max_failures=args.max_failures, leader=leader,
+      max_failures=args.max_failures, leader=leader, train_group=training.train_group, group=args.group,
     )  # fmt: skip
   except lease.LeaseLost as error:
     print(f'lease lost: {error}', file=sys.stderr, flush=True)

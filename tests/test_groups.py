@@ -4,7 +4,7 @@ import pytest
 
 from experiments import tiny
 from sae_jax import config, files, metrics
-from sweeps import grid, groups, ledger
+from sweeps import grid, groups, ledger, work
 
 
 def sweep(*overrides):
@@ -78,3 +78,66 @@ def test_most_follows_source_mesh_and_user():
   assert groups.most(cell(**{'mesh.member': 4}), None) == 4
   assert groups.most(cell(**live), None) > 1
   assert groups.most(cell(**live), 1) == 1 and groups.most(cell(), 20) == 20
+
+
+class Wild(Exception):
+  """Ends a cell for good."""
+
+
+def run(store, train_group, train=None, **more):
+  def alone(*_, **__):
+    raise AssertionError('no cell should train alone here')
+
+  return work.run(
+    store, train or alone, stop=lambda: False, train_group=train_group, permanent=(Wild,), poll_s=0.0, **more
+  )  # fmt: skip
+
+
+def finish(config_, folder):
+  metrics.commit_result(folder, {'id': config_.id})
+  return 'done'
+
+
+def test_worker_trains_together_what_shares_a_stream(store):
+  groups_seen, alone = [], []
+
+  def train_group(cells, *, should_stop, label):
+    assert not should_stop() and label == f'{len(cells)} cells'
+    groups_seen.append(len(cells))
+    return [finish(*cell) for cell in cells]
+
+  def train(config_, folder, **_):
+    alone.append(config_.data.seed)
+    return finish(config_, folder)
+
+  assert run(store, train_group, train, group=9) == 0
+  assert groups_seen == [4] and alone == [4]  # one cell reads in another order
+  assert all(s.state == 'done' for s in store.states())
+
+
+def test_group_member_that_fails_is_charged_alone(store):
+  def train_group(cells, **_):
+    wild = next(i for i, (c, _) in enumerate(cells) if c.sae.k == 3)
+    return [Wild('not finite') if i == wild else finish(*cell) for i, cell in enumerate(cells)]
+
+  assert run(store, train_group, finish_alone, group=9) == 1
+  assert {s.state for s in store.states() if s.cell.overrides == {'sae.k': 3}} == {'failed'}
+  assert sum(s.state == 'done' for s in store.states()) == 4
+
+
+def finish_alone(config_, folder, **_):
+  return finish(config_, folder)
+
+
+def test_after_a_group_failed_its_cells_train_alone(store):
+  alone = []
+
+  def train_group(cells, **_):
+    raise RuntimeError('out of memory')
+
+  def train(config_, folder, **_):
+    alone.append(config_.id)
+    return finish(config_, folder)
+
+  assert run(store, train_group, train, group=9) == 0
+  assert len(alone) == 5

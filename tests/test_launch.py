@@ -11,7 +11,7 @@ import time
 import pytest
 
 from sae_jax import flops, metrics
-from sweeps import board, grid, launch, lease, ledger, preview
+from sweeps import grid, launch, lease, ledger, preview, status
 from sweeps.executors import Job, local
 
 SHORT = """
@@ -167,7 +167,7 @@ def test_dry_run_takes_a_stated_speed(tmp_path):
   assert ran.stdout.strip() == preview.table('cells', store, states, 3, 1e6)
   # Dense FLOPs of the cells are as 1:1:2:2:4:4, so three workers need the largest, then a 2, then none.
   dense = [flops.cell_flops(c)['dense'] for _, c in sweep.cells]
-  assert f'about {board.duration(max(max(dense), sum(dense) / 3) / 1e6)} on 3 workers' in ran.stdout
+  assert f'about {status.duration(max(max(dense), sum(dense) / 3) / 1e6)} on 3 workers' in ran.stdout
 
 
 def test_diverging_cell_fails_for_good_and_alone(tmp_path):
@@ -316,7 +316,7 @@ def test_device_env_shares_the_gpus_out(monkeypatch, gpus, workers, seen):
     (['--topology=v5e:2x2'], 'add --dry_run'),
     (['--dollars_per_chip_hour=1', '--dry_run'], '--dollars_per_chip_hour needs --topology'),
     (['--topology=v9:2x2', '--dry_run', '--flops_per_second=1'], "topology 'v9:2x2' is of no known chip"),
-    (['--max_failures=0'], '--max_failures=0 is below 1'),
+    (['--max_failures=0'], '--max_failures=0 is not a whole number of at least 1'),
     (['--flops_per_second=nan', '--dry_run'], '--flops_per_second=nan is not a positive number'),
     (['--ledger=s3://bucket/x'], 'no exclusive create'),
     (['--sweep=missing.py'], "no grid file at 'missing.py'"),

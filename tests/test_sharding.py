@@ -266,3 +266,15 @@ def test_ema_of_constant_weights_is_those_weights():
 def test_mesh_that_needs_more_devices_is_refused():
   with pytest.raises(UserError, match=r'needs 9 devices'):
     sharding.make_mesh(config.MeshConfig(data=9, latent=1))
+
+
+def test_row_chunks_keep_the_product_small_on_a_cpu():
+  mesh = sharding.make_mesh(config.MeshConfig(1, 1))
+  assert sharding.row_chunks(cell(), mesh) == 1
+  large = cell(**{'sae.n_latents': 32768, 'train.batch_tokens': 8192, 'train.tokens': 8192})
+  chunks = sharding.row_chunks(large, mesh)
+  assert 8192 % chunks == 0 and 4 * 8192 * 32768 <= chunks * 2**28 < 2 * 4 * 8192 * 32768
+  stated = cell(
+    **{'sae.n_latents': 32768, 'train.batch_tokens': 8192, 'train.tokens': 8192, 'mesh.row_chunks': 64}
+  )
+  assert sharding.row_chunks(stated, mesh) == 64

@@ -194,7 +194,7 @@ def test_stop_asks_once_and_kills_the_second_time():
   ('argv', 'line'),
   [
     (['--ledger=missing'], 'no sweep at'),
-    (['--ledger=missing', '--max_failures=0'], '--max_failures=0 is below 1'),
+    (['--ledger=missing', '--max_failures=0'], '--max_failures=0 is not a whole number of at least 1'),
     (['--ledger=s3://bucket/x'], 'exclusive create'),
     (['--ledger=gs://bucket/x'], "pip install 'sae_jax[gcs]'"),
   ],

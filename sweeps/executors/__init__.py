@@ -7,7 +7,6 @@ for how long. An engine that is not used needs nothing installed.
 import dataclasses
 from typing import Protocol
 
-PREEMPTED = 42  # exit code of a job that saved a checkpoint and wants to go on: a restart is free
 MAX_PREEMPTIONS = 100
 
 

@@ -10,7 +10,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from sweeps.executors import PREEMPTED, Job
+from sae_jax.errors import PREEMPTED
+from sweeps.executors import Job
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None  # loaded here: little is safe after a fork

@@ -18,8 +18,8 @@ import subprocess
 import time
 import tomllib
 
-from sae_jax.errors import UserError
-from sweeps.executors import PREEMPTED, Job
+from sae_jax.errors import PREEMPTED, UserError
+from sweeps.executors import Job
 
 MAX_CRASHES = (
   3  # ends by a signal that nobody sent on purpose: a lost process is tried again, a crash loop is not
