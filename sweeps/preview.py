@@ -9,7 +9,7 @@ import numpy as np
 from sae_jax import files, flops, metrics
 from sae_jax.config import Config
 from sweeps import grid, ledger, status
-from sweeps.board import UNFINISHED, duration
+from sweeps.board import UNFINISHED
 
 
 def states_of(sweep: grid.Sweep, store: ledger.Ledger, max_failures: int) -> list[ledger.CellState]:
@@ -36,7 +36,7 @@ def table(
         str(s.cell.config.train.steps),
         f'{cost["useful"]:.2e}',
         f'{cost["dense"]:.2e}',
-        duration(cost['dense'] / rate),
+        status.duration(cost['dense'] / rate),
         f'{s.state}: {s.reason}' if s.reason else s.state,
       )
     )
@@ -49,7 +49,7 @@ def table(
     [
       *status.table(rows),
       f'{name}: {len(states)} cells, {len(todo)} to do, {total["useful"]:.2e} useful and '
-      f'{total["dense"]:.2e} dense FLOPs, about {duration(max(busy))} on {workers} worker{"s"[: workers > 1]}',
+      f'{total["dense"]:.2e} dense FLOPs, about {status.duration(max(busy))} on {workers} worker{"s"[: workers > 1]}',
       f'time at {rate:.2e} dense FLOP/s a worker, {source}',
     ]
   )

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from sae_jax import files
-from sae_jax.errors import UserError
+from sae_jax.errors import PREEMPTED, UserError
 from sweeps import executors
 from sweeps import ledger as ledgers
 from sweeps.executors.jobset_site import Site, check_no_secrets
@@ -21,7 +21,7 @@ KIND = 'jobsets.jobset.x-k8s.io'
 LEDGER_LABEL, JOB_LABEL = 'sae-jax/ledger', 'sae-jax/job'
 KEEP_FINISHED_S = 7 * 86400  # a failed JobSet and its pods' logs stay readable for a week
 # Every other non-zero code is a bug or bad input: the same command would fail again.
-RESTART_CODES = (executors.PREEMPTED, *range(128, 256))
+RESTART_CODES = (PREEMPTED, *range(128, 256))
 _COORDINATOR_PORT = 8482  # jax's own choice on TPU; libtpu uses 8471 to 8479
 _WORKER = 'w'
 _OVER = ('Completed', 'Failed')
