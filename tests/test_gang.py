@@ -107,6 +107,7 @@ def undisturbed(tmp_path_factory):
   return digests(store)
 
 
+@pytest.mark.chaos
 def test_gang_leaves_a_diverging_cell_and_finishes_the_other(undisturbed, start, tmp_path):
   store = make_ledger(tmp_path / 'ledger', {}, {'optim.learning_rate': 1e30, 'sae.n_latents': 128})
   assert finish(start(store)) == [42, 42]  # the larger cell failed: a fresh gang for the next
@@ -125,7 +126,7 @@ def hurt(rank, happens, codes, default=False, **env):
   ('rank', 'happens', 'env', 'codes'),
   [
     # The rank that sleeps and the one that waits for it may both be the first to notice; -6 is jax's abort.
-    hurt(1, 'time.sleep(1000)', {142, 134, -6}, SAE_JAX_STALL_S='4', default=True),
+    hurt(1, 'time.sleep(1000)', {142, 134, -6}, SAE_JAX_STALL_S='4'),
     # The preemption service agrees on a step in the background; meanwhile a cell this small would end.
     hurt(1, 'os.kill(os.getpid(), signal.SIGTERM); time.sleep(3)', {42}, default=True),
     hurt(1, 'os.kill(os.getpid(), signal.SIGSTOP)', {134, -6}, SAE_JAX_HEARTBEAT_S='3'),
