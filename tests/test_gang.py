@@ -33,6 +33,8 @@ def train(*args, should_stop, **named):
     steps.append(1)
     if len(steps) == 11:
       %s
+    elif len(steps) > 11:
+      time.sleep(0.2)  # the ranks agree on a step in the background, and a cell this small would end meanwhile
     return should_stop()
   return undisturbed(*args, should_stop=disturbed, **named)
 training.train = train
