@@ -6,6 +6,7 @@ Every function takes the names of the mesh axes it runs under; with None it is t
 Gao et al. 2024, sections 2.3, 3 and A; gradients as in their appendix D.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -206,23 +207,17 @@ def loss_and_grads(
   if loss.aux_coefficient > 0 and sae.k_aux > 0:
     # Inside the condition no [F, D] array passes through: both branches make the accumulators that the main
     # loops then add to, so a step without dead latents pays one comparison.
+    given = dict(sae=sae, loss=loss, batch=batch, axes=axes, dtype=dtype)
+
+    def of_many():
+      return _auxk(params, product_BF, dead_F, error_BD, xc_BD, chunks=chunks, exchange=exchange, **given)
+
+    def of_any():
+      of_few = functools.partial(_auxk_of_few, params, dead_F, error_BD, xc_BD, **given)
+      return jax.lax.cond(n_dead <= sae.k_aux, of_few, of_many)
+
     dw_enc_FD, dw_dec_FD, db_enc_F, along_F, aux_loss = jax.lax.cond(
-      n_dead > 0,
-      lambda: _auxk(
-        params,
-        product_BF,
-        dead_F,
-        error_BD,
-        xc_BD,
-        sae=sae,
-        loss=loss,
-        batch=batch,
-        axes=axes,
-        dtype=dtype,
-        chunks=chunks,
-        exchange=exchange,
-      ),
-      lambda: _no_auxk(params),
+      n_dead > 0, of_any, lambda: _no_auxk(params)
     )
   else:
     dw_enc_FD, dw_dec_FD, db_enc_F, along_F, aux_loss = _no_auxk(params)
@@ -269,12 +264,8 @@ def _auxk(params, product_BF, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes
   dead_bias_F = jnp.where(dead_F, params['b_enc_F'], -jnp.inf)
   y_BK, idx_BK = _codes(params, dead_bias_F, product_BF, xc_BD, sae.k_aux, axes, dtype, chunks, exchange)
   slots = sparse.used_slots(y_BK)  # a handful of dead latents must not cost k_aux passes
-  difference_BD = _sum(sparse.decode(y_BK, idx_BK, params['w_dec_FD'], slots), axes.latent) - error_BD
-  square_sum, sum_D, difference_square_sum = _sum(
-    (jnp.sum(error_BD**2), jnp.sum(error_BD, axis=0), jnp.sum(difference_BD**2)), axes.data
-  )
-  variance = losses.residual_variance(square_sum, sum_D, batch)
-  h_BD = losses.auxk_gradient(difference_BD, variance, loss.aux_coefficient, batch)
+  decoded_BD = sparse.decode(y_BK, idx_BK, params['w_dec_FD'], slots)
+  h_BD, aux_loss = _auxk_loss(decoded_BD, error_BD, loss=loss, batch=batch, axes=axes)
   dy_BK = jnp.where(y_BK > 0, sparse.code_gradient(idx_BK, params['w_dec_FD'], h_BD, slots), 0)
   dw_enc_FD, dw_dec_FD, db_enc_F, along_F, _ = _no_auxk(params)
   dw_enc_FD, dw_dec_FD = sparse.add_weight_gradients(
@@ -282,8 +273,49 @@ def _auxk(params, product_BF, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes
   )
   db_enc_F = sparse.add_at(db_enc_F, idx_BK, dy_BK)
   along_F = sparse.add_at(along_F, idx_BK, y_BK * dy_BK)
-  aux_loss = losses.auxk_loss(difference_square_sum, variance, batch, sum_D.size)
   return dw_enc_FD, dw_dec_FD, db_enc_F, along_F, aux_loss
+
+
+def _auxk_of_few(params, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes, dtype):
+  """AuxK where no more than k_aux latents are dead: all of them take part, so nothing is selected.
+
+  What is left is dense products with the rows of the dead latents, [B, k_aux] at most. At (d, n, B, k) = (512, 8192,
+  2048, 32) on two CPU cores the selection and its loops took 51 of 124 ms for eight dead latents.
+  """
+  width = dead_F.shape[0]
+  # Slots beyond the dead latents get an index outside, which reads as 0 and is not written to.
+  (dead_K,) = jnp.nonzero(dead_F, size=min(sae.k_aux, width), fill_value=width)
+
+  def rows(a):
+    return a.at[dead_K].get(mode='fill', fill_value=0)
+
+  w_enc_KD, w_dec_KD, b_enc_K = rows(params['w_enc_FD']), rows(params['w_dec_FD']), rows(params['b_enc_F'])
+  dtype = dtype or xc_BD.dtype
+  product_BK = jnp.einsum(
+    'bd,kd->bk', xc_BD.astype(dtype), w_enc_KD.astype(dtype), preferred_element_type=xc_BD.dtype
+  )
+  y_BK = jax.nn.relu(product_BK + b_enc_K[None])
+  h_BD, aux_loss = _auxk_loss(y_BK @ w_dec_KD, error_BD, loss=loss, batch=batch, axes=axes)
+  dy_BK = jnp.where(y_BK > 0, h_BD @ w_dec_KD.T, 0)
+  dw_enc_FD, dw_dec_FD, db_enc_F, along_F, _ = _no_auxk(params)
+  return (
+    dw_enc_FD.at[dead_K].add(dy_BK.T @ xc_BD, mode='drop'),
+    dw_dec_FD.at[dead_K].add(y_BK.T @ h_BD, mode='drop'),
+    db_enc_F.at[dead_K].add(jnp.sum(dy_BK, axis=0), mode='drop'),
+    along_F.at[dead_K].add(jnp.sum(y_BK * dy_BK, axis=0), mode='drop'),
+    aux_loss,
+  )
+
+
+def _auxk_loss(decoded_BD, error_BD, *, loss, batch, axes) -> tuple[jax.Array, jax.Array]:
+  """Gradient [B, D] of AuxK's reconstruction, and AuxK before its coefficient, from this shard's part of the former."""
+  difference_BD = _sum(decoded_BD, axes.latent) - error_BD
+  square_sum, sum_D, difference_square_sum = _sum(
+    (jnp.sum(error_BD**2), jnp.sum(error_BD, axis=0), jnp.sum(difference_BD**2)), axes.data
+  )
+  variance = losses.residual_variance(square_sum, sum_D, batch)
+  h_BD = losses.auxk_gradient(difference_BD, variance, loss.aux_coefficient, batch)
+  return h_BD, losses.auxk_loss(difference_square_sum, variance, batch, sum_D.size)
 
 
 def _no_auxk(params):
