@@ -2,7 +2,7 @@
 
 Everything is float64 and in fit coordinates. The objective is the sum over points of r^2 / 2, or Huber(r), where r
 is ln predicted - ln observed; logls is delta = inf. No variable projection: on logs a sum of terms is not linear in
-its amplitudes, so projecting needs an inner iteration, which finds the same optimum and is slower.
+its amplitudes, so projecting needs an inner iteration, which finds the same optimum.
 """
 
 from collections.abc import Sequence
