@@ -15,7 +15,7 @@ import numpy as np
 
 from bench import worker
 from sae_jax import config, distributed, metrics, optim, sae, sharding
-from sae_jax.train import make_step
+from sae_jax.step import make_step
 
 Shape = tuple[int, ...]  # d, n, B, k
 

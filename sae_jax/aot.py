@@ -12,9 +12,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from sae_jax import hlo, sharding, train
+from sae_jax import hlo, sharding
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.step import TrainState, abstract_state, make_step
 
 # What the compiler must know of an H100 SXM5; nothing here is read at run time.
 _H100 = """
@@ -70,8 +71,8 @@ def compile_step(config: Config, mesh: Mesh) -> Compiled:
 
   Raises `UserError` when the compiler finds that it does not fit in memory.
   """
-  init, step = train.make_step(config, mesh)
-  state = train.abstract_state(init, mesh, config)
+  init, step = make_step(config, mesh)
+  state = abstract_state(init, mesh, config)
   shape = (config.train.batch_tokens, config.sae.d_model)
   x_BD = jax.ShapeDtypeStruct(shape, np.float32, sharding=jax.NamedSharding(mesh, sharding.BATCH))
   began = time.monotonic()
@@ -100,7 +101,7 @@ def compile_step(config: Config, mesh: Mesh) -> Compiled:
   )
 
 
-def _state_bytes(state: train.TrainState) -> dict[str, int]:
+def _state_bytes(state: TrainState) -> dict[str, int]:
   def total(tree):
     return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree))
 

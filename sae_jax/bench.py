@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from sae_jax import config, files, flops, metrics, optim, sharding, sparse, topk
 from sae_jax.errors import UserError, one_line_errors
-from sae_jax.train import make_step
+from sae_jax.step import make_step
 
 SHAPES = ((512, 8192, 2048, 32), (768, 32768, 2048, 32), (768, 32768, 8192, 32))  # d, n, B, k
 _COPY_FLOATS = 2**26  # 268 MB: past every cache
