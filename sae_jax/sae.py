@@ -283,8 +283,10 @@ def _auxk_of_few(params, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes, dty
   2048, 32) on two CPU cores the selection and its loops took 51 of 124 ms for eight dead latents.
   """
   width = dead_F.shape[0]
-  # Slots beyond the dead latents get an index outside, which reads as 0 and is not written to.
   (dead_K,) = jnp.nonzero(dead_F, size=min(sae.k_aux, width), fill_value=width)
+  # Slots beyond the dead latents get indices outside, which read as 0 and are not written to. Each its own, so that the
+  # writes below are of unique rows: no order of sums, the same bits on every backend.
+  dead_K = jnp.where(dead_K < width, dead_K, width + jnp.arange(len(dead_K)))
 
   def rows(a):
     return a.at[dead_K].get(mode='fill', fill_value=0)
@@ -297,12 +299,16 @@ def _auxk_of_few(params, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes, dty
   y_BK = jax.nn.relu(product_BK + b_enc_K[None])
   h_BD, aux_loss = _auxk_loss(y_BK @ w_dec_KD, error_BD, loss=loss, batch=batch, axes=axes)
   dy_BK = jnp.where(y_BK > 0, h_BD @ w_dec_KD.T, 0)
-  dw_enc_FD, dw_dec_FD, db_enc_F, along_F, _ = _no_auxk(params)
+
+  def spread(like, values):
+    zeros = jnp.zeros_like(like)
+    return zeros.at[dead_K].set(values, mode='drop', unique_indices=True, indices_are_sorted=True)
+
   return (
-    dw_enc_FD.at[dead_K].add(dy_BK.T @ xc_BD, mode='drop'),
-    dw_dec_FD.at[dead_K].add(y_BK.T @ h_BD, mode='drop'),
-    db_enc_F.at[dead_K].add(jnp.sum(dy_BK, axis=0), mode='drop'),
-    along_F.at[dead_K].add(jnp.sum(y_BK * dy_BK, axis=0), mode='drop'),
+    spread(params['w_enc_FD'], dy_BK.T @ xc_BD),
+    spread(params['w_dec_FD'], y_BK.T @ h_BD),
+    spread(params['b_enc_F'], jnp.sum(dy_BK, axis=0)),
+    spread(params['b_enc_F'], jnp.sum(y_BK * dy_BK, axis=0)),
     aux_loss,
   )
 
