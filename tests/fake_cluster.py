@@ -1,6 +1,7 @@
-"""A Kubernetes API server of JobSets on loopback, and a `kubectl` that reaches nothing else."""
+"""A Kubernetes API server of JobSets on loopback, with a `kubectl` and an `xpk` that reach nothing else."""
 
 import asyncio
+import json
 import pathlib
 import shutil
 import sys
@@ -48,9 +49,48 @@ for body in documents:
   if response.status >= 400 and not gone:
     sys.exit('Error from server (%s): %s' % (answer['reason'], answer['message']))
 if args.verb == 'get':  # this server does not select by labels
-  wanted = dict(pair.split('=') for pair in args.selector.split(','))
-  answer['items'] = [i for i in answer['items'] if wanted.items() <= i['metadata']['labels'].items()]
+  def selected(labels):
+    pairs = [term.partition('=') for term in args.selector.split(',')]
+    return all(labels.get(key) == value if equals else key in labels for key, equals, value in pairs)
+  answer['items'] = [i for i in answer['items'] if selected(i['metadata']['labels'])]
 print(json.dumps(answer))
+"""
+
+# What `xpk workload create` of xpk 1.16 does that matters here. It takes no --quiet, which would delete unasked.
+_FAKE_XPK = """#!{python} -IS
+import argparse, http.client, json, os, sys
+
+with open(os.path.join(os.path.dirname(__file__), 'xpk_calls'), 'a') as calls:
+  calls.write(json.dumps(sys.argv[1:]) + '\\n')
+parser = argparse.ArgumentParser(allow_abbrev=False)
+parser.add_argument('noun', choices=['workload'])
+parser.add_argument('verb', choices=['create'])
+for flag in ('workload', 'cluster', 'namespace', 'tpu-type', 'docker-image', 'command'):
+  parser.add_argument('--' + flag, required=True)
+for flag in ('project', 'zone', 'priority'):
+  parser.add_argument('--' + flag)
+for flag in ('num-slices', 'max-restarts', 'termination-grace-period-seconds', 'ttl-seconds-after-finished'):
+  parser.add_argument('--' + flag, type=int)
+parser.add_argument('--skip-validation', action='store_true')
+args = parser.parse_args()
+
+server = http.client.HTTPConnection(os.environ['FAKE_SERVER'])
+path = '/apis/jobset.x-k8s.io/v1alpha2/namespaces/' + args.namespace + '/jobsets'
+
+def ask(method, path, body=None):
+  server.request(method, path, body and json.dumps(body), {'Content-Type': 'application/json'})
+  return json.load(server.getresponse())
+
+if args.workload in [item['metadata']['name'] for item in ask('GET', path)['items']]:
+  if input(f'[XPK] {args.workload} already exists, do you want to overwrite it? (y/N): ') != 'y':
+    sys.exit(1)
+  ask('DELETE', path + '/' + args.workload)
+labels = {'xpk.google.com/workload': args.workload}
+ask('POST', path, {
+  'apiVersion': 'jobset.x-k8s.io/v1alpha2', 'kind': 'JobSet',
+  'metadata': {'name': args.workload, 'namespace': args.namespace, 'labels': labels}, 'spec': {},
+})
+sys.exit(int(os.environ.get('FAKE_XPK_EXIT', 0)))  # of the steps after
 """
 
 _KUBECONFIG = """
@@ -105,12 +145,13 @@ class Cluster:
     self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
     binaries = folder / 'bin'
     binaries.mkdir(parents=True)
-    kubectl = binaries / 'kubectl'
+    programs = {'kubectl': _FAKE_KUBECTL, 'xpk': _FAKE_XPK}
     if real_kubectl:
-      kubectl.symlink_to(shutil.which('kubectl'))
-    else:
-      kubectl.write_text(_FAKE_KUBECTL.replace('{python}', sys.executable))
-      kubectl.chmod(0o755)
+      (binaries / 'kubectl').symlink_to(shutil.which('kubectl'))
+      del programs['kubectl']
+    for name, text in programs.items():
+      (binaries / name).write_text(text.replace('{python}', sys.executable))
+      (binaries / name).chmod(0o755)
     self.env = {'PATH': str(binaries), 'KUBECONFIG': str(folder / 'kubeconfig'), 'HOME': str(folder)}
 
   async def _serve(self) -> None:
@@ -140,6 +181,11 @@ class Cluster:
   def jobsets(self) -> dict[str, dict]:
     """Live objects by name."""
     return {name: dict(o.raw) for (_, _, name), o in self._api.objects.items() if not o.deleted}
+
+  def xpk_calls(self) -> list[list[str]]:
+    """Arguments of every call of xpk so far."""
+    calls = self._folder / 'bin' / 'xpk_calls'
+    return [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
 
   def set_status(self, namespace: str, name: str, status: dict) -> None:
     """What the JobSet controller would do."""

@@ -24,16 +24,6 @@ SITE = jobset_site.Site(
   context='fake',
   env={'XLA_FLAGS': '--xla_dump_to=$(HOME)'}, secrets=('wandb',),
 )  # fmt: skip
-SITE_FILE = """
-image = "registry.example/sae_jax:7"
-queue = "tpu-queue"
-tpu_accelerator = "tpu-v5p-slice"
-tpu_topology = "2x2x3"
-chips_per_host = 4
-secrets = ["wandb"]
-[env]
-XLA_FLAGS = "--xla_foo"
-"""
 
 
 def job(job_id='cell-0a1b2c3d4e5f', **changes):
@@ -88,22 +78,52 @@ def test_manifest_asks_for_one_whole_slice_in_the_queue():
   assert container['envFrom'] == [{'secretRef': {'name': 'wandb'}}]
 
 
-def test_manifest_restarts_on_preemption_and_signals_and_stops_on_bugs():
+def end_of(made, code, disrupted=False):
+  """The action of the JobSet when one pod has ended so, as the Job and JobSet controllers are documented to choose it."""
+  reason, message = 'BackoffLimitExceeded', 'Job has reached the specified backoff limit'
+  for i, rule in enumerate(spec_of(made)['podFailurePolicy']['rules']):
+    if 'onExitCodes' in rule:
+      wanted = rule['onExitCodes']
+      matches = code != 0 and (code in wanted['values']) == (wanted['operator'] == 'In')
+      what = f'Container w for pod default/p-0 failed with exit code {code}'
+    else:
+      matches = disrupted and rule['onPodConditions'] == [{'type': 'DisruptionTarget', 'status': 'True'}]
+      what = 'Pod default/p-0 has condition DisruptionTarget'
+    if matches:
+      if rule['action'] == 'FailJob':
+        reason, message = 'PodFailurePolicy', f'{what} matching FailJob rule at index {i}'
+      break
+  for rule in made['spec']['failurePolicy']['rules']:
+    if reason in rule['onJobFailureReasons'] and any(
+      re.search(pattern, message) for pattern in rule['onJobFailureMessagePatterns']
+    ):
+      return rule['action']
+  return 'RestartJobSet'
+
+
+def test_manifest_restarts_freely_once_saved_counts_signals_and_lost_nodes_and_stops_on_bugs():
+  made = jobset.manifest(job(), SITE, LEDGER)
+  ends = {code: end_of(made, code) for code in range(1, 256)}
+  assert [c for c, end in ends.items() if end == 'RestartJobSetAndIgnoreMaxRestarts'] == [42]
+  assert [c for c, end in ends.items() if end == 'RestartJobSet'] == list(range(128, 256))
+  assert {end for c, end in ends.items() if c < 128 and c != 42} == {'FailJobSet'}
+  # Of a drained or lost node: saved in time or not, but no bug. The message of another version counts too.
+  lost = [end_of(made, code, disrupted=True) for code in (42, 1, 137)]
+  assert lost == ['RestartJobSetAndIgnoreMaxRestarts', 'RestartJobSet', 'RestartJobSet']
+
+
+def test_manifest_policies_are_as_kubernetes_demands():
   made = jobset.manifest(job(), SITE, LEDGER)
   spec = spec_of(made)
-  disruption, exit_codes = spec['podFailurePolicy']['rules']
-  requirement = exit_codes['onExitCodes']
-  assert (exit_codes['action'], requirement['operator']) == ('FailJob', 'NotIn')
-  assert requirement['containerName'] == pod_of(made)['containers'][0]['name']
-  values = requirement['values']
-  assert values == sorted(set(values)) and len(values) <= 255  # as Kubernetes demands
-  fatal = set(range(1, 256)) - set(values)
-  assert fatal == set(range(1, 128)) - {42}
-  assert disruption['action'] == 'Count' and disruption['onPodConditions'][0]['type'] == 'DisruptionTarget'
-  # One failed pod fails the Job; only the reason of the rule above fails the JobSet, all others restart it.
+  for rule in spec['podFailurePolicy']['rules']:
+    if wanted := rule.get('onExitCodes'):
+      assert wanted['containerName'] == pod_of(made)['containers'][0]['name']
+      assert wanted['values'] == sorted(set(wanted['values'])) and len(wanted['values']) <= 255
+  # One failed pod fails the Job.
   assert (spec['backoffLimit'], pod_of(made)['restartPolicy']) == (0, 'Never')
-  (rule,) = made['spec']['failurePolicy']['rules']
-  assert (rule['action'], rule['onJobFailureReasons']) == ('FailJobSet', ['PodFailurePolicy'])
+  names = [rule['name'] for rule in made['spec']['failurePolicy']['rules']]
+  assert len(set(names)) == len(names)
+  assert all(re.fullmatch('[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?', name) for name in names)
 
 
 def test_manifest_tells_every_host_who_it_is():
@@ -153,88 +173,11 @@ def test_names_differ_between_jobs_and_between_ledgers():
   assert name('cell-a', LEDGER) == name('cell-a', LEDGER + '/')
 
 
-@pytest.mark.parametrize(
-  'name, value',
-  [
-    ('WANDB_API_KEY', 'c0ffee'), ('HF_TOKEN', 'x'), ('db_password', 'x'), ('GOOGLE_APPLICATION_CREDENTIALS', '/x'),
-    ('MYSECRET', 'x'), ('NOTE', 'hf_' + 'a1' * 17), ('NOTE', 'ghp_' + 'b2' * 18), ('NOTE', 'AKIA' + 'C3' * 8),
-    ('PROXY', 'http://me:hunter2@proxy.example'), ('NOTE', '-----BEGIN RSA PRIVATE KEY-----'),
-  ],
-)  # fmt: skip
-def test_secrets_are_refused_without_being_repeated(name, value):
-  with pytest.raises(UserError, match='reference a Kubernetes secret') as refused:
-    jobset.manifest(job(env={name: value}), SITE, LEDGER)
-  assert value not in str(refused.value) or len(value) < 3
+def test_secrets_in_variables_and_arguments_are_refused():
   with pytest.raises(UserError, match='reference a Kubernetes secret'):
-    jobset_site.Site('i', 'q', 'a', '2x2', 4, env={name: value})
-
-
-def test_secrets_in_arguments_are_refused():
+    jobset.manifest(job(env={'HF_TOKEN': 'x'}), SITE, LEDGER)
   with pytest.raises(UserError, match='reference a Kubernetes secret'):
     jobset.manifest(executors.Job('a', ('python', '--url=s3://me:hunter2@host/x'), hosts=3), SITE, LEDGER)
-
-
-def test_harmless_variables_are_no_secrets():
-  jobset_site.check_no_secrets(
-    {'TOKENIZERS_PARALLELISM': 'false', 'KEEP': '1', 'KEYBOARD': 'qwerty', 'JAX_LOG': 'sk-learn', 'A': 'gs://b/x:y@z'}
-  )  # fmt: skip
-
-
-def write(tmp_path, text):
-  (tmp_path / 'site.toml').write_text(text)
-  return str(tmp_path / 'site.toml')
-
-
-def test_site_file_is_read(tmp_path):
-  site = jobset_site.read_site(write(tmp_path, SITE_FILE))
-  assert (site.hosts, site.chips, site.namespace, site.secrets) == (3, 12, 'default', ('wandb',))
-  assert site.env == {'XLA_FLAGS': '--xla_foo'}
-
-
-@pytest.mark.parametrize(
-  'edit, message',
-  [
-    (('queue = "tpu-queue"', ''), 'lacks queue'),
-    (('queue =', 'que ='), "unknown key 'que'"),
-    (('"2x2x3"', '"2x2x"'), 'tpu_topology .*chips along each axis'),
-    (('"2x2x3"', '"2x3"'), 'has 6 chips, which hosts of chips_per_host = 4 do not divide'),
-    (('= 4', '= "4"'), "chips_per_host = '4' is not a whole number of at least 1"),
-    (('= 4', '= true'), 'chips_per_host = True is not a whole number of at least 1'),
-    (('= 4', '= 4\nmax_restarts = -1'), 'max_restarts = -1 is not a whole number of at least 0'),
-    (('= 4', '= 4\ngrace_s = 0.5'), 'grace_s = 0.5 is not a whole number of at least 1'),
-    (('"tpu-queue"', '"Tpu Queue"'), 'queue .*LocalQueue'),
-    (('"tpu-queue"', '7'), "queue = '7' is not valid"),
-    (('sae_jax:7', 'sae jax:7'), 'image .*image reference'),
-    (('sae_jax:7', 'x\\u0000'), 'image .*image reference'),
-    (('["wandb"]', '"wandb"'), "secrets = 'wandb' is not a list"),
-    (('["wandb"]', '["Not A Name"]'), 'list the names of Kubernetes secrets'),
-    (('XLA_FLAGS = "--xla_foo"', 'XLA_FLAGS = 3'), "env 'XLA_FLAGS' is not"),
-    (('XLA_FLAGS', '"A B"'), "env 'A B' is not"),
-    (('[env]', '[env.x]'), "env 'x' is not"),
-    (('[env]\nXLA_FLAGS = "--xla_foo"', ''), None),
-    (('image = ', 'env = 3\nimage = '), 'is not TOML'),
-    (('image = ', 'image == '), 'is not TOML'),
-    (('image = ', 'path = "relative"\nimage = '), 'path .*absolute folder'),
-    (('image = ', 'namespace = "../kube-system"\nimage = '), 'namespace'),
-    (('image = ', 'context = "--as=admin\\n"\nimage = '), 'context'),
-  ],
-)
-def test_site_file_with_a_mistake_is_refused(tmp_path, edit, message):
-  path = write(tmp_path, SITE_FILE.replace(*edit))
-  if message is None:
-    assert jobset_site.read_site(path).env == {}
-    return
-  with pytest.raises(UserError, match=message) as refused:
-    jobset_site.read_site(path)
-  assert '\n' not in str(refused.value)
-
-
-def test_site_file_missing_or_binary_is_refused(tmp_path):
-  with pytest.raises(UserError, match='cannot read the site file'):
-    jobset_site.read_site(str(tmp_path / 'none.toml'))
-  (tmp_path / 'site.toml').write_bytes(b'\xff\xfe')
-  with pytest.raises(UserError, match='is not TOML'):
-    jobset_site.read_site(str(tmp_path / 'site.toml'))
 
 
 def test_executor_refuses_a_ledger_that_pods_cannot_see(tmp_path):
@@ -315,10 +258,13 @@ def signals():
 @pytest.mark.usefixtures('signals')
 def test_launch_submits_each_job_once_and_says_when_jobs_end_early(cluster, tmp_path, monkeypatch, capsys):
   fake_bucket.use(monkeypatch)
-  one_chip = SITE_FILE.replace('"2x2x3"', '"1x1"').replace('= 4', '= 1')
+  site = tmp_path / 'site.toml'
+  site.write_text(
+    'image = "i"\nqueue = "q"\ntpu_accelerator = "tpu-v6e-slice"\ntpu_topology = "1x1"\nchips_per_host = 1\n'
+  )
   flags = [
     f'--sweep={pathlib.Path(tiny.__file__)}', f'--ledger={LEDGER}', '--executor=jobset',
-    f'--site={write(tmp_path, one_chip)}', '--gangs=2',
+    f'--site={site}', '--gangs=2',
   ]  # fmt: skip
 
   def run(*more):

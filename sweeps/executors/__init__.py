@@ -16,7 +16,7 @@ class Job:
 
   `id` names the job for its engine: a second submit of the same id does nothing while the first is alive. `env` is
   added to the environment. `walltime_s` None leaves the limit to the engine. `grace_s` is the time between SIGTERM
-  and SIGKILL. `max_restarts` bounds the restarts after `PREEMPTED`.
+  and SIGKILL. `max_restarts` bounds the restarts after `PREEMPTED`; on JobSets, where these are free, all others.
   """
 
   id: str

@@ -32,16 +32,12 @@ _COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-in
 def manifest(job: executors.Job, site: Site, ledger: str, generation: int = 1) -> dict[str, Any]:
   """The JobSet (v1alpha2) of a job: one slice, a process a host.
 
-  Exit codes 42 and 128 or more restart the gang, within `job.max_restarts`; any other failure ends it. The first
-  word of `job.argv`, an interpreter of this machine, becomes the image's `python`. Raises `UserError` for a job that
-  does not fit the slice or would carry a secret.
+  Exit code 42 restarts the gang each time, codes of 128 or more and lost nodes within `job.max_restarts`; any other
+  failure ends it. The first word of `job.argv`, an interpreter of this machine, becomes the image's `python`. Raises
+  `UserError` for a job that does not fit the slice or would carry a secret.
   """
-  if job.hosts != site.hosts or job.processes_per_host != 1:
-    raise UserError(
-      f'job {job.id[:80]!r} wants {job.hosts} hosts with {job.processes_per_host} processes each, but '
-      f'{site.tpu_topology} is {site.hosts} hosts with one; change the topology in the site file'
-    )
-  name = f'{_stem(job.id, ledger)}-{generation}'
+  check_fits(job, site)
+  name = name_of(job.id, ledger, generation)
   labels = {
     'app.kubernetes.io/name': 'sae-jax',
     LEDGER_LABEL: _digest(ledger.rstrip('/')),
@@ -54,12 +50,11 @@ def manifest(job: executors.Job, site: Site, ledger: str, generation: int = 1) -
     'backoffLimit': 0,  # one lost host ends the gang: the others would wait for it in a collective
     'podFailurePolicy': {
       'rules': [
-        # A drained or reclaimed node is never a bug, whatever its process said while it went down.
+        _fail_on('In', [PREEMPTED]),
+        # A drained or reclaimed node is never a bug, whatever its process said while it went down. Not free, though:
+        # an eviction for memory or disk that the job itself filled has this condition too.
         {'action': 'Count', 'onPodConditions': [{'type': 'DisruptionTarget', 'status': 'True'}]},
-        {
-          'action': 'FailJob',
-          'onExitCodes': {'containerName': _WORKER, 'operator': 'NotIn', 'values': list(RESTART_CODES)},
-        },
+        _fail_on('NotIn', list(RESTART_CODES)),
       ]
     },
     'template': {'metadata': {'labels': labels}, 'spec': _pod(job, site, name)},
@@ -83,7 +78,12 @@ def manifest(job: executors.Job, site: Site, ledger: str, generation: int = 1) -
       'failurePolicy': {
         'maxRestarts': job.max_restarts,
         'restartStrategy': 'BlockingRecreate',  # no rank of the old gang may meet the new coordinator
-        'rules': [{'name': 'bug', 'action': 'FailJobSet', 'onJobFailureReasons': ['PodFailurePolicy']}],
+        # Whatever matches neither rule restarts and counts. The stricter first: a JobSet that drops the patterns, which
+        # it does not know, then ends too early rather than never.
+        'rules': [
+          _after(2, 'bug', 'FailJobSet'),
+          _after(0, 'preempted', 'RestartJobSetAndIgnoreMaxRestarts'),
+        ],
       },
       'replicatedJobs': [{'name': _WORKER, 'replicas': 1, 'template': {'spec': spec}}],
     },
@@ -106,20 +106,19 @@ class JobSet:
     self._answered = False
 
   def render(self, jobs: list[executors.Job]) -> str:
-    """What `submit` would create the first time, as YAML documents (each is JSON) that `kubectl create -f` takes."""
+    """What `submit` would create the first time, as YAML documents (each is JSON) that `kubectl create -f` takes.
+
+    Raises `UserError` for a job that does not fit the slice or would carry a secret.
+    """
     made = [manifest(job, self._site, self._ledger) for job in jobs]
     return ''.join(f'---\n{json.dumps(document, indent=2)}\n' for document in made)
 
   def submit(self, job: executors.Job) -> str:
     """Queues a job, unless one of that id is pending or running."""
-    manifest(job, self._site, self._ledger)  # refuse a bad job before anybody is asked
-    generations = self._generations(_job_digest(job.id, self._ledger)).get(_stem(job.id, self._ledger), [])
+    self.render([job])  # refuse a bad job before anybody is asked
+    generations = self._generations(job.id).get(stem(job.id, self._ledger), [])
     if all(state == 'gone' for _, state in generations):
-      last = max((generation for generation, _ in generations), default=0)
-      made = manifest(job, self._site, self._ledger, last + 1)
-      done = self._kubectl('create', '-f', '-', stdin=json.dumps(made))
-      if done.returncode and '(AlreadyExists)' not in done.stderr:  # another launch was faster
-        raise UserError(f'cannot create JobSet {made["metadata"]["name"]}: {_said(done.stderr)}')
+      self._create(job, 1 + max((generation for generation, _ in generations), default=0))
     return job.id
 
   def states(self, ids: list[str]) -> dict[str, str]:
@@ -127,40 +126,51 @@ class JobSet:
     found = self._generations()
     states = {}
     for job_id in ids:
-      live = [state for _, state in found.get(_stem(job_id, self._ledger), []) if state != 'gone']
+      live = [state for _, state in found.get(stem(job_id, self._ledger), []) if state != 'gone']
       states[job_id] = live[0] if live else 'gone'
     return states
 
   def cancel(self, job_id: str) -> None:
     """Deletes the job: its pods get SIGTERM and their grace, also when asked again. It is 'gone' after them."""
-    stem = _stem(job_id, self._ledger)
-    for generation, state in self._generations(_job_digest(job_id, self._ledger)).get(stem, []):
+    name = stem(job_id, self._ledger)
+    for generation, state in self._generations(job_id).get(name, []):
       if state != 'gone':
-        name = f'{stem}-{generation}'
+        one = f'{name}-{generation}'
         done = self._kubectl(
-          'delete', KIND, name, '--ignore-not-found', '--cascade=foreground', '--wait=false'
+          'delete', KIND, one, '--ignore-not-found', '--cascade=foreground', '--wait=false'
         )
         if done.returncode:
-          raise UserError(f'cannot delete JobSet {name}: {_said(done.stderr)}')
+          raise UserError(f'cannot delete JobSet {one}: {said(done.stderr)}')
 
-  def _generations(self, job: str | None = None) -> dict[str, list[tuple[int, str]]]:
-    """(generation, state) of this ledger's JobSets by name without generation; of one job only when named."""
-    selector = f'{LEDGER_LABEL}={_digest(self._ledger.rstrip("/"))}' + (f',{JOB_LABEL}={job}' if job else '')
+  def _create(self, job: executors.Job, generation: int) -> None:
+    made = manifest(job, self._site, self._ledger, generation)
+    done = self._kubectl('create', '-f', '-', stdin=json.dumps(made))
+    if done.returncode and '(AlreadyExists)' not in done.stderr:  # another launch was faster
+      raise UserError(f'cannot create JobSet {made["metadata"]["name"]}: {said(done.stderr)}')
+
+  def _selector(self, job_id: str | None) -> str:
+    """Labels of this ledger's JobSets, or of one job's."""
+    one = '' if job_id is None else f',{JOB_LABEL}={_job_digest(job_id, self._ledger)}'
+    return f'{LEDGER_LABEL}={_digest(self._ledger.rstrip("/"))}{one}'
+
+  def _generations(self, job_id: str | None = None) -> dict[str, list[tuple[int, str]]]:
+    """(generation, state) by name without generation of the JobSets that `_selector` finds, strangers' among them."""
+    selector = self._selector(job_id)
     for wait_s in (*(self._waits_s if self._answered else ()), None):
       done = self._kubectl('get', KIND, '--selector', selector, '--output', 'json')
       if done.returncode == 0:
         break
       if wait_s is None:
         raise UserError(
-          f'kubectl get {KIND}: {_said(done.stderr)}; what runs goes on, and the same command finds it again'
+          f'kubectl get {KIND}: {said(done.stderr)}; what runs goes on, and the same command finds it again'
         )
       time.sleep(wait_s)
     self._answered = True
     found: dict[str, list[tuple[int, str]]] = {}
     for item in json.loads(done.stdout)['items']:
-      stem, _, generation = item['metadata']['name'].rpartition('-')
+      name, _, generation = item['metadata']['name'].rpartition('-')
       if generation.isdecimal():
-        found.setdefault(stem, []).append((int(generation), _state(item)))
+        found.setdefault(name, []).append((int(generation), _state(item)))
     return found
 
   def _kubectl(self, *args: str, stdin: str = '') -> subprocess.CompletedProcess[str]:
@@ -179,11 +189,51 @@ class JobSet:
       return subprocess.CompletedProcess(error.cmd, 1, '', 'no answer within 120 s')
 
 
-def _pod(job: executors.Job, site: Site, name: str) -> dict[str, Any]:
-  """The pod of one host, in the JobSet of this name."""
+def check_fits(job: executors.Job, site: Site) -> None:
+  """Raises `UserError` for a job that is not one process on each host of the slice."""
+  if job.hosts != site.hosts or job.processes_per_host != 1:
+    raise UserError(
+      f'job {job.id[:80]!r} wants {job.hosts} hosts with {job.processes_per_host} processes each, but '
+      f'{site.tpu_topology} is {site.hosts} hosts with one; change the topology in the site file'
+    )
+
+
+def environment(job: executors.Job, site: Site) -> dict[str, str]:
+  """The variables of every process. Raises `UserError` when one of them, or an argument, would show a secret."""
   env = site.env | job.env
   check_no_secrets(env | {f'argument_{i}': word for i, word in enumerate(job.argv)})
-  variables: list[dict[str, Any]] = [{'name': key, 'value': _literal(env[key])} for key in sorted(env)]
+  return env
+
+
+def name_of(job_id: str, ledger: str, generation: int) -> str:
+  """The JobSet's name: a DNS label of at most 28 characters up to generation 99."""
+  return f'{stem(job_id, ledger)}-{generation}'
+
+
+def _fail_on(operator: str, codes: list[int]) -> dict[str, Any]:
+  return {
+    'action': 'FailJob',
+    'onExitCodes': {'containerName': _WORKER, 'operator': operator, 'values': codes},
+  }
+
+
+def _after(index: int, name: str, action: str) -> dict[str, Any]:
+  """What the JobSet does when this rule of the pod failure policy has failed its Job.
+
+  All those rules give one reason; the index ends the message (JobSet 0.10 or newer reads it).
+  """
+  return {
+    'name': name,
+    'action': action,
+    'onJobFailureReasons': ['PodFailurePolicy'],
+    'onJobFailureMessagePatterns': [f'matching FailJob rule at index {index}$'],
+  }
+
+
+def _pod(job: executors.Job, site: Site, name: str) -> dict[str, Any]:
+  """The pod of one host, in the JobSet of this name."""
+  env = environment(job, site)
+  variables: list[dict[str, Any]] = [{'name': key, 'value': literal(env[key])} for key in sorted(env)]
   if job.hosts > 1:
     variables = [v for v in variables if v['name'] not in _RENDEZVOUS] + [
       {'name': 'JAX_COORDINATOR_ADDRESS', 'value': f'{name}-{_WORKER}-0-0.{name}:{_COORDINATOR_PORT}'},
@@ -194,7 +244,7 @@ def _pod(job: executors.Job, site: Site, name: str) -> dict[str, Any]:
   container = {
     'name': _WORKER,
     'image': site.image,
-    'command': ['python', *map(_literal, job.argv[1:])],
+    'command': ['python', *map(literal, job.argv[1:])],
     'env': variables,
     'resources': {'limits': chips, 'requests': dict(chips)},
   }
@@ -230,9 +280,12 @@ def _state(item: dict[str, Any]) -> str:
   return 'running' if any(job.get('ready') for job in jobs) else 'pending'
 
 
-def _stem(job_id: str, ledger: str) -> str:
-  """A DNS label that differs for different jobs and leaves room for what JobSet appends to name its pods (63)."""
-  readable = re.sub('[^a-z0-9]+', '-', job_id.lower())[:20].strip('-')
+def stem(job_id: str, ledger: str) -> str:
+  """A DNS label that differs for different jobs and leaves room for what JobSet appends to name its pods (63).
+
+  25 characters at most: with its generation, no more than xpk takes for the largest slices (28).
+  """
+  readable = re.sub('[^a-z0-9]+', '-', job_id.lower())[:10].strip('-')
   return '-'.join(part for part in ('sae', readable, _job_digest(job_id, ledger)) if part)
 
 
@@ -244,10 +297,10 @@ def _digest(text: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
   """Kubernetes replaces $(NAME) in commands and variables; doubled dollars stay as they were meant."""
   return text.replace('$', '$$')
 
 
-def _said(stderr: str) -> str:
+def said(stderr: str) -> str:
   return ledgers.printable(stderr)[:500] or 'no message'

@@ -41,9 +41,12 @@ class Site:
   service_account: str | None = None
   priority_class: str | None = None
   grace_s: int = 120  # between SIGTERM and SIGKILL
-  max_restarts: int = executors.MAX_PREEMPTIONS  # of one JobSet, after preemptions and crashes alike
+  max_restarts: int = executors.MAX_PREEMPTIONS  # of one JobSet, those after exit code 42 not counted
   env: dict[str, str] = dataclasses.field(default_factory=dict)
   secrets: tuple[str, ...] = ()  # Kubernetes secrets whose keys become environment variables
+  xpk_cluster: str | None = None  # submit through xpk to this cluster of its making; see xpk.py
+  xpk_project: str | None = None  # of the cluster; None is gcloud's
+  xpk_zone: str | None = None
 
   def __post_init__(self) -> None:
     for name, pattern, rule in (
@@ -56,6 +59,9 @@ class Site:
       ('namespace', _LABEL, 'the name of a namespace'),
       ('service_account', _SUBDOMAIN, 'the name of a service account'),
       ('priority_class', _SUBDOMAIN, 'the name of a priority class'),
+      ('xpk_cluster', re.compile(r'[a-z]([-a-z0-9]{0,38}[a-z0-9])?'), 'the name of a cluster that xpk made'),
+      ('xpk_project', _SUBDOMAIN, 'a project id'),
+      ('xpk_zone', _LABEL, 'a zone, e.g. us-east5-a'),
     ):
       value = getattr(self, name)
       if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
