@@ -1,9 +1,11 @@
 """Held-out quality: NMSE, MSE and L0, streamed, the same for any batch split and any mesh.
 
 NMSE = sum ||x - x_hat||^2 / sum ||x - mean x||^2 over the whole held-out set, the mean taken over the same set
-(Gao et al., section 1). Predicting the mean scores exactly 1.
+(Gao et al., section 1). Predicting the mean scores exactly 1. The latents of a token are its exact top k, as the
+autoencoder is defined and used afterwards, also where training selects approximately: what that misses is a recall.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable
 
@@ -11,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import sharding
+from sae_jax import sharding, sparse, topk
 from sae_jax.config import Config
 from sae_jax.data.source import Source
-from sae_jax.sae import Params, reconstruct
+from sae_jax.sae import Params, encode, reconstruct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Quality:
   nmse: float
   mse: float  # mean over tokens and components
   l0: float  # mean number of non-zero latents a token
+  topk_recall: float | None  # share of the exact top k that training finds; None where it selects exactly
 
 
 class Evaluator:
@@ -33,7 +36,10 @@ class Evaluator:
   def __init__(self, config: Config, mesh: Mesh, source: Source):
     self._tokens, self._batch, self._width = config.eval.tokens, config.eval.batch_tokens, source.d_model
     self._mesh, self._source = mesh, source
-    self._token_errors = _make_token_errors(config, mesh)
+    self._token_sums = _make_token_sums(config, mesh)
+    self._chosen = config.eval.tokens * config.sae.k
+    whole = {name: NamedSharding(mesh, spec) for name, spec in sharding.PARAM_SPECS.items()}
+    self._gather = jax.jit(lambda params: params, out_shardings=whole) if config.state_is_split else None
     total_D, square = np.zeros(source.d_model), 0.0
     for start in range(0, self._tokens, self._batch):
       x_BD = source.held_out(start, min(start + self._batch, self._tokens)).astype(np.float64)
@@ -45,24 +51,28 @@ class Evaluator:
 
   def __call__(self, *candidates: Params) -> list[Quality]:
     """One `Quality` for each set of parameters; each batch is read and placed once."""
-    errors = np.zeros(len(candidates))
-    actives = np.zeros(len(candidates))
+    if self._gather:
+      # Over the data axis once, not once a batch. Raw and EMA weights together are what a step holds of a latent shard
+      # at its peak: gathered parameters and gradients not yet scattered.
+      candidates = tuple(self._gather(params) for params in candidates)
+    sums: list[dict[str, np.float64]] = [collections.defaultdict(np.float64) for _ in candidates]
     for start in range(0, self._tokens, self._batch):
       count = min(self._batch, self._tokens - start)
       x_BD = sharding.place_rows(
         self._mesh, (self._batch, self._width), lambda a, b, start=start: self._padded(start + a, start + b)
       )
-      for i, params in enumerate(candidates):
-        error_B, active_B = multihost_utils.process_allgather(self._token_errors(params, x_BD), tiled=True)
-        errors[i] += np.sum(error_B[:count], dtype=np.float64)
-        actives[i] += np.sum(active_B[:count], dtype=np.float64)
+      for params, total in zip(candidates, sums, strict=True):
+        by_token = multihost_utils.process_allgather(self._token_sums(params, x_BD), tiled=True)
+        for name, values_B in by_token.items():
+          total[name] += np.sum(values_B[:count], dtype=np.float64)
     return [
       Quality(
-        nmse=float(error / self.total_square),
-        mse=float(error / (self._tokens * self._width)),
-        l0=float(active / self._tokens),
+        nmse=float(total['error'] / self.total_square),
+        mse=float(total['error'] / (self._tokens * self._width)),
+        l0=float(total['active'] / self._tokens),
+        topk_recall=float(total['found'] / self._chosen) if 'found' in total else None,
       )
-      for error, active in zip(errors, actives, strict=True)
+      for total in sums
     ]
 
   def _padded(self, start: int, stop: int) -> np.ndarray:
@@ -73,26 +83,34 @@ class Evaluator:
     return x_BD
 
 
-def _make_token_errors(
-  config: Config, mesh: Mesh
-) -> Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]:
-  """Squared error and number of active latents for each token. Evaluation never donates."""
+def _make_token_sums(config: Config, mesh: Mesh) -> Callable[[Params, jax.Array], dict[str, jax.Array]]:
+  """Of each token the squared error, the active latents and, of an approximate selection, the latents it found.
+
+  Evaluation never donates.
+  """
   axes = sharding.axes_of(mesh)
   dtype = jnp.bfloat16 if config.train.compute_dtype == 'bfloat16' else None
 
-  def token_errors(params, x_BD):
+  @sparse.forced(config.mesh.products)
+  def token_sums(params, x_BD):
     x_hat_BD, codes = reconstruct(params, x_BD, config.sae.k, axes, dtype)
     active_B = jnp.sum(codes.z_BK > 0, axis=-1, dtype=jnp.int32)
     if axes.latent:
       active_B = jax.lax.psum(active_B, axes.latent)
-    return jnp.sum((x_BD - x_hat_BD) ** 2, axis=-1), active_B
+    sums = {'error': jnp.sum((x_BD - x_hat_BD) ** 2, axis=-1), 'active': active_B}
+    if config.sae.selection == 'approximate':
+      product_BF, _, _ = encode(params, x_BD, config.sae.k, axes, dtype)  # compiled once, with the one above
+      sums['found'] = topk.found(
+        product_BF, params['b_enc_F'], config.sae.k, config.sae.recall_target, axes.latent
+      )
+    return sums
 
   return jax.jit(
     jax.shard_map(
-      token_errors,
+      token_sums,
       mesh=mesh,
       in_specs=(sharding.PARAM_SPECS, sharding.BATCH),
-      out_specs=(P('data'), P('data')),
+      out_specs=P('data'),
       check_vma=False,
     )
   )

@@ -47,6 +47,8 @@ class Member:
     self._facts: dict[str, Any] = {
       'mesh': [config.mesh.data, config.mesh.latent],
       'row_chunks': config.mesh.row_chunks,
+      'products': config.mesh.products,
+      'device_kind': mesh.devices.flat[0].device_kind,
       'versions': metrics.versions(),
       'bit_exact': True,
       'wall_s': 0.0,
@@ -62,7 +64,11 @@ class Member:
     if not restored:
       return fresh()
     state, saved = restored
-    same = all(saved.get(key, 1) == self._facts[key] for key in ('mesh', 'row_chunks', 'versions'))
+    # What checkpoints from before a fact was kept mean: the only way there was, and nothing known of the device.
+    saved = {'row_chunks': 1, 'products': 'auto', 'device_kind': self._facts['device_kind']} | saved
+    same = all(
+      saved[key] == self._facts[key] for key in ('mesh', 'row_chunks', 'products', 'device_kind', 'versions')
+    )
     self._facts |= {'bit_exact': saved['bit_exact'] and same, 'wall_s': saved['wall_s']}
     return state
 
@@ -86,6 +92,8 @@ class Member:
       'eval/nmse': best.nmse, 'eval/nmse_raw': raw.nmse, 'eval/nmse_ema': ema.nmse, 'eval/weights': better,
       'eval/mse': best.mse, 'eval/l0': best.l0,
     } | train_metrics  # fmt: skip
+    if best.topk_recall is not None:
+      line['eval/topk_recall'] = best.topk_recall
     check_finite(at, line)
     if self._log:
       self._log.write(at, line)
@@ -118,6 +126,8 @@ class Member:
       measured = {
         key: line[f'eval/{key}'] for key in ('nmse', 'nmse_raw', 'nmse_ema', 'weights', 'mse', 'l0')
       }
+      if config.sae.selection == 'approximate':
+        measured['topk_recall'] = line['eval/topk_recall']
       spent = {key: line[key] for key in ('tokens', 'flops_useful', 'flops_dense', 'flops_subject', 'wall_s')}
       metrics.commit_result(
         self.workdir,
@@ -134,7 +144,7 @@ class Member:
           'dead_fraction': line['sae/dead_fraction'],
           'params_digest': digest,
           'bit_exact': self._facts['bit_exact'],
-          'device_kind': self.mesh.devices.flat[0].device_kind,
+          'device_kind': self._facts['device_kind'],
           'n_devices': self.mesh.size,
           'mesh': self._facts['mesh'],
           'versions': self._facts['versions'],

@@ -88,17 +88,27 @@ def encoder_scale(params: Params, probe_BD: jax.Array, k: int, axes: Axes) -> ja
 
 
 def encode(
-  params: Params, x_BD: jax.Array, k: int, axes: Axes, dtype, chunks: int = 1, exchange: str = 'auto'
+  params: Params,
+  x_BD: jax.Array,
+  k: int,
+  axes: Axes,
+  dtype,
+  chunks: int = 1,
+  exchange: str = 'auto',
+  recall_target: float | None = None,
 ) -> tuple[jax.Array | None, Codes, jax.Array]:
   """(x - b_pre) W_enc^T [B, F] without the bias, this shard's codes, and x - b_pre [B, D].
 
   `dtype` is that of the matmul's inputs, None for that of the parameters. It accumulates in the parameters' and the
   selection reads that: on bfloat16 pre-activations half the rows tie at the k-th value. In more than one chunk of rows
-  the product never exists whole and None stands in its place.
+  the product never exists whole and None stands in its place. With a recall target each shard's candidates are those of
+  `topk.approximate`.
   """
   xc_BD = x_BD - params['b_pre_D'][None]
   product_BF = _product(params, xc_BD, dtype) if chunks == 1 else None
-  codes = _codes(params, params['b_enc_F'], product_BF, xc_BD, k, axes, dtype, chunks, exchange)
+  codes = _codes(
+    params, params['b_enc_F'], product_BF, xc_BD, k, axes, dtype, chunks, exchange, recall_target
+  )
   return product_BF, codes, xc_BD
 
 
@@ -112,19 +122,25 @@ def _product(params: Params, xc_BD: jax.Array, dtype) -> jax.Array:
   )
 
 
-def _codes(params, bias_F, product_BF, xc_BD, k, axes, dtype, chunks, exchange) -> Codes:
+def _codes(params, bias_F, product_BF, xc_BD, k, axes, dtype, chunks, exchange, recall_target=None) -> Codes:
   """Codes of the pre-activations product + bias, the product made chunk by chunk where it is not given.
 
   The loop over chunks is local: shards agree on the winners of all rows at once.
   """
   width = bias_F.shape[0]
   m = min(k, width)
+
+  def candidates(product_BF):
+    if recall_target is None:
+      return topk.top_k(product_BF, bias_F, m)
+    return topk.approximate(product_BF, bias_F, m, recall_target)
+
   if product_BF is not None:
-    v_BK, idx_BK = topk.top_k(product_BF, bias_F, m)
+    v_BK, idx_BK = candidates(product_BF)
   else:
     xc_CRD = xc_BD.reshape(chunks, -1, xc_BD.shape[1])
-    candidates = jax.lax.map(lambda xc_RD: topk.top_k(_product(params, xc_RD, dtype), bias_F, m), xc_CRD)
-    v_BK, idx_BK = (a_CRK.reshape(-1, m) for a_CRK in candidates)
+    chosen = jax.lax.map(lambda xc_RD: candidates(_product(params, xc_RD, dtype)), xc_CRD)
+    v_BK, idx_BK = (a_CRK.reshape(-1, m) for a_CRK in chosen)
   kept_BK = topk.select(v_BK, k, width, axes.latent, exchange)
   return Codes(jax.nn.relu(jnp.where(kept_BK, v_BK, 0)), idx_BK)
 
@@ -186,8 +202,11 @@ def loss_and_grads(
 
   Firing is combined over the whole batch before the dead mask is taken. Gradients are reduced over the data axis
   once, after the loops over k; nothing of size B x n leaves the shard.
+
+  `sae.selection` is that of the main codes; AuxK, which looks at dead latents only, selects exactly.
   """
-  product_BF, codes, xc_BD = encode(params, x_BD, sae.k, axes, dtype, chunks, exchange)
+  recall_target = sae.recall_target if sae.selection == 'approximate' else None
+  product_BF, codes, xc_BD = encode(params, x_BD, sae.k, axes, dtype, chunks, exchange, recall_target)
   slots = _slots(codes, axes)
   x_hat_BD = _decode(params, codes, axes) + params['b_pre_D'][None]
   error_BD = x_BD - x_hat_BD

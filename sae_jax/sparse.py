@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax import sparse_cpu, sparse_gpu, sparse_tpu
+from sae_jax.errors import UserError
 from sae_jax.sparse_cpu import Slots
 
 PATHS = ('loops', 'kernels', 'dense')
@@ -24,14 +25,30 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar('forced', d
 
 @contextlib.contextmanager
 def forced(path: str) -> Iterator[None]:
-  """Whatever is traced inside takes this one of `PATHS` on every platform; 'kernels' compiles for CUDA only."""
-  if path not in PATHS:
+  """Whatever is traced inside takes this one of `PATHS` on every platform; 'auto' leaves the choice as it was.
+
+  'kernels' compiles for CUDA only: see `check`. As a decorator it holds wherever the function is traced.
+  """
+  if path not in ('auto', *PATHS):
     raise ValueError(f'path {path!r} is none of {PATHS}')
-  token = _forced.set(path)
+  token = _forced.set(_forced.get() if path == 'auto' else path)
   try:
     yield
   finally:
     _forced.reset(token)
+
+
+def check(path: str, platform: str, batch: int, n_latents: int, d_model: int) -> None:
+  """Raises `UserError` when `mesh.products=path` cannot be had for one shard's tokens and latents on this platform."""
+  if path != 'kernels':
+    return
+  if platform not in ('gpu', 'cuda'):
+    raise UserError(f"mesh.products='kernels' needs a CUDA device and this one is a {platform}; use 'auto'")
+  if not sparse_gpu.fits(batch, n_latents, d_model):
+    raise UserError(
+      f"mesh.products='kernels' cannot address {max(batch, n_latents)} x {d_model} numbers on a device; "
+      "use 'auto', or a larger mesh"
+    )
 
 
 def describe(platform: str, batch: int, n_latents: int, d_model: int, k: int) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import optim, sae, sharding
+from sae_jax import optim, sae, sharding, sparse
 from sae_jax.config import Config
 
 _PROBES = 256
@@ -28,13 +28,20 @@ class TrainState:
 
 
 def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
-  """Compiled `init(b_pre_D, scale) -> state` and `step(state, x_BD) -> (state, metrics)`; step donates its state."""
+  """Compiled `init(b_pre_D, scale) -> state` and `step(state, x_BD) -> (state, metrics)`; step donates its state.
+
+  Raises `UserError` when the configuration forces a path of the sparse products that these devices do not have.
+  """
   axes = sharding.axes_of(mesh)
   tx = optim.make_optimizer(config.optim, config.train.batch_tokens)
   dtype = jnp.bfloat16 if config.train.compute_dtype == 'bfloat16' else None
   batch, width = config.train.batch_tokens, config.sae.d_model
+  rows = max(batch, config.eval.batch_tokens) // mesh.shape['data']
+  latents = config.sae.n_latents // mesh.shape['latent']
+  sparse.check(config.mesh.products, mesh.devices.flat[0].platform, rows, latents, width)
 
   def on_shards(f, in_specs, out_specs):
+    f = sparse.forced(config.mesh.products)(f)
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
   encoder_scale = on_shards(

@@ -1,4 +1,4 @@
-"""Exact top-k: the k largest of each row, ties to the lowest index, on one shard and across shards.
+"""Top-k: the k largest of each row, ties to the lowest index, on one shard and across shards; all but `approximate` exact.
 
 `jax.lax.top_k` on a sharded axis under jit gathers the whole array and has been wrong on some backends, so the
 selection across shards is written out for use inside `shard_map`.
@@ -39,6 +39,19 @@ def two_stage(product_BF: jax.Array, bias_F: jax.Array, k: int, group: int) -> t
   return v_BK, idx_BK
 
 
+def approximate(
+  product_BF: jax.Array, bias_F: jax.Array, k: int, recall_target: float
+) -> tuple[jax.Array, jax.Array]:
+  """As `top_k`, but some of the k largest may be missed; values [B, k] descending, ties in any order.
+
+  On a TPU the columns are dealt into bins and only the largest of each bin is looked at (Chern et al. 2022, "TPU-KNN"),
+  with as many bins as make `recall_target` the expected share of the k largest that is found, if they lie at random
+  columns. XLA on a CPU or GPU sorts instead: recall is 1 there, at the price of a sort.
+  """
+  v_BK, idx_BK = jax.lax.approx_max_k(product_BF + bias_F[None], k, recall_target=recall_target)
+  return v_BK, idx_BK
+
+
 def exchange(k: int, shards: int, width: int, rows: int) -> str:
   """How `select` finds the k-th value of each row over all shards: 'gather' or 'count'. Both are exact.
 
@@ -57,20 +70,38 @@ def select(v_Bm: jax.Array, k: int, width: int, latent_axis: str | None, method:
   """Which of this shard's candidates are in the global top-k of each row: a mask [B, m].
 
   Args:
-    v_Bm: the m = min(k, width) largest values of each row of this shard, descending, from `top_k`.
+    v_Bm: m = min(k, width) values of each row of this shard, descending: from `top_k` the largest.
     k: latents to keep over all shards.
     width: latents of a shard.
     latent_axis: mesh axis that latents are sharded over, or None on one shard.
     method: 'gather', 'count', or 'auto' for what `exchange` says.
 
   Returns:
-    A mask whose true entries lead each row. Over all shards exactly k a row are kept, ties to the lowest global index.
+    A mask whose true entries lead each row. Over all shards exactly k a row are kept, the largest of the candidates,
+    ties to the lowest global index where each shard's candidates have them so.
   """
   if latent_axis is None:
     return jnp.ones_like(v_Bm, dtype=bool)
   if method == 'auto':
     method = exchange(k, jax.lax.axis_size(latent_axis), width, v_Bm.shape[0])
   return {'gather': _by_gathering, 'count': _by_counting}[method](v_Bm, k, latent_axis)
+
+
+def found(
+  product_BF: jax.Array, bias_F: jax.Array, k: int, recall_target: float, latent_axis: str | None
+) -> jax.Array:
+  """How many of the exact top k of each row are among the candidates of `approximate`, over all shards: int32 [B]."""
+  width = bias_F.shape[0]
+  m = min(k, width)
+
+  def winners(v_BK, idx_BK):
+    return jnp.where(select(v_BK, k, width, latent_axis), idx_BK, -1)
+
+  exact_BK = winners(*top_k(product_BF, bias_F, m))
+  approximate_BK = winners(*approximate(product_BF, bias_F, m, recall_target))
+  both_BKK = (exact_BK[:, :, None] == approximate_BK[:, None, :]) & (exact_BK[:, :, None] >= 0)
+  found_B = jnp.sum(both_BKK, axis=(1, 2), dtype=jnp.int32)
+  return found_B if latent_axis is None else jax.lax.psum(found_B, latent_axis)
 
 
 def _by_gathering(v_Bm: jax.Array, k: int, latent_axis: str) -> jax.Array:

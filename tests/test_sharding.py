@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import tiny
-from sae_jax import config, hlo, optim, sharding
+from sae_jax import config, evaluate, hlo, optim, sharding
 from sae_jax import train as training
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
@@ -228,6 +228,35 @@ def one_evaluation():
   state, _ = run(config_, 5, np.float32)
   params = jax.device_get(state.params)
   return params, Evaluator(config_, sharding.make_mesh(config_.mesh), open_source(config_))(params)[0]
+
+
+def test_evaluation_gathers_split_parameters_once_and_changes_no_bit(monkeypatch):
+  config_ = cell(2, 4)
+  assert config_.state_is_split
+  mesh, source = sharding.make_mesh(config_.mesh), open_source(config_)
+  rng = np.random.default_rng(0)
+  shapes = {'w_enc_FD': (F, D), 'w_dec_FD': (F, D), 'b_enc_F': (F,), 'b_pre_D': (D,)}
+  params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+  at_rest = jax.device_put(params, sharding.shardings(mesh, params))
+  make, calls = evaluate._make_token_sums, []
+
+  def recorded(*args):
+    token_sums = make(*args)
+    return lambda params, x_BD: calls.append((token_sums, params, x_BD)) or token_sums(params, x_BD)
+
+  monkeypatch.setattr(evaluate, '_make_token_sums', recorded)
+  evaluate.Evaluator(config_, mesh, source)(at_rest)
+  (token_sums, gathered, x_BD), again = calls[0], calls[1]
+
+  def weights_gathered(params):
+    text = token_sums.lower(params, x_BD).compile().as_text()
+    found = hlo.collectives(text, dict(mesh.shape))
+    return [c for c in found if c.op == 'all-gather' and c.axis == 'data']
+
+  assert len(weights_gathered(at_rest)) >= 2 and not weights_gathered(gathered)
+  assert again[1]['w_dec_FD'] is gathered['w_dec_FD']
+  for got, expected in zip(*(token_sums(p, x_BD).values() for p in (gathered, at_rest)), strict=True):
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_predicting_the_mean_scores_one():

@@ -80,7 +80,7 @@ def test_more_slots_never_leave_the_dense_path(n_latents, width, k):
   assert dense == sorted(dense)
 
 
-def sharded_step(mesh: Mesh, n_latents: int, width: int, k: int, batch: int):
+def sharded_step(mesh: Mesh, n_latents: int, width: int, k: int, batch: int, selection: str = 'exact'):
   """The real per-shard function with AuxK on, sharded over both axes, and the shapes it takes."""
   config = SAEConfig(
     d_model=width,
@@ -90,6 +90,7 @@ def sharded_step(mesh: Mesh, n_latents: int, width: int, k: int, batch: int):
     k_aux=2 * k,
     fired_threshold=1e-3,
     latent_bias=True,
+    selection=selection,
   )
   loss = LossConfig(aux_coefficient=1 / 32, dead_tokens=10 * batch)
 
@@ -140,8 +141,10 @@ def test_the_sharded_step_lowers_for_cuda_with_kernels():
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1'])
-def test_the_sharded_step_compiles_for_tpu(topology):
+@pytest.mark.parametrize(
+  'topology, selection', [('v5e:2x2', 'exact'), ('v5p:2x2x1', 'exact'), ('v5e:2x2', 'approximate')]
+)
+def test_the_sharded_step_compiles_for_tpu(topology, selection):
   """Compiled, not run: needs libtpu, no chip."""
   from jax.experimental import topologies
 
@@ -149,8 +152,11 @@ def test_the_sharded_step_compiles_for_tpu(topology):
     os.environ.setdefault(name, value)
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   mesh = Mesh(np.array(devices).reshape(2, 2), ('data', 'latent'))
-  step, args = sharded_step(mesh, 2 * 1031, 129, 5, batch=2 * 67)  # nothing is a multiple of a block
+  step, args = sharded_step(mesh, 2 * 1031, 129, 5, 2 * 67, selection)  # nothing is a multiple of a block
   compiled = step.lower(*args).compile()
   assert 'dense' in sparse.describe('tpu', 67, 1031, 129, 5)
   assert 'convolution' in compiled.as_text()
+  assert ('PartialReduce' in compiled.as_text()) == (
+    selection == 'approximate'
+  )  # what XLA makes of approx_max_k
   assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20

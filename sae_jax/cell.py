@@ -1,0 +1,294 @@
+"""A cell: the frozen dataclasses that decide one autoencoder, their rules, and a content-hash id.
+
+`sae_jax.config` makes them from what a user writes; the library takes nothing else.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from typing import Any, TypeVar
+
+from sae_jax.errors import UserError
+from sae_jax.recipe import ScalingRecipe
+
+T = TypeVar('T')
+
+SCHEMA = 1
+
+# Where and how a cell runs, which does not decide its result.
+_NOT_IDENTITY = ('mesh', 'train.checkpoint_every', 'data.path')
+
+
+@dataclasses.dataclass(frozen=True)
+class SAEConfig:
+  d_model: int  # D: width of the activations
+  n_latents: int  # F
+  k: int  # K: active latents a token
+  activation: str  # 'topk'
+  k_aux: int  # dead latents that may reconstruct the residual
+  fired_threshold: float  # a latent fired when its value exceeds this, in the scale of the inputs
+  latent_bias: bool  # b_enc: in the reference code, not in the paper's equation
+  selection: str = (
+    'exact'  # or 'approximate': how training finds each shard's candidates, see topk.approximate
+  )
+  recall_target: float = 0.95  # of the approximate selection, in expectation; the exact one ignores it
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  aux_coefficient: float  # alpha of AuxK
+  dead_tokens: int  # idle for more than this: dead
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  learning_rate: float
+  beta1: float
+  beta2: float
+  eps: float
+  clip_norm: float  # global gradient norm; 0 = off
+  warmup_tokens: int
+  ema_decay: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  batch_tokens: int  # B
+  tokens: int  # the budget; the last partial batch is not trained on
+  seed: int  # initialisation only
+  checkpoint_every: int  # steps
+  compute_dtype: str  # of matmul inputs: 'float32' or 'bfloat16'
+
+  @property
+  def steps(self) -> int:
+    return self.tokens // self.batch_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  tokens: int  # held-out tokens, never trained on
+  per_decade: int  # evaluations per decade of steps, log-spaced
+  batch_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PlantedConfig:
+  n_features: int
+  active: float  # mean number of active features a token
+  exponent: float  # feature i fires at a rate proportional to (i+1)^-exponent
+  noise: float  # standard deviation of the noise relative to the signal's
+  seed: int  # of the dictionary itself
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  source: str  # 'planted', 'store' or 'live'
+  subject: str  # language model, e.g. 'smollm2-135m'
+  site: str  # where in it, e.g. 'resid_post.12'
+  text: str  # corpus, e.g. 'sotu'
+  path: str  # of the store
+  identity: str  # content hash of the store; empty for planted and live, whose settings are their identity
+  seed: int  # order only
+  epochs: int
+  normalize: str  # 'center_unit' (the paper's) or 'none'; the NMSE lives in that space
+  window_tokens: int  # T: tokens of context, the dropped start token included
+  block_windows: int  # windows that go through the subject together and whose tokens are shuffled together
+  store_tokens: int  # tokens to harvest
+  held_out_tokens: int  # tokens to harvest for evaluation
+  dtype: str  # of activations on disk
+  planted: PlantedConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  data: int
+  latent: int
+  member: int = 1  # parts of the devices that the cells of a group are dealt out over
+  # Parts that a device's tokens are encoded in, so that B x n never exists whole. Like the sizes above it changes the
+  # order of sums, and so last bits, but not what is computed: it stays out of the id.
+  row_chunks: int = 1
+  exchange: str = 'auto'  # how shards agree on the top k: see topk.exchange; the choice changes no bit
+  # Path of the sparse products: the platform's own, or one of sparse.PATHS. 'dense' multiplies in bfloat16, as a TPU
+  # does by default wherever it multiplies.
+  products: str = 'auto'
+
+
+_CHOICES = {
+  'sae.activation': ('topk',),
+  'sae.selection': ('exact', 'approximate'),
+  'mesh.exchange': ('auto', 'gather', 'count'),
+  'mesh.products': ('auto', 'loops', 'kernels', 'dense'),
+  'train.compute_dtype': ('float32', 'bfloat16'),
+  'data.source': ('planted', 'store', 'live'),
+  'data.normalize': ('center_unit', 'none'),
+  'data.dtype': ('float32', 'float16'),
+}
+# Keys that must be at least this.
+_AT_LEAST = {
+  'sae.d_model': 1, 'sae.n_latents': 1, 'sae.k': 1, 'sae.k_aux': 0, 'sae.fired_threshold': 0,
+  'loss.aux_coefficient': 0, 'loss.dead_tokens': 1,
+  'optim.learning_rate': 0, 'optim.clip_norm': 0, 'optim.warmup_tokens': 0, 'optim.eps': 0,
+  'train.batch_tokens': 1, 'train.tokens': 1, 'train.seed': 0, 'train.checkpoint_every': 1,
+  'eval.tokens': 2, 'eval.per_decade': 1, 'eval.batch_tokens': 1,
+  'data.seed': 0, 'data.epochs': 1, 'data.window_tokens': 2, 'data.block_windows': 1,
+  'data.store_tokens': 1, 'data.held_out_tokens': 2, 'mesh.data': 1, 'mesh.latent': 1, 'mesh.member': 1,
+  'mesh.row_chunks': 1,
+  'data.planted.n_features': 1, 'data.planted.noise': 0,
+}  # fmt: skip
+_BELOW_ONE = ('optim.beta1', 'optim.beta2', 'optim.ema_decay')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A cell: everything that decides one autoencoder, and where it runs.
+
+  Raises `UserError` for a value outside its rule.
+  """
+
+  recipe: ScalingRecipe
+  sae: SAEConfig
+  loss: LossConfig
+  optim: OptimConfig
+  train: TrainConfig
+  eval: EvalConfig
+  data: DataConfig
+  mesh: MeshConfig
+
+  def __post_init__(self) -> None:
+    flat = self.flat()
+    for key, value in flat.items():
+      if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f'{key}={value} is not finite; give a finite number')
+    for key, choices in _CHOICES.items():
+      if flat[key] not in choices:
+        raise UserError(f'{key}={flat[key]!r} is not known; use one of {", ".join(choices)}')
+    for key, least in _AT_LEAST.items():
+      if flat[key] < least:
+        raise UserError(f'{key}={flat[key]} is below {least}; raise it')
+    for key in _BELOW_ONE:
+      if not 0 <= flat[key] < 1:
+        raise UserError(f'{key}={flat[key]} is not in [0, 1); choose a decay below 1')
+    if not 0 < self.sae.recall_target < 1:
+      raise UserError(
+        f"sae.recall_target={self.sae.recall_target} is not in (0, 1); for 1 use sae.selection='exact'"
+      )
+    n, k = self.sae.n_latents, self.sae.k
+    if k > n:
+      raise UserError(f'sae.k={k} exceeds sae.n_latents={n}; lower k or raise n_latents')
+    if self.sae.k_aux > n:
+      raise UserError(f'sae.k_aux={self.sae.k_aux} exceeds sae.n_latents={n}; lower k_aux')
+    if n % self.mesh.latent:
+      raise UserError(
+        f'sae.n_latents={n} is not divisible by mesh.latent={self.mesh.latent}; '
+        f'use {n // self.mesh.latent * self.mesh.latent or self.mesh.latent} latents or another mesh'
+      )
+    for key in ('train.batch_tokens', 'eval.batch_tokens'):
+      if flat[key] % self.mesh.data:
+        down = flat[key] // self.mesh.data * self.mesh.data
+        raise UserError(
+          f'{key}={flat[key]} is not divisible by mesh.data={self.mesh.data}; '
+          f'use {down or self.mesh.data} or {down + self.mesh.data}'
+        )
+    rows = self.train.batch_tokens // self.mesh.data
+    if rows % self.mesh.row_chunks:
+      raise UserError(
+        f'mesh.row_chunks={self.mesh.row_chunks} does not divide the {rows} tokens of a device '
+        '(train.batch_tokens / mesh.data); use a divisor'
+      )
+    if self.train.tokens < self.train.batch_tokens:
+      raise UserError(
+        f'train.tokens={self.train.tokens} is less than one batch of {self.train.batch_tokens}; raise it'
+      )
+
+  def flat(self) -> dict[str, Any]:
+    """Dotted keys to values, in declaration order."""
+    return flatten(dataclasses.asdict(self))
+
+  @property
+  def id(self) -> str:
+    """First 12 hex digits of the SHA-256 of what decides the result."""
+    identity = {'schema': SCHEMA} | {
+      key: value
+      for key, value in flatten(self._record()).items()
+      if not any(key == out or key.startswith(out + '.') for out in _NOT_IDENTITY)
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
+
+  @property
+  def state_is_split(self) -> bool:
+    """Whether parameters at rest, gradients, moments and EMA are sharded over the data axis too."""
+    return self.mesh.data > 1 and self.sae.n_latents % (self.mesh.data * self.mesh.latent) == 0
+
+  @property
+  def stream(self) -> str:
+    """Equal for cells that can train together: same activations in the same batches, on the same devices."""
+    shared = {
+      key: value
+      for key, value in self.flat().items()
+      if key.startswith(('data.', 'mesh.')) or key in ('sae.d_model', 'train.batch_tokens', 'train.tokens')
+    }
+    return json.dumps(shared, sort_keys=True, allow_nan=False)
+
+  def to_json(self) -> bytes:
+    record = {'schema': SCHEMA, 'id': self.id} | self._record()
+    return json.dumps(record, indent=1, allow_nan=False).encode() + b'\n'
+
+  def _record(self) -> dict[str, Any]:
+    """Nested values, silent about an exact selection: its cells keep the id and the record they had before the choice."""
+    record = dataclasses.asdict(self)
+    if self.sae.selection == 'exact':
+      del record['sae']['selection'], record['sae']['recall_target']  # which decides nothing then
+    return record
+
+
+def from_json(data: bytes) -> Config:
+  """Inverse of `Config.to_json`. Raises `UserError` when the record is broken, foreign or was edited."""
+  try:
+    record = json.loads(data)
+    schema, recorded_id = record.pop('schema'), record.pop('id')
+    config = build(Config, record)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(
+      f'not a cell configuration ({type(error).__name__}: {error}); was it edited by hand?'
+    ) from None
+  if schema != SCHEMA:
+    raise UserError(
+      f'configuration schema {schema} is not {SCHEMA}; use the version of sae_jax that wrote it'
+    )
+  if config.id != recorded_id:
+    raise UserError(
+      f'configuration hashes to {config.id} but says {recorded_id}; it was changed: make a new cell'
+    )
+  return config
+
+
+def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Nested keys joined by dots."""
+  flat = {}
+  for key, value in tree.items():
+    flat |= flatten(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
+  return flat
+
+
+def build(cls: type[T], record: dict[str, Any]) -> T:
+  """A dataclass from nested values. A field with a default may be missing: records older than it lack it.
+
+  Raises `UserError` for any other field that is missing, unknown or of another type.
+  """
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  record = {n: f.default for n, f in fields.items() if f.default is not dataclasses.MISSING} | record
+  if set(record) != set(fields):
+    wrong = ', '.join(sorted(set(record) ^ set(fields)))
+    raise UserError(f'{cls.__name__} and the configuration differ in: {wrong}; start from config.template()')
+  values = {}
+  for name, value in record.items():
+    kind = fields[name].type
+    if dataclasses.is_dataclass(kind):
+      value = build(kind, value)
+    elif kind is float and type(value) is int:
+      value = float(value)
+    elif type(value) is not kind:
+      raise UserError(f'{cls.__name__}.{name}={value!r} is not of type {kind.__name__}; correct it')
+    values[name] = value
+  return cls(**values)
