@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -20,6 +19,7 @@ from sae_jax import files
 from sae_jax.errors import UserError
 
 _BLOCK = 1024  # rows of a hashed block; a power of two, so that power-of-two shards hold whole blocks
+_COMMITTED = 'commit_success.txt'  # orbax writes it last, into every finished step
 _unclosed: dict[str, Any] = {}  # by folder, the checkpointers of this process that may still be writing
 
 
@@ -63,15 +63,17 @@ class Checkpoints:
   """The two newest good steps of one cell, under `<workdir>/ckpt/`."""
 
   def __init__(self, workdir: str, cell_id: str):
-    folder = str(files.local(workdir)) if files.is_local(workdir) else str(workdir)
-    self._folder, self._corrupt = epath.Path(folder) / 'ckpt', epath.Path(folder) / 'corrupt'
+    workdir = str(files.local(workdir)) if files.is_local(workdir) else str(workdir)
+    self._folder, self._corrupt = files.join(workdir, 'ckpt'), files.join(workdir, 'corrupt')
     self._cell = cell_id
-    if abandoned := _unclosed.pop(str(self._folder), None):
+    if abandoned := _unclosed.pop(self._folder, None):
       # An attempt in this process ended with an exception. Its save must end before unfinished steps are cleaned up.
       try:
         abandoned.close()
       except Exception as error:
         print(f'{self._folder}: the save of the attempt before failed ({error})', file=sys.stderr)
+    if not files.is_local(workdir):
+      self._remove_unfinished()
     self._checkpointer = self._open()
 
   def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
@@ -87,13 +89,20 @@ class Checkpoints:
       self._checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
 
   def wait(self) -> None:
-    """Until the last save is on disk."""
+    """Until the last save is on disk. Among several processes, that of every cell in training.
+
+    The barriers of orbax are not named after the folder: one rank's next save walked into another cell's last
+    ("Barrier ThreadSaveMultiHostValueHolder:set_value_start is already ongoing").
+    """
+    waited_for = list(_unclosed.values()) if jax.process_count() > 1 else [self._checkpointer]
     with _disk_full_is_user_error(self._folder):
-      self._checkpointer.wait()
+      for checkpointer in waited_for:
+        checkpointer.wait()
 
   def close(self) -> None:
     """Waits for the last save and lets go of the folder."""
-    _unclosed.pop(str(self._folder), None)
+    self.wait()
+    _unclosed.pop(self._folder, None)
     with _disk_full_is_user_error(self._folder):
       self._checkpointer.close()
 
@@ -110,7 +119,7 @@ class Checkpoints:
           metadata = self._checkpointer.metadata(step).custom_metadata
           if metadata['cell'] != self._cell:
             raise UserError(
-              f'checkpoint {self._folder / str(step)} is of cell {metadata["cell"]}, not {self._cell}; '
+              f'checkpoint {files.join(self._folder, str(step))} is of cell {metadata["cell"]}, not {self._cell}; '
               'use another workdir or the configuration it was made with'
             )
           state = self._checkpointer.load(step, abstract_state)
@@ -126,27 +135,37 @@ class Checkpoints:
     return None
 
   def _steps(self) -> list[int]:
-    names = [p.name for p in self._folder.iterdir()] if self._folder.exists() else []
-    return sorted((int(n) for n in names if n.isdigit()), reverse=True)
+    return sorted((int(n) for n in files.listdir(self._folder) if n.isdigit()), reverse=True)
 
   def _problem_of_folder(self, step: int) -> str | None:
-    return None if any((self._folder / str(step)).iterdir()) else 'the folder is empty'
+    return None if files.listdir(files.join(self._folder, str(step))) else 'the folder is empty'
+
+  def _remove_unfinished(self) -> None:
+    """Deletes what a kill left of a save in a bucket, where a step has its final name from its first file on.
+
+    Orbax would, but in a thread beside the one that lists the steps: a worker restarted after a kill in its first save
+    died of it (FileNotFoundError), and another saw the step and could not load it.
+    """
+    if jax.process_index() == 0:
+      for folder in (files.join(self._folder, str(step)) for step in self._steps()):
+        if _COMMITTED not in files.listdir(folder):
+          files.remove_tree(folder)
+    multihost_utils.sync_global_devices(f'{self._folder} holds finished steps only')
 
   def _set_aside(self, step: int) -> None:
     self._checkpointer.close()
     if jax.process_index() == 0:
-      self._corrupt.mkdir(parents=True, exist_ok=True)
-      taken = len(list(self._corrupt.iterdir()))
-      (self._folder / str(step)).rename(self._corrupt / f'{step}-{taken}')
+      taken = len(files.listdir(self._corrupt))
+      files.move_tree(files.join(self._folder, str(step)), files.join(self._corrupt, f'{step}-{taken}'))
     multihost_utils.sync_global_devices(f'set aside {step}')
     # A checkpointer remembers the steps it has seen, so one that saw the damaged step is not reused.
     self._checkpointer = self._open()
 
   def _open(self) -> ocp.training.Checkpointer:
-    opened = _unclosed[str(self._folder)] = ocp.training.Checkpointer(
+    opened = _unclosed[self._folder] = ocp.training.Checkpointer(
       self._folder,
       preservation_policy=ocp.training.preservation_policies.LatestN(2),
-      cleanup_tmp_directories=True,
+      cleanup_tmp_directories=files.is_local(self._folder),
     )
     return opened
 

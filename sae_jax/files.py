@@ -4,23 +4,33 @@ The ledger's promises rest on `create`: of two writers of one path exactly one s
 never sees half a file.
 """
 
+import contextlib
 import errno
+import logging
 import os
 import pathlib
 import posixpath
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fsspec
 
 from sae_jax.errors import UserError
 
-# Protocols whose open(path, 'xb') is exclusive at the store, not only in this process's cache of listings.
-# gcsfs sends ifGenerationMatch=0; s3fs and the http family check and then write, so two writers can both win.
+# Protocols whose mode='create' is exclusive at the store. gcsfs sends ifGenerationMatch=0; s3fs and the http family
+# check and then write, so two writers can both win.
 _EXCLUSIVE = ('memory', 'gs', 'gcs')
+# gcsfs otherwise writes to zonal buckets by appending, where its mode='create' replaces what is there; and where it may
+# not ask for a bucket's kind, it asks again and warns at every call (353 times in a run of 200 steps).
+os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
+# Other processes write to a bucket too, so no listing may be kept: not here, and not by the filesystem of its own that
+# etils makes for Orbax.
+fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
+logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs the traceback of what it also raises
 _EXTRAS = {'gs': 'gcs', 'gcs': 'gcs'}  # what to install for a protocol
+_NO_BUCKET = 'No such bucket'  # a new file brings its folders, so nothing else can be missing
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -38,49 +48,58 @@ def join(path: str, *parts: str) -> str:
 
 
 def check_exclusive_create(path: str) -> None:
-  """Raises `UserError` unless the filesystem of `path` can create a file exclusively."""
-  if not is_local(path) and str(path).split('://')[0] not in _EXCLUSIVE:
+  """Raises `UserError` unless the filesystem of `path` can create a file exclusively and answers."""
+  if is_local(path):
+    return
+  _check_protocol(path)
+  try:
+    exists(path)
+  except OSError as error:
     raise UserError(
-      f'{path}: this filesystem has no exclusive create, so two workers could both commit a cell; '
-      'use a local path or gs://'
-    )
+      f'{path} cannot be read ({error.strerror}); check its name, the network and the credentials '
+      '(gcloud auth application-default login)'
+    ) from error
 
 
 def exists(path: str) -> bool:
   if is_local(path):
     return local(path).exists()
-  fs, name = _filesystem(path)
-  return fs.exists(name)
+  with _remote(path) as (fs, name):
+    return fs.exists(name)
 
 
 def read(path: str) -> bytes:
   """The whole file. Raises FileNotFoundError."""
   if is_local(path):
     return local(path).read_bytes()
-  fs, name = _filesystem(path)
-  with fs.open(name, 'rb') as f:
-    return f.read()
+  with _remote(path) as (fs, name):
+    # One request, where open() asks for the size first and could then read half of a newer file.
+    return fs.cat_file(name)
 
 
 def listdir(path: str) -> list[str]:
   """Sorted names in a folder; empty when the folder does not exist."""
   if is_local(path):
     return sorted(os.listdir(local(path))) if local(path).is_dir() else []
-  fs, name = _filesystem(path)
-  fs.invalidate_cache()
-  return (
-    sorted(posixpath.basename(p.rstrip('/')) for p in fs.ls(name, detail=False)) if fs.isdir(name) else []
-  )
+  try:
+    with _remote(path) as (fs, name):
+      return sorted(posixpath.basename(p.rstrip('/')) for p in fs.ls(name, detail=False))
+  except FileNotFoundError:
+    return []
 
 
 def create(path: str, data: bytes) -> None:
   """Writes a new file. Raises FileExistsError when the path exists, whoever made it."""
   if not is_local(path):
-    check_exclusive_create(path)
-    fs, name = _filesystem(path)
-    fs.makedirs(fs._parent(name), exist_ok=True)
-    with fs.open(name, 'xb') as f:
-      f.write(data)
+    _check_protocol(path)
+    writer = secrets.token_hex(8)
+    with _remote(path, absent=_NO_BUCKET) as (fs, name):
+      try:
+        fs.pipe_file(name, data, mode='create', metadata={'writer': writer})
+      except FileExistsError:
+        # A request whose answer was lost is sent again, and then finds what it wrote itself.
+        if fs.info(name).get('metadata', {}).get('writer') != writer:
+          raise
     return
   try:
     # A link is atomic and exclusive, where open('x') would expose a half-written file.
@@ -97,10 +116,8 @@ def create(path: str, data: bytes) -> None:
 def replace(path: str, data: bytes) -> None:
   """Writes a file, atomically taking the place of an older one."""
   if not is_local(path):
-    fs, name = _filesystem(path)
-    fs.makedirs(fs._parent(name), exist_ok=True)
-    with fs.open(name, 'wb') as f:
-      f.write(data)
+    with _remote(path, absent=_NO_BUCKET) as (fs, name):
+      fs.pipe_file(name, data)
     return
   _via_temporary(local(path), data, os.replace)
 
@@ -110,8 +127,7 @@ def remove(path: str) -> None:
   if is_local(path):
     local(path).unlink(missing_ok=True)
     return
-  fs, name = _filesystem(path)
-  if fs.exists(name):
+  with contextlib.suppress(FileNotFoundError), _remote(path) as (fs, name):
     fs.rm_file(name)
 
 
@@ -120,8 +136,8 @@ def size(path: str) -> int:
   if is_local(path):
     walked = os.walk(local(path))
     return sum(os.lstat(os.path.join(folder, name)).st_size for folder, _, names in walked for name in names)
-  fs, name = _filesystem(path)
-  return sum(found['size'] for found in fs.find(name, detail=True).values())
+  with _remote(path) as (fs, name):
+    return sum(found['size'] for found in fs.find(name, detail=True).values())
 
 
 def remove_tree(path: str) -> None:
@@ -130,8 +146,20 @@ def remove_tree(path: str) -> None:
     if os.path.lexists(local(path)):
       shutil.rmtree(local(path))
     return
-  fs, name = _filesystem(path)
-  if fs.exists(name):
+  with contextlib.suppress(FileNotFoundError), _remote(path) as (fs, name):
+    fs.rm(name, recursive=True)
+
+
+def move_tree(path: str, target: str) -> None:
+  """Gives a folder another name, which nothing has yet. On an object store file by file, and the old ones go last."""
+  if is_local(path):
+    local(target).parent.mkdir(parents=True, exist_ok=True)
+    os.rename(local(path), local(target))
+    return
+  with _remote(path) as (fs, name):
+    _, to = _filesystem(target)
+    for found in fs.find(name):
+      fs.cp_file(found, to + found[len(name) :])
     fs.rm(name, recursive=True)
 
 
@@ -144,11 +172,35 @@ def is_disk_full(error: BaseException) -> bool:
   return error.__cause__ is not None and is_disk_full(error.__cause__)
 
 
+def _check_protocol(path: str) -> None:
+  if str(path).split('://')[0] not in _EXCLUSIVE:
+    raise UserError(
+      f'{path}: this filesystem has no exclusive create, so two workers could both commit a cell; '
+      'use a local path or gs://'
+    )
+
+
+@contextlib.contextmanager
+def _remote(path: str, absent: str = os.strerror(errno.ENOENT)) -> Iterator[tuple[Any, str]]:
+  """The fsspec filesystem of a URL and the path there.
+
+  What it raises comes out as an OSError with errno and strerror, as from a local disk: most errors of gcsfs are none.
+  `absent` is the text for FileNotFoundError.
+  """
+  fs, name = _filesystem(path)
+  try:
+    yield fs, name
+  except Exception as error:
+    code = {FileExistsError: errno.EEXIST, FileNotFoundError: errno.ENOENT}.get(type(error), errno.EIO)
+    said = ' '.join(str(error).split())[:300] or type(error).__name__
+    text = {errno.EEXIST: os.strerror(errno.EEXIST), errno.ENOENT: absent}.get(code, said)
+    raise OSError(code, text, path) from error
+
+
 def _filesystem(path: str) -> tuple[Any, str]:
-  """The fsspec filesystem of a URL, which trusts no listing it has cached, and the path there."""
   protocol = path.split('://')[0]
   try:
-    return fsspec.core.url_to_fs(path, use_listings_cache=False)
+    return fsspec.core.url_to_fs(path)
   except ImportError as error:
     extra = _EXTRAS.get(protocol)
     remedy = f"pip install 'sae_jax[{extra}]'" if extra else 'install its fsspec package'

@@ -1,5 +1,7 @@
 import errno
+import importlib
 import os
+import sys
 
 import fsspec
 import pytest
@@ -26,6 +28,9 @@ def test_tree_is_weighed_and_removed(folder):
   files.remove_tree(files.join(folder, 'a'))
   assert files.size(folder) == 2 and files.listdir(folder) == ['c']
   files.remove_tree(files.join(folder, 'a'))
+  files.create(files.join(folder, 'd', 'e', 'f'), b'8')
+  files.move_tree(files.join(folder, 'd'), files.join(folder, 'g', 'h'))
+  assert files.listdir(folder) == ['c', 'g'] and files.read(files.join(folder, 'g', 'h', 'e', 'f')) == b'8'
 
 
 def test_filesystem_without_hard_links_is_refused_with_the_reason(tmp_path, monkeypatch):
@@ -38,7 +43,9 @@ def test_filesystem_without_hard_links_is_refused_with_the_reason(tmp_path, monk
   assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_package_of_a_bucket_names_the_extra():
+def test_missing_package_of_a_bucket_names_the_extra(monkeypatch):
+  monkeypatch.delitem(importlib.import_module('fsspec.registry')._registry, 'gs', raising=False)
+  monkeypatch.setitem(sys.modules, 'gcsfs', None)
   with pytest.raises(UserError, match=r"gs:// needs .* pip install 'sae_jax\[gcs\]'"):
     files.read('gs://bucket/x')
 

@@ -38,7 +38,7 @@ class StoreWriter:
   """Fills one store folder block by block.
 
   Args:
-    path: local folder or gs:// URL (the latter is untested).
+    path: local folder or gs:// URL (the latter never tried; ledgers are).
     d_model: width D.
     settings: exactly the data keys a cell's config is compared with: subject, site, text, normalize, window_tokens,
       block_windows, store_tokens, held_out_tokens, dtype, seed.
