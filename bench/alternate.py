@@ -128,9 +128,9 @@ def alternate(
     first = i % len(names)
     for name in names[first:] + names[:first]:
       time.sleep(_SETTLE_S)
-      before = _cpu_time()
+      before = cpu_time()
       time.sleep(_PAUSE_S)
-      after = _cpu_time()
+      after = cpu_time()
       busy, total = busy + after[0] - before[0], total + after[1] - before[1]
       seconds[name].append(workers[name].seconds(do, times[name]))
   return seconds, busy / total
@@ -154,7 +154,7 @@ def machine() -> dict[str, Any]:
   return bench.machine()
 
 
-def _cpu_time() -> tuple[float, float]:
+def cpu_time() -> tuple[float, float]:
   """Busy and total time of all cores since boot; time that a hypervisor gave to others counts as busy."""
   with open('/proc/stat') as f:
     ticks = [int(v) for v in f.readline().split()[1:9]]

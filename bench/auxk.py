@@ -4,13 +4,11 @@ python -m bench.auxk [--json=OUT]
 The dead are the dearest there can be: just too weak to fire, so that as many as possible reconstruct the residual.
 """
 
-import argparse
-import json
 from typing import Any
 
-from bench.alternate import Worker, alternate, machine, median, ratio, started, warn
-from bench.side_by_side import SHAPES, parse_shape
-from sae_jax import files
+from bench import command
+from bench.alternate import Worker, alternate, machine, median, ratio, started
+from bench.side_by_side import SHAPES
 from sae_jax.errors import one_line_errors
 
 SHARES = (0.0, 0.001, 0.01, 0.1, 0.5)
@@ -18,8 +16,9 @@ SHARES = (0.0, 0.001, 0.01, 0.1, 0.5)
 
 def measure(shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
   """Step seconds by share of dead latents, as the step itself reports it, and ratios to none dead."""
-  flag = f'--shape={",".join(map(str, shape))}'
-  workers = {str(share): Worker('bench.step_ours', [flag, f'--dead={share}']) for share in SHARES}
+  workers = {
+    str(share): Worker('bench.step_ours', [command.shape_flag(shape), f'--dead={share}']) for share in SHARES
+  }
   with started(workers):
     seconds, load = alternate(workers, rounds, label='auxk')
     none = seconds[str(SHARES[0])]
@@ -59,17 +58,18 @@ def lines(row: dict[str, Any]) -> str:
 
 @one_line_errors
 def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser(prog='python -m bench.auxk', description=__doc__.splitlines()[0])
-  parser.add_argument('--shape', metavar='D,N,B,K', help='instead of the smaller standard one')
-  parser.add_argument('--rounds', type=int, default=5, help='turns each share gets (default 5)')
-  parser.add_argument('--json', metavar='OUT', help='write everything measured here')
+  parser = command.parser('auxk', __doc__)
+  parser.add_argument(
+    '--shape',
+    metavar='D,N,B,K',
+    type=command.parse_shape,
+    default=SHAPES[0],
+    help='instead of the smaller standard one',
+  )
+  command.add_rounds(parser)
   args = parser.parse_args(argv)
-  row = measure(parse_shape(args.shape) if args.shape else SHAPES[0], args.rounds)
-  print(lines(row))
-  warn(row['load_of_others'])
-  if args.json:
-    files.replace(args.json, json.dumps(row, indent=1).encode() + b'\n')
-  return 0
+  row = measure(args.shape, args.rounds)
+  return command.report(row, lines(row), args.json)
 
 
 if __name__ == '__main__':

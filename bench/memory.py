@@ -6,13 +6,11 @@ pre-activations. The peak is what the process holds at most beyond its imports a
 toy size (compiler, code loaded on first use) is given apart.
 """
 
-import argparse
-import json
 from typing import Any
 
+from bench import command
 from bench.alternate import Worker, machine, started
-from bench.side_by_side import PEERS, PEERS_PYTHON, SHAPES, parse_shape
-from sae_jax import files
+from bench.side_by_side import PEERS, SHAPES
 from sae_jax.errors import one_line_errors
 
 _FLOAT = 4
@@ -38,7 +36,7 @@ def measure(shape: tuple[int, ...], peers: list[str], python: str) -> dict[str, 
 
 
 def _peak(name: str, shape: tuple[int, ...], python: str) -> int:
-  flag = f'--shape={",".join(map(str, shape))}'
+  flag = command.shape_flag(shape)
   if name == 'sae_jax':
     worker = Worker('bench.step_ours', [flag])
   else:
@@ -65,23 +63,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 @one_line_errors
 def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser(prog='python -m bench.memory', description=__doc__.splitlines()[0])
-  parser.add_argument(
-    '--peers_python', default=PEERS_PYTHON, help=f'their interpreter (default {PEERS_PYTHON})'
-  )
+  parser = command.parser('memory', __doc__)
+  command.add_peers_python(parser)
+  command.add_shapes(parser)
   parser.add_argument('--no_peers', action='store_true', help='only ours')
-  parser.add_argument(
-    '--shape', metavar='D,N,B,K', action='append', help='instead of the two standard ones; may repeat'
-  )
-  parser.add_argument('--json', metavar='OUT', help='write everything measured here')
   args = parser.parse_args(argv)
-  shapes = [parse_shape(text) for text in args.shape] if args.shape else SHAPES
   peers = [] if args.no_peers else list(PEERS)
-  rows = [measure(shape, peers, args.peers_python) for shape in shapes]
-  print(table(rows))
-  if args.json:
-    files.replace(args.json, json.dumps(rows, indent=1).encode() + b'\n')
-  return 0
+  rows = [measure(shape, peers, args.peers_python) for shape in args.shape or SHAPES]
+  return command.report(rows, table(rows), args.json)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Every benchmark in one go: bench/results/<date>.json, the tables, and docs/bench.png.
 
 python -m bench.run [--peers_python=runs/peers/bin/python] [--only=side_by_side]
-Leave the machine alone meanwhile: about a quarter of an hour on two cores.
+Leave the machine alone meanwhile: about half an hour on two cores.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bench import auxk, figure, harvest, memory, scaling, side_by_side, sweep
+from bench import auxk, command, figure, harvest, memory, scaling, side_by_side, sweep
 from bench.alternate import ROOT, machine, warn
 from sae_jax import files, metrics
 from sae_jax.errors import one_line_errors
@@ -30,29 +30,19 @@ def parts(python: str, rounds: int) -> dict[str, tuple[Callable[[], Any], Callab
     'auxk': (lambda: auxk.measure(side_by_side.SHAPES[0], rounds), auxk.lines),
     'scaling': (lambda: scaling.measure([*scaling.SIZES, 'mesh'], max(1, rounds - 2)), scaling.lines),
     'harvest': (lambda: harvest.measure(python, harvest.CALLS, rounds), harvest.lines),
-    'sweep': (lambda: sweep.measure(rounds, sweep.grid()), sweep.lines),
+    'sweep': (sweep.measure, sweep.lines),
   }
-
-
-def load_of_others(record: Any) -> float:
-  """The largest load that any part of a record states; 0 where none states one."""
-  if isinstance(record, dict):
-    return max([record.get('load_of_others', 0.0), *(load_of_others(value) for value in record.values())])
-  return max(map(load_of_others, record), default=0.0) if isinstance(record, list) else 0.0
 
 
 @one_line_errors
 def main(argv: list[str]) -> int:
   names = list(parts('', 1))
   parser = argparse.ArgumentParser(prog='python -m bench.run', description=__doc__.splitlines()[0])
-  parser.add_argument(
-    '--peers_python', default=side_by_side.PEERS_PYTHON,
-    help=f'interpreter of the environment in bench/peers.md (default {side_by_side.PEERS_PYTHON})',
-  )  # fmt: skip
+  command.add_peers_python(parser)
   parser.add_argument(
     '--only', choices=names, action='append', help='may repeat; the others keep what the file holds'
   )
-  parser.add_argument('--rounds', type=int, default=5, help='turns each competitor gets (default 5)')
+  command.add_rounds(parser)
   parser.add_argument('--out', metavar='DIR', default='bench/results', help='default bench/results')
   args = parser.parse_args(argv)
   where = machine()
@@ -75,7 +65,7 @@ def main(argv: list[str]) -> int:
   if 'side_by_side' in record:
     picture = ROOT / 'docs' / 'bench.png'
     figure.side_by_side(record['side_by_side']['result']).savefig(picture, dpi=160)
-  warn(max(load_of_others(record[name]) for name in args.only or names))
+  warn(command.load_of_others([record[name] for name in args.only or names]))
   print(f'\n{path}', file=sys.stderr)
   return 0
 

@@ -4,15 +4,14 @@ python -m bench.scaling [--json=OUT]
 Devices are virtual ones that share this machine's cores: they show what a mesh costs, not what it gains.
 """
 
-import argparse
-import json
 from typing import Any
 
 import pandas as pd
 
 from analysis import fit
-from bench.alternate import Worker, alternate, machine, median, started, warn
-from sae_jax import files, flops
+from bench import command
+from bench.alternate import Worker, alternate, machine, median, started
+from sae_jax import arguments, flops
 from sae_jax.errors import one_line_errors
 
 _AXES = ('d', 'n', 'B', 'k')
@@ -30,7 +29,9 @@ def along(axis: str, sizes: list[int], base: dict[str, int], rounds: int) -> dic
   larger half of them, where what does not grow weighs less; beside it the exponent of the useful FLOPs.
   """
   shapes = {size: tuple((base | {axis: size})[name] for name in _AXES) for size in sizes}
-  workers = {str(size): Worker('bench.step_ours', [_flag(shape)]) for size, shape in shapes.items()}
+  workers = {
+    str(size): Worker('bench.step_ours', [command.shape_flag(shape)]) for size, shape in shapes.items()
+  }
   with started(workers):
     seconds, load = alternate(workers, rounds, label=axis)
   table = pd.DataFrame({
@@ -52,7 +53,7 @@ def meshes(which: list[tuple[int, int]], base: dict[str, int], rounds: int) -> d
   """Step seconds of one shape on meshes of virtual devices, and as multiples of one device."""
   shape = tuple(base[name] for name in _AXES)
   workers = {
-    f'{data} x {latent}': Worker('bench.step_ours', [_flag(shape), f'--mesh={data},{latent}'])
+    f'{data} x {latent}': Worker('bench.step_ours', [command.shape_flag(shape), f'--mesh={data},{latent}'])
     for data, latent in which
   }
   with started(workers):
@@ -95,24 +96,20 @@ def _useful(d: int, n: int, batch: int, k: int) -> float:
   return flops.step_flops(n, k, d, batch)['useful']
 
 
-def _flag(shape: tuple[int, ...]) -> str:
-  return '--shape=' + ','.join(map(str, shape))
-
-
 @one_line_errors
 def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser(prog='python -m bench.scaling', description=__doc__.splitlines()[0])
+  parser = command.parser('scaling', __doc__)
   parser.add_argument('--axis', choices=(*SIZES, 'mesh'), action='append', help='only this one; may repeat')
-  parser.add_argument('--rounds', type=int, default=5, help='turns each size gets (default 5)')
-  parser.add_argument('--shrink', type=int, default=1, help='divide n and batch by this, for a quick try')
-  parser.add_argument('--json', metavar='OUT', help='write everything measured here')
+  command.add_rounds(parser)
+  parser.add_argument(
+    '--shrink',
+    type=arguments.whole('--shrink'),
+    default=1,
+    help='divide n and batch by this, for a quick try',
+  )
   args = parser.parse_args(argv)
   rows = measure(args.axis or [*SIZES, 'mesh'], args.rounds, args.shrink)
-  print(lines(rows))
-  warn(max(row['load_of_others'] for row in rows))
-  if args.json:
-    files.replace(args.json, json.dumps(rows, indent=1).encode() + b'\n')
-  return 0
+  return command.report(rows, lines(rows), args.json)
 
 
 def measure(axes: list[str], rounds: int, shrink: int = 1) -> list[dict[str, Any]]:

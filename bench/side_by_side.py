@@ -4,17 +4,14 @@ python -m bench.side_by_side [--peers_python=runs/peers/bin/python] [--json=OUT]
 How to make the peers' environment, and what each step includes: bench/peers.md.
 """
 
-import argparse
-import json
 from typing import Any
 
-from bench.alternate import Worker, alternate, machine, median, ratio, started, warn
-from sae_jax import files
+from bench import command
+from bench.alternate import Worker, alternate, machine, median, ratio, started
 from sae_jax.errors import UserError, one_line_errors
 
 SHAPES = ((512, 8192, 2048, 32), (768, 32768, 2048, 32))  # d, n, B, k
 PEERS = ('sparsify', 'dictionary_learning', 'saelens')
-PEERS_PYTHON = 'runs/peers/bin/python'
 _OURS, _BARE = 'sae_jax', 'sae_jax without EMA'
 _ERRORS_AGREE = 1e-4
 
@@ -25,7 +22,7 @@ def measure(shape: tuple[int, ...], peers: list[str], python: str, rounds: int) 
   Raises `UserError` when a library cannot be started, or when the libraries do not reconstruct alike from the same
   weights: then they do not compute the same thing and their times must not be compared.
   """
-  at = f'--shape={",".join(map(str, shape))}'
+  at = command.shape_flag(shape)
   workers = {
     _OURS: Worker('bench.step_ours', [at]),
     _BARE: Worker('bench.step_ours', [at, '--no_ema']),
@@ -82,34 +79,17 @@ def _named(name: str, row: dict[str, Any]) -> str:
 
 @one_line_errors
 def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser(prog='python -m bench.side_by_side', description=__doc__.splitlines()[0])
-  parser.add_argument(
-    '--peers_python', default=PEERS_PYTHON, help=f'their interpreter (default {PEERS_PYTHON})'
-  )
+  parser = command.parser('side_by_side', __doc__)
+  command.add_peers_python(parser)
   parser.add_argument(
     '--peer', choices=PEERS, action='append', help='only this one; may repeat (default all)'
   )
-  parser.add_argument(
-    '--shape', metavar='D,N,B,K', action='append', help='instead of the two standard ones; may repeat'
-  )
-  parser.add_argument('--rounds', type=int, default=5, help='turns each library gets (default 5)')
-  parser.add_argument('--json', metavar='OUT', help='write everything measured here')
+  command.add_shapes(parser)
+  command.add_rounds(parser)
   args = parser.parse_args(argv)
-  shapes = [parse_shape(text) for text in args.shape] if args.shape else SHAPES
-  rows = [measure(shape, args.peer or list(PEERS), args.peers_python, args.rounds) for shape in shapes]
-  print(table(rows))
-  warn(max(row['load_of_others'] for row in rows))
-  if args.json:
-    files.replace(args.json, json.dumps(rows, indent=1).encode() + b'\n')
-  return 0
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-  """D,N,B,K as four positive numbers. Raises `UserError`."""
-  parts = text.split(',')
-  if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
-    raise UserError(f'--shape={text} is not D,N,B,K; e.g. --shape=512,8192,2048,32')
-  return tuple(int(part) for part in parts)
+  peers = args.peer or list(PEERS)
+  rows = [measure(shape, peers, args.peers_python, args.rounds) for shape in args.shape or SHAPES]
+  return command.report(rows, table(rows), args.json)
 
 
 if __name__ == '__main__':

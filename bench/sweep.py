@@ -1,83 +1,165 @@
-"""What a sweep over one language model costs when every cell runs the model for itself, and when all share one pass.
+"""Twenty autoencoders on one language model: one by one with a pass of the model each, and together on one pass.
 
-python -m bench.sweep [--json=OUT]
-The grid is that of sweeps/grids/demo.py. Two things are measured, in turn: the subject's forward pass per token and
-one training step of all cells; both totals are computed from them. No whole sweep is run.
+python -m bench.sweep [--tokens=30720] [--json=OUT]
+Two real launches of the demo's cells with a live subject, each into an empty ledger: `--group=1`, then all in one group.
+Every cell must end with the same parameters, bit for bit, in both.
 """
 
-import argparse
 import json
+import os
 import pathlib
+import resource
+import subprocess
+import sys
 import tempfile
+import time
 from typing import Any
 
-from bench import harvest
-from bench.alternate import Worker, alternate, machine, median, started, warn
-from sae_jax import files
-from sae_jax.errors import one_line_errors
-from sweeps.grids import demo
+from bench import command
+from bench.alternate import ROOT, cpu_time, machine
+from sae_jax import arguments, metrics
+from sae_jax.errors import UserError, one_line_errors
+from sweeps import grid, ledger
 
-WIDTH, BATCH = 576, 512
-_WINDOWS = 8
+TOKENS = 30_720  # of each cell: 60 batches of 512
+_HELD_OUT = 2048
+_WIDTH = 576  # of SmolLM2-135M
+_APART, _TOGETHER = 'one by one', 'one group'
+_GRID = """
+from experiments import demo
+from sweeps import grid
+from sweeps.grids import demo as cells
+
+EXPERIMENT = demo
 
 
-def measure(rounds: int, cells: list[tuple[int, int]], batch: int = BATCH) -> dict[str, Any]:
-  """Seconds per token of the subject and of the training of all cells (n, k), and of the sweep either way."""
-  sizes = sorted({n for n, _ in cells})
-  with tempfile.TemporaryDirectory() as folder:
-    windows = f'--windows={harvest.windows(pathlib.Path(folder), _WINDOWS)}'
-    workers = {'subject': Worker('bench.subject_ours', [windows, f'--site={harvest.SITE}'])}
-    for size in sizes:
-      flags = [f'--cell={n},{k}' for n, k in cells if n == size]
-      workers[f'n={size}'] = Worker('bench.step_cells', [f'--width={WIDTH}', f'--batch={batch}', *flags])
-    with started(workers):
-      cell_workers = {name: worker for name, worker in workers.items() if name != 'subject'}
-      forward, load = alternate({'subject': workers['subject']}, rounds, 'forward', 'subject')
-      steps, load_of_steps = alternate(cell_workers, rounds, label='cells')
-  subject = median(forward['subject']) / (_WINDOWS * (harvest.WINDOW - 1))
-  training = {name: median(seconds) / batch for name, seconds in steps.items()}
-  total = sum(training.values())
-  apart, shared = len(cells) * subject + total, subject + total
+def sweep():
+  return grid.product(cells.sweep()[::{every}], [{overrides}])
+"""
+
+
+def measure(tokens: int = TOKENS, every: int = 1) -> dict[str, Any]:
+  """The demo's cells, or every so many of them, on `tokens` of the live subject each; and one pass of it alone.
+
+  That pass is a harvest of the same tokens, its process included.
+  """
+  data = {'data.store_tokens': tokens, 'data.held_out_tokens': _HELD_OUT}
+  overrides = data | {
+    'data.source': 'live', 'sae.d_model': _WIDTH, 'train.tokens': tokens, 'eval.tokens': _HELD_OUT,
+    'eval.batch_tokens': _HELD_OUT,
+  }  # fmt: skip
+  with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+    folder = pathlib.Path(name)
+    path = folder / 'live.py'
+    path.write_text(_GRID.format(every=every, overrides=overrides))
+    row = compare(path, folder)
+    flags = [f'--config.{key}={value}' for key, value in data.items()]
+    alone = run('sae_jax.data.harvest', '--config=experiments/demo.py', f'--out={folder / "store"}', *flags)
+  return {'tokens': tokens, 'held_out_tokens': _HELD_OUT, 'subject_alone': alone} | row
+
+
+def compare(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
+  """Runs the grid file at `path` one cell at a time and as one group, in ledgers below `folder`.
+
+  Raises `UserError` when a launch fails, and when a cell does not end with the same parameters in both.
+  """
+  cells = grid.build(str(path)).cells
+  runs: dict[str, dict[str, Any]] = {}
+  digests: dict[str, dict[str, str]] = {}
+  for name, size in ((_APART, 1), (_TOGETHER, len(cells))):
+    where = folder / f'group{size}'
+    flags = (f'--sweep={path}', f'--ledger={where}', '--executor=local', '--workers=1', f'--group={size}')
+    took = run('sweeps.launch', *flags)
+    results = _results(where)
+    passes = -(-len(cells) // size)
+    runs[name] = took | {
+      'training_s': sum(r['wall_s'] for r in results.values()),
+      'subject_passes': passes,
+      'flops_subject': passes * max(r['flops_subject'] for r in results.values()),
+      'flops_useful': sum(r['flops_useful'] for r in results.values()),
+    }
+    digests[name] = {cell_id: r['params_digest'] for cell_id, r in results.items()}
+  apart, together = digests[_APART], digests[_TOGETHER]
+  if differing := [config.id for _, config in cells if apart.get(config.id) != together.get(config.id)]:
+    raise UserError(
+      f'{len(differing)} of {len(cells)} cells do not end with the same parameters in a group as alone '
+      f'({", ".join(differing)}); the two do not compute the same, so do not compare their time'
+    )
   return {
-    'cells': cells, 'width': WIDTH, 'batch': batch, 'subject_s_per_token': subject,
-    'training_s_per_token': training, 'apart_s_per_token': apart, 'shared_s_per_token': shared,
-    'saved': apart / shared, 'load_of_others': max(load, load_of_steps),
-    'seconds': {'subject': forward, 'cells': steps}, 'machine': machine(),
+    'cells': [overrides for overrides, _ in cells], 'runs': runs, 'params_digests': apart,
+    'share': runs[_TOGETHER]['seconds'] / runs[_APART]['seconds'], 'machine': machine(),
+  }  # fmt: skip
+
+
+def run(module: str, *flags: str) -> dict[str, float]:
+  """Seconds of a command, its CPU time, and the share of the cores that others kept busy. Raises `UserError`."""
+  began, before, own = time.monotonic(), cpu_time(), _children_s()
+  code = subprocess.run(
+    [sys.executable, '-m', module, *flags],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    stdout=sys.stderr,
+  ).returncode
+  if code:
+    raise UserError(f'python -m {module} ended with code {code}; its output is above')
+  seconds, after, cpu_s = time.monotonic() - began, cpu_time(), _children_s() - own
+  busy_s, total_s = ((b - a) / os.sysconf('SC_CLK_TCK') for a, b in zip(before, after, strict=True))
+  return {
+    'seconds': seconds, 'cpu_s': cpu_s, 'load_of_others': max(0.0, busy_s - cpu_s) / max(total_s, 1e-9),
   }  # fmt: skip
 
 
 def lines(row: dict[str, Any]) -> str:
-  """Markdown: what each part takes for a million tokens."""
-  count, subject = len(row['cells']), row['subject_s_per_token']
-  out = ['| for a million tokens | seconds |', '|---|---|', f'| subject, once | {1e6 * subject:,.0f} |']
-  for name, seconds in row['training_s_per_token'].items():
-    out.append(f'| training, the cells of {name} | {1e6 * seconds:,.0f} |')
-  out += [
-    f'| {count} cells, each with its own pass (computed) | {1e6 * row["apart_s_per_token"]:,.0f} |',
-    f'| {count} cells on one pass (computed) | {1e6 * row["shared_s_per_token"]:,.0f} |',
+  """Markdown: a row a launch."""
+  count = len(row['cells'])
+  out = [
+    f'{count} cells of {row["tokens"]:,} tokens:',
     '',
-    f'One pass for all is {row["saved"]:.1f} times as fast, if training costs the same either way.',
+    '| | whole launch | training and evaluation in it | passes of the subject | FLOPs of the subject | of the cells |',
+    '|---|---|---|---|---|---|',
   ]
-  return '\n'.join(out)
+  for name, r in row['runs'].items():
+    out.append(
+      f'| {name} | {r["seconds"]:,.0f} s | {r["training_s"]:,.0f} s | {r["subject_passes"]} | '
+      f'{r["flops_subject"]:.2e} | {r["flops_useful"]:.2e} |'
+    )
+  return '\n'.join([
+    *out,
+    '',
+    f'Together they take {row["share"]:.2f} of the time, and each ends with the same parameters bit for bit. One pass of '
+    f'the subject alone, harvested by a process of its own: {row["subject_alone"]["seconds"]:,.0f} s.',
+  ])  # fmt: skip
 
 
-def grid() -> list[tuple[int, int]]:
-  """The cells (n, k) of the demo."""
-  return [(cell['sae.n_latents'], cell['sae.k']) for cell in demo.sweep()]
+def _results(where: pathlib.Path) -> dict[str, dict[str, Any]]:
+  store = ledger.Ledger(str(where))
+  return {
+    cell.id: json.loads(pathlib.Path(store.folder(cell.id), metrics.RESULT).read_text())
+    for cell in store.cells()
+  }
+
+
+def _children_s() -> float:
+  """CPU time of all processes below this one that have ended."""
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return used.ru_utime + used.ru_stime
 
 
 @one_line_errors
 def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser(prog='python -m bench.sweep', description=__doc__.splitlines()[0])
-  parser.add_argument('--rounds', type=int, default=5, help='turns each part gets (default 5)')
-  parser.add_argument('--json', metavar='OUT', help='write everything measured here')
+  parser = command.parser('sweep', __doc__)
+  parser.add_argument(
+    '--tokens',
+    type=arguments.whole('--tokens', 512),
+    default=TOKENS,
+    help='of each cell (default %(default)s)',
+  )
+  parser.add_argument(
+    '--every', type=arguments.whole('--every'), default=1, help='only every so many cells, for a quick try'
+  )
   args = parser.parse_args(argv)
-  row = measure(args.rounds, grid())
-  print(lines(row))
-  warn(row['load_of_others'])
-  if args.json:
-    files.replace(args.json, json.dumps(row, indent=1).encode() + b'\n')
-  return 0
+  row = measure(args.tokens, args.every)
+  return command.report(row, lines(row), args.json)
 
 
 if __name__ == '__main__':

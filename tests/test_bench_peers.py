@@ -7,8 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from bench import alternate, figure, run, scaling, side_by_side, step_ours, worker
+from bench import alternate, command, figure, scaling, side_by_side, step_ours, sweep, worker
+from sae_jax import metrics
 from sae_jax.errors import UserError
+from sweeps import grid, ledger
 
 TOY = """
 import sys, time
@@ -102,7 +104,7 @@ def plant(monkeypatch):
       'Fake', (Planted,), {'seconds_of': staticmethod(seconds_of), 'error_of': staticmethod(error_of)}
     )
     monkeypatch.setattr(module, 'Worker', fake)
-    monkeypatch.setattr(alternate, '_cpu_time', iter((float(t), float(t)) for t in range(10**6)).__next__)
+    monkeypatch.setattr(alternate, 'cpu_time', iter((float(t), float(t)) for t in range(10**6)).__next__)
     monkeypatch.setattr(alternate.time, 'sleep', lambda s: None)
 
   return apply
@@ -116,7 +118,7 @@ def test_side_by_side_reports_ratios_and_draws_them(plant):
   assert row['times_ours']['sparsify'] == {'ratio': 1.5, 'low': 1.5, 'high': 1.5, 'rounds': 3}
   assert row['times_ours_without_ema']['sparsify']['ratio'] == 2.0
   assert '| sparsify 1.0 | 3,000 ms | 1.50 (1.50 to 1.50) | 2.00' in side_by_side.table([row])
-  assert run.load_of_others({'a': [row]}) == 1.0  # what the planted clock says
+  assert command.load_of_others({'a': [row]}) == 1.0  # what the planted clock says
   (ax,) = figure.side_by_side([row]).axes
   assert [t.get_text() for t in ax.get_yticklabels()] == ['sae_jax without EMA', 'sparsify 1.0']
   json.dumps(row, allow_nan=False)
@@ -150,7 +152,7 @@ def test_scaling_finds_a_planted_exponent(plant):
 @pytest.mark.parametrize('text', ['7,61', '7,61,13,0', '7,61,13,-3', '7,61,13,x', ''])
 def test_broken_shape_is_refused(text):
   with pytest.raises(UserError, match='is not D,N,B,K'):
-    side_by_side.parse_shape(text)
+    command.parse_shape(text)
 
 
 def test_planted_dead_latents_nearly_fire_and_never_do():
@@ -186,3 +188,57 @@ def test_worker_memory_sees_an_allocation():
   held = np.ones(2**23)
   after = worker.memory()
   assert after['VmRSS'] - before['VmRSS'] > 0.9 * held.nbytes and after['VmHWM'] >= after['VmRSS']
+
+
+@pytest.fixture
+def launched(monkeypatch):
+  """Replaces the commands of bench.sweep by one that fills ledgers at once; takes a cell's digest by its group's size."""
+
+  def apply(digest_of):
+    ledgers = {}
+
+    def run(module, *flags):
+      given = dict(flag.removeprefix('--').split('=', 1) for flag in flags)
+      if module != 'sweeps.launch':
+        return {'seconds': 7.0, 'load_of_others': 0.0}
+      size, store = int(given['group']), ledger.Ledger(given['ledger'])
+      store.register(grid.build(given['sweep']))
+      ledgers[size] = [cell.config for cell in store.cells()]
+      for cell in store.cells():
+        result = {'wall_s': 2.0, 'flops_subject': 11.0, 'flops_useful': 3.0}
+        metrics.commit_result(store.folder(cell.id), result | {'params_digest': digest_of(cell, size)})
+      return {'seconds': 100.0 / size, 'load_of_others': 0.25 / size}
+
+    monkeypatch.setattr(sweep, 'run', run)
+    return ledgers
+
+  return apply
+
+
+def test_sweep_compares_launches_of_live_cells_that_can_share_a_pass(launched):
+  ledgers = launched(lambda cell, size: cell.id)
+  row = sweep.measure(tokens=1536, every=5)
+  assert {size: len(configs) for size, configs in ledgers.items()} == {1: 4, 4: 4}
+  assert (
+    len({config.stream for config in ledgers[4]}) == 1 and len({c.sae.n_latents for c in ledgers[4]}) == 4
+  )
+  assert all(c.data.source == 'live' and c.train.tokens == 1536 for c in ledgers[1])
+  apart, together = row['runs'].values()
+  assert row['share'] == 0.25 and (apart['subject_passes'], together['subject_passes']) == (4, 1)
+  assert (apart['flops_subject'], together['flops_subject'], together['training_s']) == (44.0, 11.0, 8.0)
+  assert command.load_of_others(row) == 0.25
+  assert '| one group | 25 s | 8 s | 1 |' in sweep.lines(row)
+  json.dumps(row, allow_nan=False)
+
+
+def test_sweep_refuses_cells_that_end_differently_in_a_group(launched, tmp_path):
+  launched(lambda cell, size: f'{cell.id} {size if cell.overrides["sae.k"] == 4 else 0}')
+  with pytest.raises(UserError, match='3 of 6 cells do not end with the same parameters'):
+    sweep.compare(alternate.ROOT / 'sweeps' / 'grids' / 'tiny.py', tmp_path)
+
+
+def test_command_that_fails_is_not_timed():
+  with pytest.raises(UserError, match=r'json\.tool ended with code'):
+    sweep.run('json.tool', '/nowhere')
+  took = sweep.run('this')
+  assert took['seconds'] > 0 and 0 <= took['load_of_others'] <= 1

@@ -19,6 +19,20 @@ from sae_jax.subjects.subject import layer_of
 _CACHED_BLOCKS = 3
 
 
+@functools.lru_cache(
+  maxsize=1
+)  # a worker opens one stream for cell after cell; reading all text takes seconds
+def _opened(subject_name, site, text_name, window_tokens, store_tokens, held_out_tokens, seed):
+  """The subject, its windows and the digest of their text."""
+  documents = text.load(text_name)
+  subject = subjects.load(subject_name, site)
+  plan = order.plan(
+    subject.encode([document for _, document in documents]), start_token=subject.start_token,
+    window_tokens=window_tokens, store_tokens=store_tokens, held_out_tokens=held_out_tokens, seed=seed,
+  )  # fmt: skip
+  return subject, plan, text.sha256(documents)
+
+
 class Live:
   """Implements `sae_jax.data.source.Source`. The next block runs through the subject in a background thread.
 
@@ -41,8 +55,15 @@ class Live:
       raise UserError(
         f'eval.tokens={config.eval.tokens} but data.held_out_tokens={data.held_out_tokens}; raise the latter'
       )
-    documents = text.load(data.text)
-    self.subject = subjects.load(data.subject, data.site)
+    self.subject, self.plan, text_sha256 = _opened(
+      data.subject,
+      data.site,
+      data.text,
+      data.window_tokens,
+      data.store_tokens,
+      data.held_out_tokens,
+      data.seed,
+    )
     self.d_model = self.subject.arch.d_model
     if self.d_model != config.sae.d_model:
       raise UserError(
@@ -50,14 +71,9 @@ class Live:
       )
     self.layer = layer_of(data.site, self.subject.arch.n_layers)
     self.flops_per_token = llama.flops_per_token(self.subject.arch, self.layer, data.window_tokens)
-    self.plan = order.plan(
-      self.subject.encode([document for _, document in documents]), start_token=self.subject.start_token,
-      window_tokens=data.window_tokens, store_tokens=data.store_tokens, held_out_tokens=data.held_out_tokens,
-      seed=data.seed,
-    )  # fmt: skip
     self.provenance = self.subject.provenance | {
       'subject': data.subject, 'site': data.site, 'text': data.text, 'normalize': data.normalize, 'identity': '',
-      'text_sha256': text.sha256(documents),
+      'text_sha256': text_sha256,
     }  # fmt: skip
     block_tokens = data.block_windows * (data.window_tokens - 1)
     self.streams = {
