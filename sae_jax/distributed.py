@@ -25,6 +25,8 @@ from sae_jax.errors import UserError
 _ADDRESS, _COUNT, _RANK = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
 _INDEX = 'JOB_COMPLETION_INDEX'  # what Kubernetes tells the pods of an indexed Job, so of a JobSet
 _HEARTBEAT = 'SAE_JAX_HEARTBEAT_S'
+# What jax ends a process with when a rank is gone: engines restart the gang, within a budget.
+BROKEN = 128 + signal.SIGABRT
 _service: list[Any] = []  # the preemption service of a gang of several processes
 _START_S = 300  # hosts of one gang may pull their image minutes apart
 
@@ -190,8 +192,18 @@ def _whole(name: str, value: str | int, at_least: int) -> int:
   return number
 
 
+def lost_peer(error: BaseException | None) -> bool:
+  """Whether an error speaks of a rank that is gone rather than of this program.
+
+  'Gloo AllGather failed: ... Connection reset by peer', status UNKNOWN, is what a survivor on CPUs raises at once when
+  another rank is killed, before the coordination service has noticed. The other words have not been seen here.
+  """
+  words = ('Gloo', 'NCCL', 'Connection reset', 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
+  return isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in words)
+
+
 def _end_at_once(kind, error, trace) -> None:
   traceback.print_exception(kind, error, trace)
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(1)
+  os._exit(BROKEN if lost_peer(error) else 1)

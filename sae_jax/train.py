@@ -154,7 +154,8 @@ def _train_together(trainees, source, meshes, start, should_stop, label) -> dict
   progress = metrics.Progress(label, steps, start, batch, visible=jax.process_index() == 0)
   device = meshes[0].devices.flat[0].platform
   shard = (batch // meshes[0].shape['data'], first.sae.n_latents // meshes[0].shape['latent'])
-  progress.note(sparse.describe(device, *shard, first.sae.d_model, first.sae.k))
+  with sparse.forced(first.mesh.products):
+    progress.note(sparse.describe(device, *shard, first.sae.d_model, first.sae.k))
   for trainee in trainees:
     trainee.member.begin()
 
@@ -244,7 +245,8 @@ def main(argv: list[str]) -> int:
       outcome = train(config, workdir, should_stop=alive.beating(distributed.stop_flag()))
   except Exception as error:
     known = not isinstance(error, UserError) or files.exists(files.join(workdir, 'config.json'))
-    if known and jax.process_index() == 0:  # one attempt, however many processes
+    # One attempt, however many processes, and none when another rank died.
+    if known and jax.process_index() == 0 and not distributed.lost_peer(error):
       metrics.record_failure(workdir, error, permanent=isinstance(error, Diverged))
     if isinstance(error, Diverged):
       raise UserError(str(error)) from error

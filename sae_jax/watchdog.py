@@ -26,12 +26,12 @@ class Watchdog:
   """A thread that ends the process with `STALLED_EXIT` when `beat` is not called for long; a context manager.
 
   Long is the larger of SAE_JAX_STALL_S (600 s) and 20 median intervals. Time in which this process did not run
-  (SIGSTOP, a sleeping laptop) does not count. `give_up` is for tests.
+  (SIGSTOP, a sleeping laptop) does not count. `give_up` is called in that thread, with the reason, instead of `end`.
   """
 
   def __init__(self, give_up: Callable[[str], None] | None = None):
     self._floor_s = _floor()
-    self._give_up = give_up or _end
+    self._give_up = give_up or end
     self._intervals: list[float] = []
     self._beats = 0
     self._last = time.monotonic()
@@ -84,11 +84,12 @@ class Watchdog:
         return
 
 
-def _end(why: str) -> None:
+def end(why: str, exit_with: Callable[[int], None] | None = None) -> None:
+  """Says why, prints the stacks of all threads and ends the process, by `exit_with` if given."""
   print(why, file=sys.stderr, flush=True)
   faulthandler.dump_traceback(all_threads=True)
   sys.stdout.flush()
-  os._exit(STALLED_EXIT)
+  (exit_with or os._exit)(STALLED_EXIT)
 
 
 def _floor() -> float:

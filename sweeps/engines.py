@@ -1,4 +1,4 @@
-"""What a sweep becomes on a cluster: one gang a cell, or a few gangs of workers that go through many short cells."""
+"""What a sweep becomes on a cluster: a gang for each cell or group of cells, or a few gangs that go through them all."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ from typing import Protocol
 from sae_jax import files, flops
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sweeps import executors, ledger
+from sweeps import executors, groups, ledger
 from sweeps.board import UNFINISHED
 
 
@@ -48,7 +48,7 @@ def slurm_cluster(site_file: str | None, ledger_path: str) -> Cluster:
 
 
 def jobset_cluster(site_file: str | None, ledger_path: str) -> Cluster:
-  from sweeps.executors import jobset, jobset_site
+  from sweeps.executors import jobset, jobset_site, xpk
 
   if site_file is None:
     raise UserError(
@@ -65,38 +65,68 @@ def jobset_cluster(site_file: str | None, ledger_path: str) -> Cluster:
     return site.hosts, 1
 
   limits = {'grace_s': site.grace_s, 'max_restarts': site.max_restarts}
-  return Cluster(jobset.JobSet(site, ledger_path), shape, 15.0, 'the pods: kubectl logs', limits)
+  engine = (xpk.Xpk if site.xpk_cluster else jobset.JobSet)(site, ledger_path)
+  return Cluster(engine, shape, 15.0, 'the pods: kubectl logs', limits)
 
 
 def jobs(
-  store: ledger.Ledger, cluster: Cluster, states: list[ledger.CellState], gangs: int | None, max_failures: int
+  store: ledger.Ledger,
+  cluster: Cluster,
+  states: list[ledger.CellState],
+  gangs: int | None,
+  max_failures: int,
+  group: int | None = None,
 ) -> list[executors.Job]:
-  """Jobs for the cells that wait: one a cell, the largest first, or `gangs` jobs that share them all.
+  """Jobs for the cells that wait: one for each group of cells, the largest first, or `gangs` jobs that share them all.
 
-  A cell that someone trains now is left to whoever does. Raises `UserError` when cells of unequal meshes would share
-  a gang.
+  A group is a cell alone unless the subject runs live or `group` says more; see `groups.most`. Cells that someone trains
+  now are left to whoever does. Raises `UserError` when cells of unequal meshes would share a gang, and for `mesh.member`
+  over several processes.
   """
-  waiting = sorted((s for s in states if s.state == 'waiting'), key=lambda s: (-_cost(s), s.cell.id))
+  waiting = {s.cell.id for s in states if s.state == 'waiting'}
   work = (sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}', f'--max_failures={max_failures}')
+  work += () if group is None else (f'--group={group}',)
 
-  def job(name: str, argv: tuple[str, ...], devices: int) -> executors.Job:
-    hosts, processes = cluster.shape(devices)
+  def job(name: str, argv: tuple[str, ...], config: Config) -> executors.Job:
+    hosts, processes = cluster.shape(devices_of(config))
+    if config.mesh.member > 1 and hosts * processes > 1:
+      raise UserError(
+        f'mesh.member={config.mesh.member} needs one process and this job is {hosts * processes}; use mesh.member=1 '
+        'and --gangs for cells that run beside each other'
+      )
     return executors.Job(name, argv, hosts=hosts, processes_per_host=processes, **cluster.limits)
 
   if gangs is None:
-    return [job(s.cell.id, (*work, f'--cell={s.cell.id}'), devices_of(s.cell.config)) for s in waiting]
-  sizes = sorted({devices_of(s.cell.config) for s in waiting})
-  if len(sizes) > 1:
+    return [
+      job(_name(cells), (*work, f'--cell={",".join(c.id for c in cells)}'), cells[0].config)
+      for cells in _partition(states, group)
+      if any(c.id in waiting for c in cells)
+    ]
+  meshes = {devices_of(s.cell.config): s.cell.config for s in states if s.cell.id in waiting}
+  if len(meshes) > 1:
     raise UserError(
-      f'--gangs={gangs}: cells for {sizes[0]} and for {sizes[-1]} devices cannot share a gang; leave --gangs out'
+      f'--gangs={gangs}: cells for {min(meshes)} and for {max(meshes)} devices cannot share a gang; leave --gangs out'
     )
-  return [job(f'gang-{i}', work, sizes[0]) for i in range(min(gangs, len(waiting)))]
+  return [
+    job(f'gang-{i}', work, config) for config in meshes.values() for i in range(min(gangs, len(waiting)))
+  ]
 
 
-def names(states: list[ledger.CellState], gangs: int | None) -> list[str]:
+def names(states: list[ledger.CellState], gangs: int | None, group: int | None = None) -> list[str]:
   """Ids of the jobs, of this launch or an earlier one, that the unfinished cells may have."""
-  unfinished = [s.cell.id for s in states if s.state in UNFINISHED]
-  return unfinished if gangs is None else [f'gang-{i}' for i in range(gangs)]
+  if gangs is not None:
+    return [f'gang-{i}' for i in range(gangs)]
+  unfinished = {s.cell.id for s in states if s.state in UNFINISHED}
+  return [_name(cells) for cells in _partition(states, group) if any(c.id in unfinished for c in cells)]
+
+
+def _partition(states: list[ledger.CellState], group: int | None) -> list[list[ledger.Cell]]:
+  ordered = sorted(states, key=lambda s: (-_cost(s), s.cell.id))
+  return groups.partition([s.cell for s in ordered], group)
+
+
+def _name(cells: list[ledger.Cell]) -> str:
+  return cells[0].id if len(cells) == 1 else f'group-{cells[0].id}'
 
 
 def devices_of(config: Config) -> int:

@@ -5,6 +5,7 @@ hangs in a collective still has a thread that listens. A gang in which one rank 
 """
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -13,34 +14,31 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import jax
 
-from sae_jax import config, distributed, watchdog
+from sae_jax import config, distributed, files, watchdog
 from sae_jax.errors import UserError
 from sweeps import ledger
 
 GRACE_S = 5.0  # for the other ranks to fail of the same cause, or to hear that the gang ends
-BROKEN = (
-  128 + signal.SIGABRT
-)  # also what jax ends a process with when a rank is gone: restart, within a budget
 _POLL_S = 0.5
 _TROUBLE, _VERDICT = 'trouble', 'verdict'
 
 
 class RankFailed(Exception):
-  """Stands in failure.json for an exception in a rank that may not write there."""
+  """Stands in failure.json for an exception in a rank that may not write there; its note is that rank's traceback."""
 
 
-def outlive(error: Exception, permanent: tuple[type[Exception], ...]) -> None:
+def outlive(error: Exception) -> None:
   """Returns when an error in one rank cannot come from the death of another, which is no fault of the cell.
 
   A collective whose peer died raises what it likes; the coordination service then ends this process within its
-  heartbeat (exit code 134), before a failure is written down. What is known to be the cell's own needs no wait.
+  heartbeat (exit code 134), before a failure is written down. What is known to be the rank's own needs no wait.
   """
-  if not isinstance(error, (UserError, *permanent)):
+  if not isinstance(error, UserError) and not files.is_disk_full(error):
     time.sleep(1.5 * distributed.heartbeat_s() + GRACE_S)
 
 
@@ -51,26 +49,30 @@ def disband(code: int) -> NoReturn:
   until = time.monotonic() + GRACE_S
   for rank in range(1, jax.process_count()):
     distributed.hear(f'bye/{rank}', timeout_s=until - time.monotonic())
+  time.sleep(1.0)  # on a busy machine a rank that said so was not gone yet, and aborted (134) after this one
   os._exit(code)
 
 
 class Leader:
   """Rank 0's side. `vote` is polled in training by every rank and between cells by this one alone."""
 
-  outlive, disband = staticmethod(outlive), staticmethod(disband)  # for work.py, which loads without jax
+  disband = staticmethod(disband)  # for work.py, which loads without jax
 
   def __init__(self, vote: distributed.Vote):
     self._vote, self._words = vote, 0
     self._breaking, self._voting = threading.Lock(), False
 
   @contextlib.contextmanager
-  def training(self, cell: ledger.Cell, label: str, charge: Callable[[Exception], int]) -> Iterator[None]:
-    """Sends the gang to a cell and watches over it until the block ends.
+  def training(
+    self, cells: Sequence[ledger.Cell], label: str, charge: Callable[[Exception], int]
+  ) -> Iterator[None]:
+    """Sends the gang to a group of cells and watches over it until the block ends.
 
     When another rank fails while this one is caught in a collective, `charge` is called with what it said, in
     another thread, and the gang ends with the exit code that it returns.
     """
-    self._tell({'id': cell.id, 'config': cell.config.to_json().decode(), 'label': label})
+    told = [{'id': cell.id, 'config': cell.config.to_json().decode()} for cell in cells]
+    self._tell({'cells': told, 'label': label})
     back = threading.Event()
     thread = threading.Thread(target=self._listen, args=(back, charge), daemon=True, name='gang')
     thread.start()
@@ -80,6 +82,12 @@ class Leader:
       with self._breaking:  # never released once the thread is ending the gang
         back.set()
       thread.join()
+
+  def outlive(self, error: Exception) -> None:
+    """As the function; then another rank's failure, if there was one, is named as the cause."""
+    outlive(error)
+    if error.__cause__ is None and (trouble := distributed.hear(_TROUBLE)):
+      error.__cause__ = _as_told(trouble)
 
   def call_vote(self) -> None:
     """Has all ranks stop at one step, as a SIGTERM to this one would."""
@@ -104,15 +112,10 @@ class Leader:
         return  # this rank failed as well, and says so itself
       with self._breaking:
         if not back.is_set():
-          disband(charge(RankFailed(trouble)))
+          disband(charge(_as_told(trouble)))
 
 
-def follow(
-  train: Callable[..., str],
-  store: ledger.Ledger,
-  vote: distributed.Vote,
-  permanent: tuple[type[Exception], ...] = (),
-) -> int:
+def follow(train_group: Callable[..., list], store: ledger.Ledger, vote: distributed.Vote) -> int:
   """The other ranks' side: trains what rank 0 says, until it dismisses them with an exit code."""
   dismissed = threading.Event()
   thread = threading.Thread(target=_await_verdict, args=(dismissed,), daemon=True, name='gang')
@@ -125,7 +128,7 @@ def follow(
         pass
     except jax.errors.JaxRuntimeError as error:
       print(f'rank 0 is gone: {error}', file=sys.stderr, flush=True)
-      os._exit(BROKEN)
+      os._exit(distributed.BROKEN)
     word = json.loads(said)
     vote.polls = word['polls']
     if 'end' in word:
@@ -133,12 +136,12 @@ def follow(
       thread.join()
       return word['end']
     try:
-      with watchdog.Watchdog() as alive:
-        cell = config.from_json(word['config'].encode())
-        train(cell, store.folder(word['id']), should_stop=alive.beating(vote), label=word['label'])
+      with watchdog.Watchdog(_stalled) as alive:
+        cells = [(config.from_json(c['config'].encode()), store.folder(c['id'])) for c in word['cells']]
+        train_group(cells, should_stop=alive.beating(vote), label=word['label'])
     except Exception as error:
       traceback.print_exception(error)
-      outlive(error, permanent)
+      outlive(error)
       _report(error)
 
 
@@ -157,11 +160,31 @@ def _await_verdict(dismissed: threading.Event) -> None:
   os._exit(int(code))
 
 
+def _stalled(why: str) -> None:
+  # All ranks stall together. Rank 0 sees it within its own tick, writes it down and ends the gang.
+  time.sleep(2 * GRACE_S)
+  watchdog.end(why)
+
+
 def _report(error: Exception) -> NoReturn:
   """Leaves it to rank 0 to write down the failure and to end the gang."""
+  trouble = {
+    'error': f'{type(error).__name__} on {socket.gethostname()}: {error}'[:2000],
+    'traceback': ''.join(traceback.format_exception(error))[-6000:],
+    'disk_full': files.is_disk_full(error),
+  }
   # The first rank to fail is the one that counts, and rank 0 may be gone.
   with contextlib.suppress(jax.errors.JaxRuntimeError):
-    distributed.tell(_TROUBLE, f'{type(error).__name__} on {socket.gethostname()}: {error}')
+    distributed.tell(_TROUBLE, json.dumps(trouble))
   sys.stderr.flush()
   time.sleep(4 * GRACE_S)
   os._exit(1)
+
+
+def _as_told(trouble: str) -> RankFailed:
+  told = json.loads(trouble)
+  error = RankFailed(told['error'])
+  error.add_note(told['traceback'])
+  if told['disk_full']:
+    error.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  return error

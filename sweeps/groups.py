@@ -4,15 +4,12 @@ A group pays once for the activations, which matters when the subject runs live.
 costs memory and compile time, so cells of a store train alone unless `mesh.member` or the user asks for more.
 """
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from sae_jax import files, metrics, watchdog
+from sae_jax import files
 from sae_jax.config import Config
-from sae_jax.errors import UserError
-from sweeps import grid, lease, ledger
+from sweeps import ledger
 
-TrainGroup = Callable[..., list]  # sae_jax.train.train_group
 _LIVE = 8  # cells of a live subject, unless the user states another number
 
 
@@ -21,6 +18,22 @@ def most(config: Config, stated: int | None) -> int:
   if stated is not None:
     return stated
   return max(config.mesh.member, _LIVE if config.data.source == 'live' else 1)
+
+
+def partition(cells: Sequence[ledger.Cell], stated: int | None) -> list[list[ledger.Cell]]:
+  """Cells by stream, in their order, in groups of at most `most`.
+
+  What is done already plays no part, so that a job for a group has the same cells in every launch of one ledger.
+  """
+  parts: list[list[ledger.Cell]] = []
+  for cell in cells:
+    for part in parts:
+      if len(part) < most(part[0].config, stated) and part[0].config.stream == cell.config.stream:
+        part.append(cell)
+        break
+    else:
+      parts.append([cell])
+  return parts
 
 
 def companions(
@@ -48,59 +61,3 @@ def newest_step(store: ledger.Ledger, cell_id: str) -> int:
   """The step of the newest checkpoint of a cell, 0 without one. It may turn out to be damaged; that is seen later."""
   names = files.listdir(files.join(store.folder(cell_id), 'ckpt'))
   return max((int(name) for name in names if name.isdecimal()), default=0)
-
-
-def attempt(
-  store: ledger.Ledger,
-  train_group: TrainGroup,
-  held: Sequence[tuple[ledger.Cell, lease.Lease]],
-  stop: Callable[[], bool],
-  permanent: tuple[type[Exception], ...],
-) -> None:
-  """Trains cells together under their leases, which end here, and records the failure of each that fails.
-
-  When one is cancelled all save and stop: the rest form a new group. An error of the whole group counts as an attempt
-  of each, after which each is tried alone. Raises `LeaseLost`, and `UserError` when the disk is full.
-  """
-
-  def say(cell: ledger.Cell, what: str) -> None:
-    print(f'cell {cell.id} {grid.label(cell.overrides)}: {what}', flush=True)
-
-  def record(cell: ledger.Cell, lease_: lease.Lease, error: Exception) -> None:
-    lease_.check()
-    metrics.record_failure(store.folder(cell.id), error, permanent=isinstance(error, permanent))
-    say(cell, f'failed, {type(error).__name__}: {ledger.printable(str(error))}')
-
-  with contextlib.ExitStack() as leases:
-    for cell, lease_ in held:
-      leases.enter_context(lease_)
-      say(cell, f'starts in a group of {len(held)}')
-    try:
-      with watchdog.Watchdog() as alive:
-
-        def should_stop() -> bool:
-          alive.beat()
-          for _, lease_ in held:
-            lease_.check()
-          return stop() or any(lease_.cancelled for _, lease_ in held)
-
-        outcomes = train_group(
-          [(cell.config, store.folder(cell.id)) for cell, _ in held],
-          should_stop=should_stop,
-          label=f'{len(held)} cells',
-        )
-    except lease.LeaseLost:
-      raise
-    except Exception as error:
-      if files.is_disk_full(error):
-        raise UserError(
-          f'{store.path}: no space left on the device; free some (python -m sweeps.gc) and start again: it resumes'
-        ) from error
-      for cell, lease_ in held:
-        record(cell, lease_, error)
-      return
-    for (cell, lease_), outcome in zip(held, outcomes, strict=True):
-      if isinstance(outcome, Exception):
-        record(cell, lease_, outcome)
-      else:
-        say(cell, outcome)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 
-from sae_jax import arguments, files, metrics
+from sae_jax import arguments, files, metrics, watchdog
 from sae_jax.errors import UserError, one_line_errors
 from sweeps import board, engines, grid, ledger, preview, status, work
 from sweeps.board import UNFINISHED
@@ -66,6 +66,7 @@ def follow(
   received: list[int],
   max_failures: int,
   detach: bool = False,
+  group: int | None = None,
 ) -> None:
   """Submits jobs for what waits and watches them until they have gone; the jobs do not need this process.
 
@@ -76,7 +77,7 @@ def follow(
   shown = None if detach else board.Board(store, states)
   try:
     while True:
-      for job in engines.jobs(store, cluster, states, gangs, max_failures):
+      for job in engines.jobs(store, cluster, states, gangs, max_failures, group):
         # Once: a job that has gone with its cell undone is for a person to look at.
         if job.id not in submitted and not received:
           submitted.add(cluster.engine.submit(job))
@@ -84,7 +85,7 @@ def follow(
         print(f'{len(submitted)} jobs are with the engine; the same command, or sweeps.status, watches them')
         return
       # Jobs of an earlier launch too: their cells may be running, or wait between two runs of the job.
-      names = sorted(submitted.union(engines.names(states, gangs)))
+      names = sorted(submitted.union(engines.names(states, gangs, group)))
       alive = {name: s for name, s in cluster.engine.states(names).items() if s != 'gone'}
       queued = sum(s == 'pending' for s in alive.values())
       shown.show(states, f'; jobs: {len(alive) - queued} running, {queued} pending')
@@ -142,12 +143,15 @@ def _work_here(
     exit_code = 128 - code if code < 0 else code
     if not any(s.state in UNFINISHED for s in store.states(max_failures)):
       return False
-    cell_id = store.held_by(pid)
-    if cell_id is None:
+    held = store.held_by(pid)
+    if not held and code == watchdog.STALLED_EXIT:
+      return True  # it has charged its cells itself
+    if not held:
       strays += 1
       return strays < MAX_STRAYS
     died = WorkerDied(f'the worker ended with exit code {exit_code}; its output is in {logs}')
-    metrics.record_failure(store.folder(cell_id), died, exit_code=exit_code)
+    for cell_id in held:
+      metrics.record_failure(store.folder(cell_id), died, exit_code=exit_code)
     return True
 
   argv = (sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}', f'--max_failures={max_failures}')
@@ -183,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--gangs',
     type=arguments.whole('--gangs'),
-    help='slurm, jobset: so many jobs share all cells, for many short ones (default: a job a cell)',
+    help='slurm, jobset: so many jobs share all cells, for many short ones (default: a job a cell, or a group of cells)',
   )
   parser.add_argument('--detach', action='store_true', help='slurm, jobset: submit and leave')
   parser.add_argument(
@@ -262,7 +266,7 @@ def _dry_run(
   states = preview.states_of(sweep, store, args.max_failures)
   workers, out = args.workers or 1, sys.stdout
   if cluster is not None:
-    jobs = engines.jobs(store, cluster, states, args.gangs, args.max_failures)
+    jobs = engines.jobs(store, cluster, states, args.gangs, args.max_failures, args.group)
     print(cluster.engine.render(jobs))
     workers, out = max(1, len(jobs)), sys.stderr  # stdout holds what can be given to the engine by hand
   print(preview.table(sweep.name, store, states, workers, args.flops_per_second), file=out)
@@ -274,7 +278,7 @@ def _run_on(cluster: engines.Cluster, args: argparse.Namespace, store: ledger.Le
   """Trains with jobs of an engine; returns the exit code."""
   received = _catch_signals()
   print(f'output of the jobs: {cluster.logs}', flush=True)
-  follow(store, cluster, args.gangs, received, args.max_failures, args.detach)
+  follow(store, cluster, args.gangs, received, args.max_failures, args.detach, args.group)
   if args.detach:
     return 0
   code = _verdict(store, ids, args.max_failures)

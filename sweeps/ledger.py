@@ -161,13 +161,11 @@ class Ledger:
       return None
     return taken
 
-  def held_by(self, pid: int) -> str | None:
-    """The cell whose last, unreleased lease belongs to this process of this host, alive or dead."""
-    for cell in self.cells():
-      record = lease.holder_of(self._last_claim(cell.id)[1])
-      if record and record['pid'] == pid and record['pid_space'] == lease.pid_space():
-        return cell.id
-    return None
+  def held_by(self, pid: int) -> list[str]:
+    """The cells whose last, unreleased leases belong to this process of this host, alive or dead."""
+    holders = ((cell.id, lease.holder_of(self._last_claim(cell.id)[1])) for cell in self.cells())
+    here = lease.pid_space()
+    return [cell_id for cell_id, r in holders if r and (r['pid'], r['pid_space']) == (pid, here)]
 
   def _live_holder(self, cell_id: str) -> dict[str, Any] | None:
     began = (

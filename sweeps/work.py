@@ -1,30 +1,29 @@
 """A worker: claims and trains cells until none is left. The same command on every host of a pod or cluster.
 
-python -m sweeps.work --ledger=DIR [--cell=ID]
+python -m sweeps.work --ledger=DIR [--cell=ID[,ID...]]
 
 Largest cells first, so that the sweep does not end waiting for one. A worker also waits for the cells that others
 are training: if one of those workers dies, its cell must be picked up.
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from sae_jax import arguments, files, flops, metrics, watchdog
+from sae_jax import arguments, files, flops
 from sae_jax.errors import PREEMPTED, USER_ERROR_EXIT, UserError, one_line_errors
-from sweeps import grid, groups, lease, ledger
+from sweeps import groups, lease, ledger
+from sweeps.attempt import Held, TrainGroup, attempt
 
 if TYPE_CHECKING:
   from sweeps import gang  # loads jax, which drivers and status do without
 
 SOME_FAILED = 1
 SETTLED = ('done', 'failed', 'cancelled')
-Train = Callable[..., str]  # sae_jax.train.train
 
 
 class Stop:
@@ -61,115 +60,63 @@ class Stop:
 
 def run(
   store: ledger.Ledger,
-  train: Train,
+  train_group: TrainGroup,
   *,
   stop: Callable[[], bool],
-  only: str | None = None,
+  only: Collection[str] = (),
   permanent: tuple[type[Exception], ...] = (),
   max_failures: int = ledger.MAX_FAILURES,
   poll_s: float = 5.0,
   leader: 'gang.Leader | None' = None,
-  train_group: groups.TrainGroup | None = None,
   group: int | None = None,
 ) -> int:
-  """Trains until every cell, or the cell `only`, is done (0) or will not be (1), or `stop` becomes true (42).
+  """Trains until every cell, or each of `only`, is done (0) or will not be (1), or `stop` becomes true (42).
 
-  An exception in one cell is recorded there and leaves the others alone; after a `UserError` or one of `permanent`
-  the cell is not tried again. With a `leader` an exception also ends the whole gang, for a fresh start. Raises
-  `LeaseLost` when another worker took over the cell in training: this process must end without touching it again.
-  Raises `UserError` when the disk is full, which is no fault of the cell, and for an unknown `only`.
-
-  With `train_group` cells of one stream train together, at most `group` of them (see `groups.most` for None). A gang
-  trains one cell at a time.
+  Cells of one stream train together, at most `group` of them (see `groups.most` for None). An exception in one attempt
+  is recorded in its cells and leaves the others alone; after a `UserError` or one of `permanent` a cell is not tried
+  again. With a `leader` such an exception also ends the whole gang, for a fresh start. Raises `LeaseLost` when another
+  worker took over a cell in training: this process must end without touching it again. Raises `UserError` when the disk
+  is full, which is no fault of the cell, and for an unknown `only`.
   """
-  if only is not None and only not in {cell.id for cell in store.cells()}:
-    raise UserError(f'no cell {only!r} in {store.path}; python -m sweeps.status lists the ids')
+  if unknown := sorted(set(only) - {cell.id for cell in store.cells()}):
+    raise UserError(f'no cell {unknown[0]!r} in {store.path}; python -m sweeps.status lists the ids')
 
   def states() -> list[ledger.CellState]:
-    return [s for s in store.states(max_failures) if only in (None, s.cell.id)]
+    return [s for s in store.states(max_failures) if not only or s.cell.id in only]
+
+  def verdict() -> int | None:
+    return _verdict(states())
 
   while not stop():
-    found = states()
-    if (code := _verdict(found)) is not None:
-      return code
-    waiting = sorted((s for s in found if s.state == 'waiting'), key=_precedence)
-    held, cell = next(((taken, s.cell) for s in waiting if (taken := store.claim(s.cell.id))), (None, None))
-    if held is None or cell is None:
+    try:
+      found = states()
+      if (code := _verdict(found)) is not None:
+        return code
+      held = _claim(store, found, group)
+    except OSError as error:
+      if files.is_local(store.path):
+        raise
+      # A bucket that does not answer for minutes is no reason to give up a slice.
+      print(f'{store.path}: {error}; trying again', file=sys.stderr, flush=True)
+      held = []
+    if not held:
       _sleep(poll_s, stop)
       continue
-    if train_group is not None and leader is None:
-      first = next(s for s in waiting if s.cell.id == cell.id)
-      others = groups.companions(store, first, waiting, groups.most(cell.config, group) - 1)
-      more = [(s.cell, taken) for s in others if (taken := store.claim(s.cell.id))]
-      if more:
-        groups.attempt(store, train_group, [(cell, held), *more], stop, permanent)
-        continue
-    error = _attempt(store, train, cell, held, stop, permanent, leader, lambda: _verdict(states()))
-    if error is not None and leader is not None:
-      code = _verdict(states())
+    broken = attempt(store, train_group, held, stop=stop, permanent=permanent, verdict=verdict, leader=leader)
+    if broken and leader is not None:
+      code = verdict()
       leader.disband(PREEMPTED if code is None else code)
   return PREEMPTED
 
 
-def _attempt(
-  store: ledger.Ledger,
-  train: Train,
-  cell: ledger.Cell,
-  held: lease.Lease,
-  stop: Callable[[], bool],
-  permanent: tuple[type[Exception], ...],
-  leader: 'gang.Leader | None',
-  verdict: Callable[[], int | None],
-) -> Exception | None:
-  """Trains a cell under its lease, which ends here. Returns the error that was recorded in it, if any."""
-  folder, label = store.folder(cell.id), grid.label(cell.overrides)
-
-  def say(what: str) -> None:
-    print(f'cell {cell.id} {label}: {what}', flush=True)
-
-  def record(error: Exception) -> None:
-    held.check()
-    metrics.record_failure(folder, error, permanent=isinstance(error, permanent))
-    say(f'failed, {type(error).__name__}: {ledger.printable(str(error))}')
-
-  def charge(error: Exception) -> int:
-    try:
-      record(error)
-    except lease.LeaseLost:
-      return PREEMPTED
-    held.release()
-    code = verdict()
-    return PREEMPTED if code is None else code
-
-  with held:
-    say('starts')
-    together = leader.training(cell, label, charge) if leader is not None else contextlib.nullcontext()
-    try:
-      with together, watchdog.Watchdog() as alive:
-
-        def should_stop() -> bool:
-          alive.beat()
-          held.check()
-          if leader is None:
-            return stop() or held.cancelled
-          if held.cancelled:
-            leader.call_vote()
-          return stop()
-
-        outcome = train(cell.config, folder, should_stop=should_stop, label=label)
-    except lease.LeaseLost:
-      raise
-    except Exception as error:  # whatever a cell raises is that cell's: the sweep goes on
-      if files.is_disk_full(error):
-        raise UserError(
-          f'{store.path}: no space left on the device; free some (python -m sweeps.gc) and start again: it resumes'
-        ) from error
-      if leader is not None:
-        leader.outlive(error, permanent)
-      record(error)
-      return error
-    say(f'{outcome}, cancelled' if held.cancelled and outcome == 'preempted' else outcome)
-    return None
+def _claim(store: ledger.Ledger, states: list[ledger.CellState], group: int | None) -> Held:
+  """The waiting cell that comes first and can be had, with those that can train beside it; empty when none can."""
+  waiting = sorted((s for s in states if s.state == 'waiting'), key=_precedence)
+  first, taken = next(((s, t) for s in waiting if (t := store.claim(s.cell.id))), (None, None))
+  if first is None or taken is None:
+    return []
+  others = groups.companions(store, first, waiting, groups.most(first.cell.config, group) - 1)
+  return [(first.cell, taken)] + [(s.cell, t) for s in others if (t := store.claim(s.cell.id))]
 
 
 def _verdict(states: list[ledger.CellState]) -> int | None:
@@ -200,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     '(start it again), 130 by Ctrl-C, 142 no progress (SAE_JAX_STALL_S, 600 s), 128+n another signal.',
   )
   parser.add_argument('--ledger', required=True, help='folder or fsspec URL that sweeps.launch has filled')
-  parser.add_argument('--cell', metavar='ID', help='train this cell only')
+  parser.add_argument('--cell', metavar='ID[,ID...]', default='', help='train these cells only')
   add_group(parser)
   add_max_failures(parser)
   together = parser.add_argument_group(
@@ -259,14 +206,14 @@ def main(argv: list[str]) -> int:
     stop.hand_over()
     asked = distributed.Vote()
     if jax.process_index():
-      return gang.follow(training.train, store, asked, permanent=(training.Diverged,))
+      return gang.follow(training.train_group, store, asked)
     leader = gang.Leader(asked)
   else:
     stop.listen()
   try:
     code = run(
-      store, training.train, stop=asked, only=args.cell, permanent=(training.Diverged,),
-      max_failures=args.max_failures, leader=leader, train_group=training.train_group, group=args.group,
+      store, training.train_group, stop=asked, only=[i for i in args.cell.split(',') if i],
+      permanent=(training.Diverged,), max_failures=args.max_failures, leader=leader, group=args.group,
     )  # fmt: skip
   except lease.LeaseLost as error:
     print(f'lease lost: {error}', file=sys.stderr, flush=True)

@@ -30,9 +30,10 @@ def found(store):
   return [s.state for s in store.states()]
 
 
-def commit(cell, folder, *, should_stop, label):
+def commit(cells, *, should_stop, label):
+  ((_, folder),) = cells
   metrics.commit_result(folder, {})
-  return 'done'
+  return ['done']
 
 
 def test_cancelled_cell_is_left_out_until_undone(store, capsys):
@@ -51,7 +52,8 @@ def test_cancelled_cell_is_left_out_until_undone(store, capsys):
 def test_running_cell_is_saved_and_left_while_the_worker_goes_on(store):
   order = []
 
-  def train(cell, folder, *, should_stop, label):
+  def train(cells, *, should_stop, label):
+    ((cell, _),) = cells
     order.append(cell.sae.k)
     if len(order) == 1:
       cancel.cancel(store, [cell.id])
@@ -60,8 +62,8 @@ def test_running_cell_is_saved_and_left_while_the_worker_goes_on(store):
       while not should_stop():
         assert time.monotonic() < until
         time.sleep(0.01)
-      return 'preempted'
-    return commit(cell, folder, should_stop=should_stop, label=label)
+      return ['preempted']
+    return commit(cells, should_stop=should_stop, label=label)
 
   assert work.run(store, train, stop=lambda: False) == work.SOME_FAILED
   assert sorted(order) == [3, 5] and found(store).count('cancelled') == 1

@@ -23,27 +23,28 @@ SMALL = {
 
 
 def start(workdir, processes: int, **overrides) -> list[subprocess.Popen]:
+  flags = [f'--config.{key}={value}' for key, value in (SMALL | overrides).items()]
+  return launch(
+    ['-m', 'sae_jax.train', '--config=experiments/tiny.py', f'--workdir={workdir}', *flags], processes
+  )
+
+
+def launch(argv: list[str], processes: int, devices: int = 8) -> list[subprocess.Popen]:
+  """The same Python command as the ranks of a gang, or as one process of all devices."""
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
-  flags = [f'--config.{key}={value}' for key, value in (SMALL | overrides).items()]
-  command = [
-    sys.executable,
-    '-m',
-    'sae_jax.train',
-    '--config=experiments/tiny.py',
-    f'--workdir={workdir}',
-    *flags,
-  ]
   gang = []
   for rank in range(processes):
-    env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(8 // processes)}
+    env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices // processes)}
     if processes > 1:
       env |= {
         'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(rank),
       }  # fmt: skip
     gang.append(
-      subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+      subprocess.Popen(
+        [sys.executable, *argv], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+      )
     )
   return gang
 
@@ -126,3 +127,18 @@ def test_two_processes_stop_at_one_step_when_either_is_told_to(tmp_path):
   assert finish(gang) == [42, 42]
   (step,) = [int(p.name) for p in (tmp_path / 'ckpt').iterdir()]
   assert 0 < step < 20_000
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize('dead', [0, 1])
+def test_survivor_asks_for_a_restart_and_blames_no_cell(tmp_path, monkeypatch, dead):
+  monkeypatch.setenv('SAE_JAX_HEARTBEAT_S', '3')
+  gang = start(tmp_path, 2, **{'train.tokens': 64 * 20_000})
+  while not (tmp_path / 'metrics.jsonl').exists() and gang[0].poll() is None:
+    time.sleep(0.05)
+  gang[dead].kill()
+  survivor = gang[1 - dead]
+  _, said = survivor.communicate(timeout=120)
+  gang[dead].communicate()
+  assert survivor.returncode in (distributed.BROKEN, -signal.SIGABRT), said[-2000:]
+  assert not (tmp_path / 'failure.json').exists()

@@ -112,6 +112,36 @@ def test_follow_finds_the_running_job_of_an_earlier_launch(registered):
   assert not engine.jobs and looks == ['running'] * 3 and registered.states()[0].state == 'done'
 
 
+def test_cells_of_one_stream_are_one_job_when_groups_are_wanted(registered):
+  engine = FakeEngine()
+  given = registered, fake_cluster(engine)
+  jobs = engines.jobs(*given, registered.states(), None, 3, group=4)
+  assert [len(cells_of(job)) for job in jobs] == [4, 2]
+  assert all(job.id == f'group-{cells_of(job)[0]}' and '--group=4' in job.argv for job in jobs)
+  assert sorted(i for job in jobs for i in cells_of(job)) == sorted(c.id for c in registered.cells())
+  commit(registered, cells_of(jobs[0])[0])  # its job may be alive, and is found again by its name
+  assert engines.jobs(*given, registered.states(), None, 3, group=4) == jobs
+  assert engines.names(registered.states(), None, 4) == [job.id for job in jobs]
+  for cell_id in cells_of(jobs[1]):
+    commit(registered, cell_id)
+  assert engines.names(registered.states(), None, 4) == [jobs[0].id]
+
+
+def cells_of(job):
+  (stated,) = [word for word in job.argv if word.startswith('--cell=')]
+  return stated.removeprefix('--cell=').split(',')
+
+
+def test_member_axis_is_refused_over_several_processes(tmp_path):
+  (tmp_path / 'cells.py').write_text(
+    SHORT + "\nMEMBERS = sweep\ndef sweep(): return [c | {'mesh.member': 2} for c in MEMBERS()]\n"
+  )
+  store = ledger.Ledger(str(tmp_path / 'ledger'))
+  store.register(grid.build(str(tmp_path / 'cells.py')))
+  with pytest.raises(UserError, match=r'mesh\.member=2 needs one process and this job is 2'):
+    engines.jobs(store, fake_cluster(FakeEngine()), store.states(), None, 3)
+
+
 def test_gangs_share_the_cells_and_unneeded_ones_are_cancelled(registered):
   def first_does_all(engine):
     engine.state['gang-0'] = 'running'

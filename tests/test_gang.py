@@ -26,8 +26,8 @@ import os, signal, sys, time
 from sae_jax import files, train as training
 from sweeps import ledger, work
 ledger.Ledger.__init__.__kwdefaults__['refresh_s'] = 0.1
-undisturbed = training.train
-def train(*args, should_stop, **named):
+undisturbed = training.train_group
+def train(cells, should_stop, **named):
   steps = []
   def disturbed():
     steps.append(1)
@@ -36,8 +36,8 @@ def train(*args, should_stop, **named):
     elif len(steps) > 11:
       time.sleep(0.2)  # the ranks agree on a step in the background, and a cell this small would end meanwhile
     return should_stop()
-  return undisturbed(*args, should_stop=disturbed, **named)
-training.train = train
+  return undisturbed(cells, should_stop=disturbed, **named)
+training.train_group = train
 work.main(sys.argv[1:])
 """
 
@@ -112,11 +112,24 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.chaos
 def test_gang_leaves_a_diverging_cell_and_finishes_the_other(undisturbed, start, tmp_path):
   store = make_ledger(tmp_path / 'ledger', {}, {'optim.learning_rate': 1e30, 'sae.n_latents': 128})
-  assert finish(start(store)) == [42, 42]  # the larger cell failed: a fresh gang for the next
   assert finish(start(store)) == [1, 1]
   good, bad = store.states()
   assert digests(store) == undisturbed and good.cell.id in undisturbed
   assert (bad.state, bad.attempts) == ('failed', 1) and 'Diverged: not finite' in bad.reason
+
+
+@pytest.mark.chaos
+def test_gang_trains_a_group_to_the_bits_of_each_cell_alone(undisturbed, start, tmp_path):
+  store = make_ledger(tmp_path / 'ledger', {}, {'sae.k': 5}, {'optim.learning_rate': 1e30})
+  sigterm = (1, 'os.kill(os.getpid(), signal.SIGTERM); time.sleep(3)')
+  assert finish(start(store, '--group=3', disturb=sigterm)) == [42, 42]
+  found = start(store, '--group=3')
+  assert finish(found) == [1, 1]
+  other = make_ledger(tmp_path / 'other', {'sae.k': 5})
+  assert finish(start(other, ranks=1)) == [0]
+  assert digests(store) == undisturbed | digests(other)
+  assert [s.state for s in store.states()] == ['done', 'done', 'failed']
+  assert 'Diverged: not finite' in store.states()[2].reason
 
 
 def hurt(rank, happens, codes, default=False, **env):
@@ -136,6 +149,7 @@ def hurt(rank, happens, codes, default=False, **env):
     hurt(1, 'os.kill(os.getpid(), signal.SIGKILL)', {-9, 134, -6}, SAE_JAX_HEARTBEAT_S='3'),
     hurt(0, 'os.kill(os.getpid(), signal.SIGKILL)', {-9, 134, -6}, SAE_JAX_HEARTBEAT_S='3'),
     hurt(1, 'raise ValueError("in one rank")', {42}, SAE_JAX_HEARTBEAT_S='3'),
+    hurt(1, 'raise OSError(28, "No space left on device")', {2}, SAE_JAX_HEARTBEAT_S='3'),
     hurt(0, 'raise work.lease.LeaseLost("taken")', {42}),
   ],
 )
@@ -155,9 +169,13 @@ def test_disturbed_gang_ends_and_resumes_to_the_same_bits(
   assert not digests(store)
   (state,) = store.states()
   assert state.state == 'waiting'
-  assert state.attempts == (1 if 'raise ValueError' in happens else 0)
-  if state.attempts:
-    assert 'in one rank' in state.reason
+  charged = {'raise ValueError': 'in one rank', 'sleep(1000)': 'Stalled: stalled: no step for'}
+  expected = [reason for what, reason in charged.items() if what in happens]
+  assert state.attempts == len(expected)
+  assert all(reason in state.reason for reason in expected)
+  if 'raise ValueError' in happens:  # rank 0 writes down where rank 1 was
+    record = json.loads(pathlib.Path(store.folder(state.cell.id), 'failure.json').read_text())
+    assert record['kind'] == 'RankFailed' and 'in disturbed' in record['traceback']
   assert finish(start(store, ranks=1)) == [0]  # on the same mesh the processes do not matter
   assert digests(store) == undisturbed
 
@@ -183,7 +201,7 @@ def test_gang_that_waited_for_work_stops_together_idle_or_training(undisturbed, 
 def test_cancelled_cell_is_left_by_all_ranks_at_one_step(undisturbed, start, tmp_path):
   store = make_ledger(tmp_path / 'ledger', {})
   (cell,) = store.cells()
-  write = 'files.replace(args[1] + "/cancel.json", b"{}"); time.sleep(3)'
+  write = 'files.replace(cells[0][1] + "/cancel.json", b"{}"); time.sleep(3)'
   assert finish(start(store, disturb=(0, write))) == [42, 42]
   assert store.states()[0].state == 'cancelled'
   assert [state.cell.id for state in cancel.undo(store, [])] == [cell.id]

@@ -84,12 +84,9 @@ class Wild(Exception):
   """Ends a cell for good."""
 
 
-def run(store, train_group, train=None, **more):
-  def alone(*_, **__):
-    raise AssertionError('no cell should train alone here')
-
+def run(store, train_group, **more):
   return work.run(
-    store, train or alone, stop=lambda: False, train_group=train_group, permanent=(Wild,), poll_s=0.0, **more
+    store, train_group, stop=lambda: False, permanent=(Wild,), poll_s=0.0, **more
   )  # fmt: skip
 
 
@@ -99,45 +96,47 @@ def finish(config_, folder):
 
 
 def test_worker_trains_together_what_shares_a_stream(store):
-  groups_seen, alone = [], []
+  seen = []
 
   def train_group(cells, *, should_stop, label):
-    assert not should_stop() and label == f'{len(cells)} cells'
-    groups_seen.append(len(cells))
+    assert not should_stop() and (len(cells) == 1 or label == f'{len(cells)} cells')
+    seen.append([c.data.seed for c, _ in cells])
     return [finish(*cell) for cell in cells]
 
-  def train(config_, folder, **_):
-    alone.append(config_.data.seed)
-    return finish(config_, folder)
-
-  assert run(store, train_group, train, group=9) == 0
-  assert groups_seen == [4] and alone == [4]  # one cell reads in another order
+  assert run(store, train_group, group=9) == 0
+  assert sorted(map(len, seen)) == [1, 4] and [4] in seen  # one cell reads in another order
   assert all(s.state == 'done' for s in store.states())
 
 
 def test_group_member_that_fails_is_charged_alone(store):
   def train_group(cells, **_):
-    wild = next(i for i, (c, _) in enumerate(cells) if c.sae.k == 3)
-    return [Wild('not finite') if i == wild else finish(*cell) for i, cell in enumerate(cells)]
+    return [Wild('not finite') if c.sae.k == 3 else finish(c, folder) for c, folder in cells]
 
-  assert run(store, train_group, finish_alone, group=9) == 1
+  assert run(store, train_group, group=9) == 1
   assert {s.state for s in store.states() if s.cell.overrides == {'sae.k': 3}} == {'failed'}
   assert sum(s.state == 'done' for s in store.states()) == 4
 
 
-def finish_alone(config_, folder, **_):
-  return finish(config_, folder)
-
-
 def test_after_a_group_failed_its_cells_train_alone(store):
-  alone = []
+  sizes = []
 
   def train_group(cells, **_):
-    raise RuntimeError('out of memory')
+    sizes.append(len(cells))
+    if len(cells) > 1:
+      raise RuntimeError('out of memory')
+    return [finish(*cell) for cell in cells]
 
-  def train(config_, folder, **_):
-    alone.append(config_.id)
-    return finish(config_, folder)
+  assert run(store, train_group, group=9) == 0
+  assert sorted(sizes) == [1, 1, 1, 1, 1, 4]
 
-  assert run(store, train_group, train, group=9) == 0
-  assert len(alone) == 5
+
+def test_partition_does_not_depend_on_what_is_done(store):
+  cells = store.cells()
+  parts = groups.partition(cells, 2)
+  assert sorted(c.id for part in parts for c in part) == sorted(c.id for c in cells)
+  assert sorted(map(len, parts)) == [1, 2, 2]
+  assert all(len({c.config.stream for c in part}) == 1 for part in parts)
+  for cell in cells[:2]:
+    metrics.commit_result(store.folder(cell.id), {})
+  assert groups.partition(store.cells(), 2) == parts
+  assert groups.partition(cells, None) == [[c] for c in cells]  # planted data: nothing is saved by a group

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.test_distributed import finish, result, start
+from tests.test_distributed import finish, launch, result, start
 
 
 @pytest.fixture(scope='module')
@@ -47,3 +47,26 @@ def test_checkpoint_on_another_mesh_goes_on_and_says_so(four, tmp_path):
     json.loads(line)['step'] for line in (four / 'metrics.jsonl').read_text().splitlines()
     if json.loads(line)['step'] <= 10
   ]  # fmt: skip
+
+
+LIVE_GROUP = """
+import sys
+from sae_jax import distributed, subjects, train
+from sae_jax.subjects import text
+from tests import test_harvest, test_live
+subjects.load, text.load = test_harvest.toy_subject, test_harvest.toy_text
+distributed.initialize()
+mesh = {'mesh.data': 2, 'mesh.latent': 2, 'train.checkpoint_every': 9}
+cells = [(test_live.cell('live', '', **mesh, **{'sae.k': int(k)}), f'{sys.argv[1]}/{k}') for k in sys.argv[2:]]
+assert train.train_group(cells) == ['done'] * len(cells)
+"""
+
+
+@pytest.mark.chaos
+def test_group_on_a_live_subject_ends_with_the_bits_of_one_process_and_of_each_alone(tmp_path):
+  together = launch(['-c', LIVE_GROUP, str(tmp_path / 'two'), '2', '3'], 2, devices=4)
+  alone = [launch(['-c', LIVE_GROUP, str(tmp_path / 'one'), k], 1, devices=4) for k in ('2', '3')]
+  for gang in (together, *alone):
+    finish(gang)
+  for k in ('2', '3'):
+    assert result(tmp_path / 'two' / k) == result(tmp_path / 'one' / k)

@@ -1,0 +1,123 @@
+"""One attempt at the cells a worker holds: trained under their leases, with what becomes of each in the ledger."""
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from sae_jax import files, metrics, watchdog
+from sae_jax.errors import PREEMPTED, USER_ERROR_EXIT, UserError
+from sweeps import grid, lease, ledger
+
+if TYPE_CHECKING:
+  from sweeps import gang  # loads jax, which drivers and status do without
+
+TrainGroup = Callable[..., list]  # sae_jax.train.train_group
+Held = Sequence[tuple[ledger.Cell, lease.Lease]]
+
+
+class Stalled(Exception):
+  """Stands in failure.json for the end of a worker whose training no longer moved."""
+
+
+def attempt(
+  store: ledger.Ledger,
+  train_group: TrainGroup,
+  held: Held,
+  *,
+  stop: Callable[[], bool],
+  permanent: tuple[type[Exception], ...],
+  verdict: Callable[[], int | None],
+  leader: 'gang.Leader | None' = None,
+) -> bool:
+  """Trains cells together under their leases, which end here, and records the failure of each that fails.
+
+  When one is cancelled all save and stop: the rest form a new group. An error of the whole attempt counts for each of its
+  cells, which are then tried alone. A stall is recorded and ends the process.
+
+  Returns:
+    Whether there was such an error. A gang (`leader`) has to be ended then: its ranks may be anywhere.
+
+  Raises:
+    LeaseLost: another worker took over. UserError: the disk is full, which is no fault of the cells.
+  """
+  group = f' in a group of {len(held)}' if len(held) > 1 else ''
+  label = f'{len(held)} cells' if group else grid.label(held[0][0].overrides)
+  once = threading.Lock()  # taken by whichever thread ends this process first, and never released
+
+  def say(cell: ledger.Cell, what: str) -> None:
+    print(f'cell {cell.id} {grid.label(cell.overrides)}: {what}', flush=True)
+
+  def record(cell: ledger.Cell, lease_: lease.Lease, error: Exception) -> None:
+    lease_.check()
+    metrics.record_failure(store.folder(cell.id), error, permanent=isinstance(error, permanent))
+    say(cell, f'failed, {type(error).__name__}: {ledger.printable(str(error))}')
+
+  def charge(error: Exception) -> int:
+    """Records an error before the process ends, and returns the exit code."""
+    once.acquire()
+    if files.is_disk_full(error):
+      print(f'error: {_disk_full(store)}', file=sys.stderr, flush=True)
+      return USER_ERROR_EXIT
+    try:
+      for cell, lease_ in held:
+        record(cell, lease_, error)
+    except lease.LeaseLost:
+      return PREEMPTED
+    for _, lease_ in held:
+      lease_.release()
+    code = verdict()
+    return PREEMPTED if code is None else code
+
+  def stalled(why: str) -> None:
+    # In a thread of its own: what hangs may be the filesystem of the ledger.
+    recording = threading.Thread(target=charge, args=(Stalled(why),), daemon=True)
+    recording.start()
+    recording.join(timeout=10.0)
+    watchdog.end(why, leader and leader.disband)
+
+  with contextlib.ExitStack() as leases:
+    for cell, lease_ in held:
+      leases.enter_context(lease_)
+      say(cell, f'starts{group}')
+    together = (
+      leader.training([cell for cell, _ in held], label, charge) if leader else contextlib.nullcontext()
+    )
+    try:
+      with together, watchdog.Watchdog(stalled) as alive:
+
+        def should_stop() -> bool:
+          alive.beat()
+          for _, lease_ in held:
+            lease_.check()
+          cancelled = any(lease_.cancelled for _, lease_ in held)
+          if cancelled and leader is not None:
+            leader.call_vote()
+          return stop() or (cancelled and leader is None)
+
+        outcomes = train_group(
+          [(cell.config, store.folder(cell.id)) for cell, _ in held], should_stop=should_stop, label=label
+        )
+    except lease.LeaseLost:
+      raise
+    except Exception as error:  # whatever cells raise is theirs: the sweep goes on
+      if leader is not None:
+        leader.outlive(error)
+      if files.is_disk_full(error):
+        raise UserError(_disk_full(store)) from error
+      for cell, lease_ in held:
+        record(cell, lease_, error)
+      return True
+    for (cell, lease_), outcome in zip(held, outcomes, strict=True):
+      if isinstance(outcome, Exception):
+        record(cell, lease_, outcome)
+      else:
+        say(cell, f'{outcome}, cancelled' if lease_.cancelled and outcome == 'preempted' else outcome)
+  return False
+
+
+def _disk_full(store: ledger.Ledger) -> str:
+  return (
+    f'{store.path}: no space left on the device; free some (python -m sweeps.gc) and start again: it resumes'
+  )
