@@ -196,10 +196,10 @@ def main(argv: list[str]) -> int:
   from sae_jax import train as training
   from sweeps import gang
 
-  if files.is_local(store.path):
-    # Cells of one shape compile once for all workers and restarts.
-    jax.config.update('jax_compilation_cache_dir', str(files.local(files.join(store.path, 'compile_cache'))))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  # Cells of one shape compile once for all workers and restarts.
+  cache = files.join(store.path, 'compile_cache')
+  jax.config.update('jax_compilation_cache_dir', str(files.local(cache)) if files.is_local(cache) else cache)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   distributed.initialize(args.coordinator, args.num_processes, args.process_id)
   leader, asked = None, stop
   if jax.process_count() > 1:
