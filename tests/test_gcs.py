@@ -17,7 +17,7 @@ from experiments import tiny
 from sae_jax import checkpoint, config, files, metrics
 from sae_jax import train as training
 from sae_jax.errors import UserError
-from sweeps import lease, ledger
+from sweeps import grid, lease, ledger
 from tests import fake_gcs
 from tests.test_ledger import Clock, finish, make_sweep
 
@@ -247,3 +247,15 @@ def test_cell_killed_in_the_middle_of_a_save_ends_with_the_bits_of_a_local_one(
     for d in ('gs://bucket/cell', str(tmp_path))
   ]
   assert curves[0] == curves[1]
+
+
+@pytest.mark.chaos
+def test_worker_trains_and_keeps_its_compiled_programs_in_the_bucket(store):
+  small = config.resolve(config.override(tiny.get_config(), SMALL))
+  sweep = grid.Sweep('small', 'experiments/tiny.py', ((SMALL, small),), dropped=0)
+  ledger.Ledger('gs://bucket/sweep').register(sweep)
+  argv = [sys.executable, '-m', 'sweeps.work', '--ledger=gs://bucket/sweep']
+  assert subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=300).returncode == 0
+  names = list(store.names())
+  assert any(name.endswith('/result.json') for name in names)
+  assert any(name.startswith('sweep/compile_cache/jit_step') for name in names)

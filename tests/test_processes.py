@@ -7,6 +7,8 @@ import pytest
 
 from tests.test_distributed import finish, launch, result, start
 
+pytestmark = pytest.mark.chaos
+
 
 @pytest.fixture(scope='module')
 def four(tmp_path_factory):
@@ -62,7 +64,6 @@ assert train.train_group(cells) == ['done'] * len(cells)
 """
 
 
-@pytest.mark.chaos
 def test_group_on_a_live_subject_ends_with_the_bits_of_one_process_and_of_each_alone(tmp_path):
   together = launch(['-c', LIVE_GROUP, str(tmp_path / 'two'), '2', '3'], 2, devices=4)
   alone = [launch(['-c', LIVE_GROUP, str(tmp_path / 'one'), k], 1, devices=4) for k in ('2', '3')]
