@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 from scipy import special
 from tqdm import tqdm
 
@@ -87,7 +88,7 @@ def write_predictions(
   """Predicts a cell for every (n_latents, k) and creates `out` with them.
 
   Raises:
-    UserError: the ledger cannot carry the law, already holds one of these sizes, or `out` exists.
+    UserError: the ledger cannot carry the law or a band, already holds one of these sizes, or `out` exists.
   """
   seen = table.load_ledger(ledger)
   for n, k in sizes:
@@ -102,12 +103,18 @@ def write_predictions(
     predict(ledger, {'n_latents': n, 'k': k}, bootstrap=bootstrap)
     for n, k in tqdm(sizes, 'predicting', disable=None)
   ]
+  for p in found:
+    if not math.isfinite(p.low + p.high):
+      raise UserError(
+        f'the band of n={p.at["n_latents"]}, k={p.at["k"]} is unknown: {len(p.fit.table)} cells for the '
+        f'{len(p.fit.law.names)} constants of {p.fit.law.name}; finish more cells'
+      )
   first = found[0]
   record = {
     'schema': 1, 'law': first.fit.law.name, 'level': uncertainty.LEVEL, 'holdout': first.fit.to_json()['holdout'],
     'fitted_cells': sorted(first.fit.table['id']),
     'predictions': [p.at | {key: value for key, value in p.to_json().items() if key in _NUMBERS} for p in found],
-    'warnings': [w for p in found[-1:] for w in p.warnings],
+    'warnings': list({(w['code'], w['message']): w for p in found for w in p.warnings}.values()),
   }  # fmt: skip
   try:
     files.create(out, json.dumps(record, indent=1, allow_nan=False).encode() + b'\n')
@@ -165,6 +172,13 @@ def _read(path: str) -> dict[str, Any]:
   return record
 
 
+def _save(figure: Figure, path: str) -> None:
+  try:
+    figure.savefig(path)
+  except (OSError, ValueError) as error:  # ValueError: an extension that is no kind of picture
+    raise UserError(f'cannot write {path} ({error}); choose another --figure, e.g. calibration.png') from None
+
+
 def _whole(text: str) -> list[int]:
   try:
     return [int(part) for part in text.split(',')]
@@ -193,7 +207,7 @@ def main(argv: list[str]) -> int:
     if args.json:
       write_json(args.json, found.to_json())
     if args.figure:
-      plots.calibration(found.cells).savefig(args.figure)
+      _save(plots.calibration(found.cells), args.figure)
     return 0
   if not (args.n_latents and args.k and args.out):
     raise UserError('give --n_latents, --k and --out to predict, or --check=FILE to compare')

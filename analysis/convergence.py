@@ -70,7 +70,7 @@ def unconverged_warnings(curves: pd.DataFrame, ids: pd.Series, eps: float = EPS)
   if not still.any():
     return []
   text = (
-    f'{still.sum()} of {len(found)} cells still improve by more than {eps:.0%} per doubling of tokens at their end: '
+    f'{still.sum()} of {len(found)} cells still improve by more than {100 * eps:g} % per doubling of tokens at their end: '
     'what is fitted holds at this training budget, not at convergence'
   )
   return [table.warning('still_improving', text)]

@@ -87,7 +87,9 @@ def fit_law(
   repeat_N = seeds.replicates(points, columns)
   within = group is None and repeat_N is not None
   label_N = repeat_N if within else resample.labels(points, group)
-  weight_BN = resample.weights(label_N, point_N, len(chosen.names), bootstrap, rng, within=within)
+  # With no point beyond the constants, every resample that carries the law is these points again.
+  count = bootstrap if len(points) > len(chosen.names) else 0
+  weight_BN = resample.weights(label_N, point_N, len(chosen.names), count, rng, within=within)
   held = None
   if holdout:
     test_N = table.matching(points, holdout)
@@ -141,11 +143,11 @@ def fit_weighted(
   residual_N, jacobian_NP = solve.at(law, theta_P, u_NQ[used], v_N[used])
   covariance_PP = uncertainty.covariance(residual_N, jacobian_NP, delta)
   count, width = len(residual_N), len(law.names)
-  params, method = uncertainty.params(law, theta_P, draws_BP, covariance_PP, count - width)
   profiled = objective == 'logls' and count > width
   ends_2P = np.full((2, width), np.nan)
   if profiled:
     ends_2P = profile.ends(law, u_NQ[used], v_N[used], theta_P, covariance_PP)
+  params, method = uncertainty.params(law, theta_P, draws_BP, covariance_PP, count - width, ends_2P)
   unbounded = profile.add(law, params, ends_2P)
 
   found = list(points.attrs.get('warnings', []))

@@ -97,10 +97,9 @@ class Fit:
     over = f'{self.law.name}: {self.y} over {", ".join(self.x)}, {len(self.table)} points'
     lines = [f'{self.label}   ({over})', f'  {self.law.formula}']
     for name, p in self.params.items():
-      estimate, low, high = (p[key] if not abs(p[key]) < 1e-6 else 0.0 for key in ('estimate', 'low', 'high'))
-      lines.append(
-        f'  {name:7s} {estimate:12.5g}   90 % interval {low:.5g} to {high:.5g}{self._profile_text(name)}'
-      )
+      estimate, low, high = (nothing_is_zero(name, p[key]) for key in ('estimate', 'low', 'high'))
+      known = f'{low:.5g} to {high:.5g}' if np.isfinite([low, high]).any() else 'unknown'
+      lines.append(f'  {name:7s} {estimate:12.5g}   90 % interval {known}{self._profile_text(name)}')
     d = self.diagnostics
     lines.append(
       f'  rms log residual {d["rms_log_residual"]:.5f}; {self.objective}; '
@@ -146,13 +145,21 @@ class Fit:
     return np.log(table.positive(at, self.x))
 
 
+def nothing_is_zero(name: str, value: float) -> float:
+  """An irreducible loss that a fit has driven to nothing as 0; other constants may be small and mean it."""
+  return 0.0 if name == 'e' and abs(value) < 1e-6 else value
+
+
 def warning_lines(fits: Sequence[Fit]) -> list[str]:
-  """One line a kind of warning: its code, the first message, and the fits it holds for when there are several."""
+  """One line a kind of warning: its code, the first message and, of several fits, whose that is and who has the like."""
   lines = []
   for code in dict.fromkeys(w['code'] for fit in fits for w in fit.warnings):
     hits = [(fit.label, w['message']) for fit in fits for w in fit.warnings if w['code'] == code]
-    labels = '; '.join(dict.fromkeys(label for label, _ in hits))
-    lines.append(f'{code}: {hits[0][1]}' + (f' [{labels}]' if len(fits) > 1 else ''))
+    message = hits[0][1]
+    same = list(dict.fromkeys(label for label, said in hits if said == message))
+    like = list(dict.fromkeys(label for label, said in hits if said != message and label not in same))
+    whose = f' [{"; ".join(same)}]' + (f'; the like for {"; ".join(like)}' if like else '')
+    lines.append(f'{code}: {message}' + (whose if len(fits) > 1 else ''))
   return lines
 
 

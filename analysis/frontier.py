@@ -13,13 +13,13 @@ import pandas as pd
 from analysis import fit, laws, table
 from sae_jax.errors import UserError
 
+BURN_IN = 0.05  # share of a run's compute: before it, the loss is that of the initialisation
 _SIZE = 'n_latents'
-_BURN_IN = 0.05  # share of a run's compute
 _NAMED = 6  # runs named in a warning
 
 
 def envelope(
-  curves: pd.DataFrame, x: str = 'flops_useful', y: str = 'nmse', *, burn_in: float = _BURN_IN
+  curves: pd.DataFrame, x: str = 'flops_useful', y: str = 'nmse', *, burn_in: float = BURN_IN
 ) -> pd.DataFrame:
   """The measurements that beat every run at the same or less compute, by rising compute.
 
@@ -39,7 +39,7 @@ def fit_frontier(
   law: str = 'power',
   bootstrap: int = 500,
   holdout: str | None = None,
-  burn_in: float = _BURN_IN,
+  burn_in: float = BURN_IN,
   seed: int = 0,
 ) -> fit.Fit:
   """The law L(C) through the envelope of finished runs. Its intervals come from resampling runs, not points.
@@ -87,14 +87,7 @@ def fit_frontier(
 
 def _sorted(curves: pd.DataFrame, x: str, y: str, burn_in: float) -> pd.DataFrame:
   """Finite measurements of finished runs by rising compute. Raises `UserError` when there are none."""
-  for column in ('id', _SIZE, x, y):
-    if column not in curves.columns:
-      raise UserError(f'no column {column!r} in the curves; they have {", ".join(map(str, curves.columns))}')
-  points = curves[curves['state'] == 'done'] if 'state' in curves else curves
-  points = points[np.isfinite(points[x]) & np.isfinite(points[y])]
-  if points.empty:
-    raise UserError(f'no finished run has both {x} and {y} in its metrics; there is no envelope to draw')
-  table.positive(points, [x, y])
+  points = table.finished_runs(curves, x, y)
   points = points[points[x] >= burn_in * points.groupby('id')[x].transform('max')]
   return points.sort_values([x, y], kind='stable').reset_index(drop=True)
 

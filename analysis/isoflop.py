@@ -11,9 +11,8 @@ import pandas as pd
 
 from analysis import table, valley
 from analysis.fit import Fit, fit_law
+from analysis.frontier import BURN_IN
 from sae_jax.errors import UserError
-
-_BURN_IN = 0.05  # share of a run's compute: before it, the loss is that of the initialisation
 
 
 def profiles(
@@ -35,21 +34,14 @@ def profiles(
   Raises:
     UserError: no finished run has both columns, or a budget is not positive.
   """
-  for column in ('id', 'n_latents', x, y):
-    if column not in curves.columns:
-      raise UserError(f'no column {column!r} in the curves; they have {", ".join(map(str, curves.columns))}')
-  done = curves[curves['state'] == 'done'] if 'state' in curves else curves
-  done = done[np.isfinite(done[x]) & np.isfinite(done[y])]
-  if done.empty:
-    raise UserError(f'no finished run has both {x} and {y} in its metrics; there is no profile to draw')
-  table.positive(done, ['n_latents', x, y])
+  done = table.finished_runs(curves, x, y)
   for budget in budgets:
     if not (np.isfinite(budget) and budget > 0):
       raise UserError(f'budget {budget} is not a positive number of FLOPs; give some inside the runs')
   rows = []
   for name, run in done.sort_values(x, kind='stable').groupby('id', sort=True):
     spent, loss = run[x].to_numpy(float), run[y].to_numpy(float)
-    first = max(spent[0], _BURN_IN * spent[-1])
+    first = max(spent[0], BURN_IN * spent[-1])
     for budget in budgets:
       if first <= budget <= spent[-1] * (1 + 1e-9):  # a run's own budget went through JSON
         value = float(np.exp(np.interp(np.log(budget), np.log(spent), np.log(loss))))
@@ -89,7 +81,7 @@ def fit_best_size(
   measured, best = profiles(curves, budgets, x, y, flat)
   points = best[best['verdict'] == 'minimum'].reset_index(drop=True)
   refused = best[best['verdict'] != 'minimum'].to_dict('records')
-  why = '; '.join(f'C={row["budget"]:.3g}: {row["verdict"]} ({row["reason"]})' for row in refused[:6])
+  why = valley.refusals([(f'C={row["budget"]:.3g}', row) for row in refused])
   if len(points) < 2:
     raise UserError(
       f'{len(points)} of {len(best)} budgets have a best size, the law needs two; train smaller and larger n at them: {why}'

@@ -45,7 +45,7 @@ def fit_learning_rate(cells: pd.DataFrame, flat: float = valley.FLAT, *, bootstr
   points = found[found['verdict'] == 'minimum'].reset_index(drop=True)
   refused = found[found['verdict'] != 'minimum'].to_dict('records')
   if points['n_latents'].nunique() < 2:
-    why = f': {refusals(refused)}' if refused else ''
+    why = f': {_refusals(refused)}' if refused else ''
     raise UserError(
       f'{points["n_latents"].nunique()} sizes have a best learning rate, the law needs two; try more rates{why}'
     )
@@ -53,11 +53,11 @@ def fit_learning_rate(cells: pd.DataFrame, flat: float = valley.FLAT, *, bootstr
   if not refused:
     return fit
   return fit.warned(
-    table.warning('edge_minimum', f'{len(refused)} of {len(found)} valleys are left out: {refusals(refused)}')
+    table.warning(
+      'edge_minimum', f'{len(refused)} of {len(found)} valleys are left out: {_refusals(refused)}'
+    )
   )
 
 
-def refusals(rows: Sequence[dict]) -> str:
-  """What was refused and why, in a line."""
-  shown = [f'n={row["n_latents"]:g}, k={row["k"]:g}: {row["verdict"]} ({row["reason"]})' for row in rows[:6]]
-  return '; '.join(shown) + (f' and {len(rows) - 6} more' if len(rows) > 6 else '')
+def _refusals(rows: Sequence[dict]) -> str:
+  return valley.refusals([(f'n={row["n_latents"]:g}, k={row["k"]:g}', row) for row in rows])

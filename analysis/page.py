@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.compare import Comparison
 from analysis.findings import Findings
-from analysis.fitted import Fit, warning_lines
+from analysis.fitted import Fit, nothing_is_zero, warning_lines
 
 _COLUMNS = {
   'id': 'cell', 'n_latents': 'n', 'k': 'k', 'learning_rate': 'learning rate', 'seed': 'seed', 'nmse': 'NMSE',
@@ -79,8 +79,17 @@ if (table) {
 """
 
 
-def render(title: str, found: Findings, pictures: Mapping[str, bytes]) -> str:
-  """The page as a string. `pictures` are PNGs by the names of `report.figures`."""
+def render(
+  title: str, found: Findings, pictures: Mapping[str, bytes], digests: Mapping[str, str] | None = None
+) -> str:
+  """The page as a string.
+
+  Args:
+    title: of the page.
+    found: what it is about.
+    pictures: PNGs by the names of `report.figures`.
+    digests: of the files of figures beside the page, by name: kept in it for `figure_digests`.
+  """
   parts = [
     f'<h1>{_text(title)}</h1>',
     f'<p class="note">{_text(_states(found.cells))}</p>',
@@ -115,9 +124,18 @@ def render(title: str, found: Findings, pictures: Mapping[str, bytes]) -> str:
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
     '<meta name="viewport" content="width=device-width">'
+    f'<meta name="figures" content="{" ".join(f"{name}={value}" for name, value in (digests or {}).items())}">'
     f'<title>{_text(title)}</title><style>{_STYLE}</style></head>\n<body>\n'
     + '\n'.join(parts)
     + f'\n<script>{_SCRIPT}</script>\n</body></html>\n'
+  )
+
+
+def figure_digests(text: str) -> dict[str, str]:
+  """The digests that a page was rendered with, by file name; none of a page of another kind."""
+  found = re.search(r'<meta name="figures" content="([^"]*)">', text)
+  return dict(
+    re.findall(r'(?:^| )([a-z_]+[0-9]*\.(?:png|pdf))=([0-9a-f]{64})(?= |$)', found[1] if found else '')
   )
 
 
@@ -154,31 +172,47 @@ def _laws(fits: Sequence[Fit]) -> str:
 def _law(fits: Sequence[Fit]) -> str:
   fit = fits[0]
   if fit.where:  # a row a fit
-    heads = [*fit.where, *fit.law.names, 'points', 'rms', 'held out', 'starts']
+    noisy = any(one.diagnostics['seed_noise'] for one in fits)
+    heads = [*fit.where, *fit.law.names, 'points', 'rms', *['seed noise'] * noisy, 'held out', 'starts']
     rows = [
       [
         *map(_number, one.where.values()),
-        *(_estimate(one.params[name]) for name in fit.law.names),
-        *_checks(one),
+        *(_estimate(name, one.params[name]) + _profile(one, name, '<br>profile ') for name in fit.law.names),
+        *_checks(one, noisy),
       ]
       for one in fits
     ]
     meaning = '; '.join(f'{p.name}: {p.meaning}' for p in fit.law.parameters)
     meaning += '. rms: of the log residuals; held out: mean error; starts: share that agree. '
-  else:  # a row a constant
-    heads = ['constant', 'estimate and 90 % interval', 'meaning']
-    rows = [[_text(p.name), _estimate(fit.params[p.name]), _text(p.meaning)] for p in fit.law.parameters]
-    count, rms, held, agree = _checks(fit)
-    meaning = (
-      f'{count} points; rms log residual {rms}; held-out error {held or "unknown"}; {agree} of starts agree. '
+    meaning += (
+      'seed noise: standard deviation between seeds, and p of a lack of fit beyond it. ' if noisy else ''
     )
+  else:  # a row a constant
+    profiled = _has_profile(fit)
+    heads = ['constant', 'estimate and 90 % interval', *['profile'] * profiled, 'meaning']
+    rows = [
+      [
+        _text(p.name),
+        _estimate(p.name, fit.params[p.name]),
+        *[_profile(fit, p.name)] * profiled,
+        _text(p.meaning),
+      ]
+      for p in fit.law.parameters
+    ]
+    count, rms, seeds, held, agree = _checks(fit, True)
+    meaning = f'{count} points; rms log residual {rms}'
+    meaning += f', seed noise {seeds}' if seeds else ''
+    meaning += f'; held-out error {held or "unknown"}; {agree} of starts agree. '
   intervals = [one.diagnostics['interval'] for one in fits]
-  methods = ' and '.join(dict.fromkeys(i['method'] for i in intervals))
+  methods = dict.fromkeys(i['method'] for i in intervals)
   drawn = [i['resamples'] for i in intervals]
   count = f'{min(drawn)} to {max(drawn)}' if min(drawn) < max(drawn) else str(drawn[0])
   rules = dict.fromkeys(one.holdout['rule'] for one in fits if one.holdout)
   resamples = f'; {count} resamples by {intervals[0]["by"]}' if max(drawn) else ''
-  facts = f'{meaning}In brackets 90 % intervals from {methods}{resamples}. '
+  known = [method for method in methods if method != 'none']
+  facts = f'{meaning}In brackets 90 % intervals from {" and ".join(known)}{resamples}. ' if known else meaning
+  if any(_has_profile(one) for one in fits):
+    facts += 'Profile: how far the constant can move at 90 % while the others make up for it, were residuals independent. '
   facts += f'Objective {fit.objective}.' + (f' Held out: {", ".join(rules)}.' if rules else '')
   doubts = ''.join(f'<li>{_text(line)}</li>' for line in warning_lines(fits))
   name = fit.label.partition(', k')[0] if fit.where else fit.label
@@ -190,14 +224,21 @@ def _law(fits: Sequence[Fit]) -> str:
   )
 
 
-def _checks(fit: Fit) -> list[str]:
+def _checks(fit: Fit, seeds: bool) -> list[str]:
+  """Points, rms, seed noise where it is asked for, held-out error, agreement of starts."""
   held = f'{fit.holdout["mean_rel_err"]:.2%}' if fit.holdout else ''
+  rms = f'{fit.diagnostics["rms_log_residual"]:.4f}'
   return [
-    str(len(fit.table)),
-    f'{fit.diagnostics["rms_log_residual"]:.4f}',
-    held,
-    f'{fit.start_agreement:.0%}',
-  ]
+    str(len(fit.table)), rms, *[_seed_noise(fit)] * seeds, held, f'{fit.start_agreement:.0%}'
+  ]  # fmt: skip
+
+
+def _seed_noise(fit: Fit) -> str:
+  noise = fit.diagnostics['seed_noise']
+  if not noise:
+    return ''
+  p = noise['lack_of_fit_p']
+  return f'{noise["sd_log"]:.4f}' + (f' (p = {p:.2g})' if np.isfinite(p) else '')
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -260,9 +301,23 @@ def _states(cells: pd.DataFrame) -> str:
   )
 
 
-def _estimate(param: Mapping[str, float]) -> str:
-  value, low, high = (_number(param[key]) for key in ('estimate', 'low', 'high'))
+def _estimate(name: str, param: Mapping[str, float]) -> str:
+  ends = ('estimate', 'low', 'high')
+  value, low, high = (_number(nothing_is_zero(name, param[key])) for key in ends)
   return f'{value} <span class="note">[{low or "?"}, {high or "?"}]</span>'
+
+
+def _has_profile(fit: Fit) -> bool:
+  """Not of a law of one term: it is linear inside the fit, where the profile only repeats the standard errors."""
+  return bool(fit.diagnostics['profile']) and len(fit.law.terms) > 1
+
+
+def _profile(fit: Fit, name: str, lead: str = '') -> str:
+  """The profile interval after `lead`, which is not escaped; empty without one."""
+  if not _has_profile(fit):
+    return ''
+  low, high = (_number(fit.params[name][key]) for key in ('profile_low', 'profile_high'))
+  return f'<span class="note">{lead}[{low or "unbounded"}, {high or "unbounded"}]</span>'
 
 
 def _number(value: Any) -> str:
@@ -273,7 +328,7 @@ def _number(value: Any) -> str:
     return ''
   if value == round(value) and abs(value) < 1e10:
     return f'{value:,.0f}'
-  return f'{value:.4g}' if abs(value) > 1e-6 else '0'
+  return f'{value:.4g}'
 
 
 def _raw(value: Any) -> str:

@@ -44,7 +44,7 @@ def isoflop(
   style.ticks(ax, 'n_latents', points['n_latents'].to_numpy(float))
   same = ', '.join(f'${style.symbol(key)}$ = {value:g}' for key, value in (where or {}).items())
   ax.set_title('Loss against size at equal compute' + (f', {same}' if same else ''), fontsize=11, pad=10)
-  style.legend(fig, handles + _key())
+  style.legend(fig, handles + _key(best))
   style.warn(fig, [*_codes(best, 'budgets'), *codes])
   return fig
 
@@ -74,7 +74,7 @@ def learning_rates(cells: pd.DataFrame, fit: Fit | None = None, codes: Sequence[
   style.ticks(ax, narrow=fit is not None)
   ks = ', '.join(f'{k:g}' for k in np.sort(cells['k'].unique()))
   ax.set_title(f'Loss against learning rate, $k$ = {ks}', fontsize=11, pad=10)
-  handles += _key()
+  handles += _key(found)
   notes = [*_codes(found, 'sizes'), *codes]
   if fit is not None:
     ax = panels[1]
@@ -117,7 +117,9 @@ def _valley(
   return Line2D([], [], color=color, marker=marker, label=f'{text}best at {best}')
 
 
-def _key() -> list[Line2D]:
+def _key(found: pd.DataFrame) -> list[Line2D]:
+  if not (found['verdict'] == 'minimum').any():
+    return []
   return [
     Line2D([], [], ls='', marker='|', ms=11, mew=1.6, color='black', label='least loss of the parabola')
   ]

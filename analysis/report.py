@@ -4,6 +4,7 @@ A law that cannot be fitted is named with its reason, and the report is written 
 """
 
 import argparse
+import hashlib
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -64,7 +65,7 @@ def figures(found: Findings) -> dict[str, Figure]:
 
 def write(found: Findings, out: str, title: str) -> str:
   """Writes the report into a folder or fsspec URL and returns the path of its page."""
-  pictures = {}
+  pictures, digests = {}, {}
   for name, figure in figures(found).items():
     # No dates and versions in files, so that the same findings give the same bytes.
     metadata: dict[str, dict[str, Any]] = {'png': {'Software': None}, 'pdf': {'CreationDate': None}}
@@ -72,14 +73,31 @@ def write(found: Findings, out: str, title: str) -> str:
       buffer = io.BytesIO()
       figure.savefig(buffer, format=kind, metadata=facts)
       figure.set_layout_engine('none')  # it is laid out now; once more would double the time
-      _replace(files.join(out, f'{name}.{kind}'), buffer.getvalue())
+      data = buffer.getvalue()
+      _replace(files.join(out, f'{name}.{kind}'), data)
+      digests[f'{name}.{kind}'] = hashlib.sha256(data).hexdigest()
       if kind == 'png':
-        pictures[name] = buffer.getvalue()
+        pictures[name] = data
   _replace(files.join(out, 'table.csv'), found.done.to_csv(index=False).encode())
   write_json(files.join(out, 'laws.json'), found.to_json())
   path = files.join(out, 'index.html')
-  _replace(path, page.render(title, found, pictures).encode())
+  _remove_stale(out, path, set(digests))
+  _replace(path, page.render(title, found, pictures, digests).encode())
   return path
+
+
+def _remove_stale(out: str, path: str, drawn: set[str]) -> None:
+  """Deletes figures of the report that was here which are drawn no more, while they are what that report wrote."""
+  try:
+    before = page.figure_digests(files.read(path).decode())
+    for name in sorted(set(before) - drawn):
+      file = files.join(out, name)
+      if files.exists(file) and hashlib.sha256(files.read(file)).hexdigest() == before[name]:
+        files.remove(file)
+  except (FileNotFoundError, UnicodeDecodeError):
+    return
+  except OSError as error:
+    raise UserError(f'cannot tidy {out} ({error.strerror}); choose another --out') from None
 
 
 def _replace(path: str, data: bytes) -> None:

@@ -127,6 +127,21 @@ def best_learning_rate(table: pd.DataFrame) -> pd.DataFrame:
   return out
 
 
+def finished_runs(curves: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+  """The measurements of finished runs that have both x and y, both positive. Raises `UserError` when none has."""
+  for column in ('id', 'n_latents', x, y):
+    if column not in curves.columns:
+      raise UserError(f'no column {column!r} in the curves; they have {", ".join(map(str, curves.columns))}')
+  done = curves[curves['state'] == 'done'] if 'state' in curves else curves
+  done = done[np.isfinite(done[x]) & np.isfinite(done[y])]
+  if done.empty:
+    raise UserError(
+      f'no finished run has both {x} and {y} in its metrics; evaluate more often or finish some cells'
+    )
+  positive(done, ['n_latents', x, y])
+  return done
+
+
 def warning(code: str, message: str) -> dict[str, str]:
   """A finding that a reader must see beside a number; codes are stable, messages are for people."""
   return {'code': code, 'message': message}
@@ -275,6 +290,10 @@ def _read_object(path: str) -> dict[str, Any] | None:
 def _object(data: bytes) -> dict[str, Any] | None:
   try:
     record = json.loads(data)
+    if b'\\' in data or not data.isascii():
+      json.dumps(
+        record, ensure_ascii=False
+      ).encode()  # half a surrogate pair can be read but never written again
   except (ValueError, RecursionError):
     return None
   return record if isinstance(record, dict) else None

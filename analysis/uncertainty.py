@@ -74,16 +74,20 @@ def correlation(jacobian_NP: Array) -> list[list[float]] | None:
   return (inverse / scale / scale[:, None]).tolist()
 
 
-def params(law, theta_P, draws_BP, covariance_PP, freedom) -> tuple[dict[str, dict[str, float]], str]:
+def params(
+  law, theta_P, draws_BP, covariance_PP, freedom, profile_2P: Array | None = None
+) -> tuple[dict[str, dict[str, float]], str]:
   """Estimates with intervals, and how the intervals were made: from resamples, standard errors, both, or 'none'.
 
   Percentiles of resamples are too narrow on the few points a sweep has (measured: a 90 % interval holds the truth in
   74 % of tables of 4 points of a power law, in 80-86 % of 9 or of 24 of the joint law), so the wider end of both is
-  taken; not for an irreducible loss that is not identified, whose standard error would put it above the data.
+  taken. The ends of the profile (`profile_2P`, as from `profile.ends`) stand in for standard errors where there are
+  none, and for those of an irreducible loss that is not identified, which would put it above the data: resamples of
+  such a loss may all end at nothing, or all at the estimate.
 
   This `low` to `high` is the interval to quote: the resamples in it are of runs or settings, so it holds where points
-  are not independent, and it exists for every objective. The profile (`profile.ends`) beside it is for independent
-  residuals and least squares only; it shows curvature and what nothing bounds.
+  are not independent, and it exists for every objective. The profile beside it is for independent residuals and least
+  squares only; it shows curvature and what nothing bounds.
   """
   estimate_P = law.outside(theta_P[None])[0]
   deviation_P = (
@@ -99,12 +103,16 @@ def params(law, theta_P, draws_BP, covariance_PP, freedom) -> tuple[dict[str, di
     # The estimate is among them because the percentiles of few resamples may miss it.
     candidates = [np.quantile(law.outside(draws_BP), TAILS, axis=0), estimate_P[None]]
     method = 'bootstrap'
-    if freedom > 0 and covariance_PP is not None:
+    if freedom > 0:
       floor_P = np.array(
         [j == law.floor and p.kind == 'amplitude' for j, term in enumerate(law.terms) for p in term]
       )
-      candidates.append(np.where(floor_P & (reach_P > _VAGUE), estimate_P, errors_2P))
-      method = 'bootstrap or standard errors, the wider'
+      instead_P = np.isnan(reach_P) | (floor_P & (reach_P > _VAGUE))
+      candidates.append(np.where(instead_P, _profiled(law, profile_2P, estimate_P), errors_2P))
+      if covariance_PP is not None:
+        method = 'bootstrap or standard errors, the wider'
+      elif profile_2P is not None and np.isfinite(profile_2P).any():
+        method = 'bootstrap or profile, the wider'
     ends_2P = np.sort(np.concatenate(candidates), axis=0)[[0, -1]]
   columns = (estimate_P, ends_2P[0], ends_2P[1], np.abs(slope_P) * deviation_P)
   keys = ('estimate', 'low', 'high', 'standard_error')
@@ -112,6 +120,15 @@ def params(law, theta_P, draws_BP, covariance_PP, freedom) -> tuple[dict[str, di
     name: dict(zip(keys, values, strict=True))
     for name, *values in zip(law.names, *(c.tolist() for c in columns), strict=True)
   }, method
+
+
+def _profiled(law, profile_2P: Array | None, estimate_P: Array) -> Array:
+  """Ends [2, P] of the profile as published constants; the estimate where there is none, 0 where an amplitude may vanish."""
+  if profile_2P is None:
+    return np.stack([estimate_P, estimate_P])
+  amplitude_P = np.array([p.kind == 'amplitude' for p in law.parameters])
+  known_2P = np.isfinite(profile_2P) | (np.isneginf(profile_2P) & amplitude_P)
+  return np.where(known_2P, law.outside(np.where(known_2P, profile_2P, 0.0)), estimate_P)
 
 
 def interval_warnings(params: dict[str, dict[str, float]], method: str) -> list[dict[str, str]]:

@@ -5,6 +5,8 @@ flatter than its scatter has no best value. Each is refused by name, never passe
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -13,6 +15,7 @@ from analysis.laws import Array
 from analysis.uncertainty import TAILS
 
 FLAT = 0.003  # relative rise over the whole valley below which no choice is better than another
+_NAMED = 6  # reasons given in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,17 @@ def fit_valley(x_N: Array, y_N: Array, flat: float = FLAT) -> Valley:
   y = float(np.exp(coefficient_3[0] - slope**2 / (4 * curvature)))
   ends = (float(np.exp(end + center)) for end in (low, high))
   return Valley('minimum', '', float(np.exp(bottom)), *ends, y, float(curvature))
+
+
+def refusals(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+  """What was refused and why, in a line: (its name, a row with `verdict` and `reason`); those alike are said once."""
+  names: dict[str, list[str]] = {}
+  for name, row in rows:
+    names.setdefault(f'{row["verdict"]} ({row["reason"]})', []).append(name)
+  said = [f'{", ".join(these)}: {why}' for why, these in names.items()]
+  return '; '.join(said[:_NAMED]) + (
+    f'; and {len(said) - _NAMED} other reasons' if len(said) > _NAMED else ''
+  )
 
 
 def bottoms(u_N: Array, v_N: Array, weight_BN: Array) -> Array:

@@ -258,7 +258,10 @@ def main(argv: list[str]) -> int:
   made = plan(resolve(config_dict), args.topology, args.latent_shards)
   print(report(made))
   if args.json:
-    files.replace(args.json, made.to_json())
+    try:
+      files.replace(args.json, made.to_json())
+    except OSError as error:
+      raise UserError(f'cannot write {args.json} ({error.strerror}); choose another path') from None
   return 0
 
 

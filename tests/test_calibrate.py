@@ -44,6 +44,22 @@ def test_calibrate_cells_of_another_law_fall_outside(planted):
   assert (found.cells['rel_err'] < -0.2).all()
 
 
+def test_calibrate_predicts_nothing_without_a_band(tmp_path):
+  few = planted_ledger.write(tmp_path / 'few', sizes=SMALL[:3], ks=planted_ledger.KS[:2])
+  with pytest.raises(UserError, match=r'band of n=.* is unknown: 6 cells for the 6 constants'):
+    calibrate.write_predictions(few, [(LARGE[0], planted_ledger.KS[0])], str(tmp_path / 'x'), bootstrap=20)
+  assert not (tmp_path / 'x').exists()
+
+
+def test_calibrate_figure_that_cannot_be_written_is_one_line(planted, tmp_path, capsys):
+  folder, _, out, _ = planted
+  large = planted_ledger.write(folder / 'drawn', sizes=LARGE[:1], noise=0.003)
+  with pytest.raises(SystemExit) as code:
+    calibrate.main(['--check', out, '--ledger', large, '--figure', str(tmp_path / 'calibration.txt')])
+  error = capsys.readouterr().err
+  assert code.value.code == 2 and error.count('\n') == 1 and '--figure' in error
+
+
 def test_calibrate_names_what_is_not_finished(planted):
   folder, _, out, _ = planted
   part = planted_ledger.write(folder / 'part', sizes=LARGE[:1], noise=0.003)

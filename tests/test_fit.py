@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 
@@ -5,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import fit, laws, table
+from analysis import fit, fitted, laws, table
 from sae_jax.errors import UserError
 
 GAO = str(pathlib.Path(laws.__file__).parent / 'data' / 'gao2024_gpt4_L_n_k.csv')
@@ -232,11 +233,24 @@ def test_fit_takes_named_axes_in_any_order(gao):
   assert one.x == two.x and one.params == two.params
 
 
-def test_fit_exactly_as_many_points_as_constants_has_null_intervals_in_strict_json():
-  record = fit.fit_law(grid('power', e=0.2, a=3.0, b=0.4).head(3), 'power', bootstrap=0).to_json()
-  assert record['params']['e']['low'] is None
+@pytest.mark.parametrize('bootstrap', [0, 20])
+def test_fit_exactly_as_many_points_as_constants_has_null_intervals_in_strict_json(bootstrap):
+  found = fit.fit_law(grid('power', e=0.2, a=3.0, b=0.4).head(3), 'power', bootstrap=bootstrap)
+  record = found.to_json()
+  assert record['params']['e']['low'] is None and 'interval unknown' in found.summary()
   assert 'no_interval' in {w['code'] for w in record['warnings']}
   json.dumps(record, allow_nan=False)
+
+
+def test_warnings_of_one_kind_are_not_told_of_fits_that_said_something_else():
+  one, other = (
+    fit.fit_law(grid('power_no_floor', a=3.0, b=b), 'power_no_floor', bootstrap=0) for b in (0.4, 0.5)
+  )
+  first, second = ({'code': 'doubt', 'message': message} for message in ('of one', 'of two'))
+  where = [dataclasses.replace(f, warnings=[], where={'k': k}) for k, f in ((1, one), (2, other), (3, one))]
+  fits = [f.warned(w) for f, w in zip(where, (first, second, first), strict=True)]
+  (line,) = fitted.warning_lines(fits)
+  assert line == 'doubt: of one [L(n), k = 1; L(n), k = 3]; the like for L(n), k = 2'
 
 
 BAD = {

@@ -157,6 +157,11 @@ def test_profiles_refuse_an_edge_and_a_hill():
   assert '1 of 3 budgets' in warning['message'] and 'C=1e+10: edge' in warning['message']
 
 
+def test_refusals_for_one_reason_are_said_once():
+  edge, few = ({'verdict': verdict, 'reason': 'so'} for verdict in ('edge', 'few'))
+  assert valley.refusals([('a', edge), ('b', few), ('c', edge)]) == 'a, c: edge (so); b: few (so)'
+
+
 def test_profiles_leave_out_runs_that_did_not_spend_the_budget():
   curves = planted(around(1e9), 1e9, 1e9)
   short = (curves['id'] == curves['id'].iloc[0]) & (curves['flops_useful'] > 0.9e9)

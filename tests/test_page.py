@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import page
-from analysis.findings import Findings
+from analysis import fit, page
+from analysis.findings import Findings, OneK
 from tests import full_ledger
 
 HOSTILE = '"><img src=x onerror=alert(1)><script>alert("x")</script>'
@@ -99,6 +99,32 @@ def test_page_of_laws_has_a_row_for_every_k():
     'L_s(n)',
   ]
   assert dict(sections)['L(n)'].count('<tr>') == len(full_ledger.KS)
+
+
+def test_page_shows_profiles_and_seed_noise_where_there_are_any():
+  n = np.repeat(2.0 ** np.arange(6, 13), 2)
+  noise = 0.01 * np.random.default_rng(0).normal(size=14)
+  points = pd.DataFrame({'n_latents': n, 'seed': [0, 1] * 7, 'nmse': 3 * n**-0.4 * np.exp(noise)})
+  one = dataclasses.replace(fit.fit_law(points, 'power', bootstrap=5), where={'k': 3})
+  text = page.render('t', findings(by_k=[OneK(3, power=one)]), {})
+  assert f'<br>profile [unbounded, {one.params["e"]["profile_high"]:.4g}]' in text
+  noise = one.diagnostics['seed_noise']
+  assert '<th scope="col">seed noise</th>' in text
+  assert f'<td>{noise["sd_log"]:.4f} (p = {noise["lack_of_fit_p"]:.2g})</td>' in text
+  linear = dataclasses.replace(fit.fit_law(points, 'power_no_floor', bootstrap=0), where={'k': 3})
+  assert 'rofile' not in page.render('t', findings(by_k=[OneK(3, learning_rate=linear)]), {})
+  huber = fit.fit_law(points.drop(columns='seed'), 'power', objective='huber', bootstrap=5)
+  text = page.render('t', findings(joint=huber), {})
+  assert 'rofile' not in text and 'seed noise' not in text
+
+
+def test_page_remembers_the_figures_beside_it_and_no_other_name():
+  digests = {'joint.png': 'a' * 64, 'isoflop_k3.pdf': '0' * 64}
+  assert page.figure_digests(page.render('t', findings(), {}, digests)) == digests
+  assert page.figure_digests(page.render('t', findings(), {})) == {}
+  assert page.figure_digests('<html>') == {}
+  escape = f'../joint.png={"a" * 64} /etc/a.png={"a" * 64} table.csv={"a" * 64}'
+  assert page.figure_digests(f'<meta name="figures" content="{escape}">') == {}
 
 
 @pytest.fixture(scope='module')

@@ -125,6 +125,9 @@ def test_isoflop_figure_marks_minima_and_says_why_budgets_are_refused():
   assert f'{verdicts.count("edge")} of 4 budgets refused: edge' in shown
   dotted = [line for line in ax.lines if line.get_linestyle() == ':']
   assert len(dotted) == len(best) - len(minima)
+  refused = best[best['verdict'] != 'minimum']
+  assert 'least loss of the parabola' in shown
+  assert 'least loss of the parabola' not in drawn(plots.isoflop(points, refused))  # nothing is marked so
 
 
 def test_growth_figure_of_best_sizes_crosses_out_refused_budgets():

@@ -70,7 +70,7 @@ def test_predict_refuses_a_ledger_of_two_widths(tmp_path):
 def test_predict_interval_is_that_of_a_new_observation(ledger):
   found = predict.predict(ledger, {'n_latents': 65536, 'k': 7}, bootstrap=20)
   low, high = found.fit.interval({'n_latents': [65536, 2**20], 'k': [7, 7]})
-  assert (found.low, found.high) == (low[0], high[0])
+  assert (found.low, found.high) == pytest.approx((low[0], high[0]), rel=1e-12)
   inner, outer = found.fit.band({'n_latents': [65536], 'k': [7]})
   assert found.low < inner[0] < found.nmse < outer[0] < found.high
 

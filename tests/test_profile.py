@@ -53,6 +53,15 @@ def test_profile_of_a_loss_that_is_not_there_is_unbounded_below():
   assert 'profile unbounded to' in found.summary()
 
 
+@pytest.mark.parametrize('seed', [1, 4])  # a loss the fit is vague about, and one it has driven to nothing
+def test_interval_of_a_loss_that_is_not_identified_reaches_as_far_as_its_profile(seed):
+  """Resamples of it may all end at nothing, or all at the estimate."""
+  found = fit.fit_law(planted(0.0, sizes=5, noise=0.03, seed=seed), 'power', bootstrap=50)
+  p = found.params['e']
+  assert np.isnan(p['profile_low']) and p['low'] < 1e-6
+  assert p['low'] <= p['estimate'] < p['profile_high'] <= p['high']
+
+
 def test_profile_of_a_loss_that_is_there_is_bounded_and_follows_the_curve():
   found = fit.fit_law(planted(0.1, noise=0.05), 'power', bootstrap=0)
   assert found.diagnostics['profile'] == {'level': 0.9, 'unbounded': []}

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -159,6 +160,18 @@ def test_report_of_an_empty_ledger_is_written(tmp_path):
   found = report.analyse(str(tmp_path / 'ledger'))
   path = report.write(found, str(tmp_path / 'out'), 'empty')
   assert files.exists(path) and json.loads((tmp_path / 'out' / 'laws.json').read_text()) == []
+
+
+def test_report_written_again_removes_its_own_old_figures_and_nothing_else(tmp_path, plain):
+  only = dataclasses.replace(plain, by_k=[], comparisons=[])
+  report.write(only, str(tmp_path), 'first')
+  before = {p.name for p in tmp_path.iterdir()}
+  (tmp_path / 'notes.png').write_bytes(b'mine')
+  (tmp_path / 'residuals.png').write_bytes(b'mine too')  # in the place of what the report wrote
+  report.write(dataclasses.replace(only, joint=None), str(tmp_path), 'second')
+  after = {p.name for p in tmp_path.iterdir()}
+  assert before - after == {'joint.png', 'joint.pdf', 'residuals.pdf'}
+  assert (tmp_path / 'notes.png').read_bytes() + (tmp_path / 'residuals.png').read_bytes() == b'minemine too'
 
 
 def test_report_without_a_ledger_ends_with_one_line(tmp_path, capsys):

@@ -90,6 +90,15 @@ def test_load_cells_survives_any_file(data):
   assert table.load_curves(ledger).empty
 
 
+@pytest.mark.parametrize('data', [b'{"error": "\\ud800"}', b'{"error": "\xed\xa0\x80"}'])
+def test_load_cells_lets_no_text_in_that_cannot_be_written(tmp_path, data):
+  folder = write_cell(str(tmp_path), 'a')
+  files.remove(files.join(folder, 'result.json'))
+  files.replace(files.join(folder, 'failure.json'), data)
+  (cell,) = table.load_cells(str(tmp_path)).to_dict('records')
+  assert (cell['state'], cell['reason'].encode()) == ('failed', b'failure.json is broken')
+
+
 def test_load_ledger_says_where_none_is(tmp_path):
   with pytest.raises(UserError, match='no ledger'):
     table.load_ledger(str(tmp_path / 'nothing'))

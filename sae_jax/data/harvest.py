@@ -26,8 +26,6 @@ _SETTINGS = (
   'subject', 'site', 'text', 'normalize', 'window_tokens', 'block_windows', 'store_tokens', 'held_out_tokens',
   'dtype', 'seed',
 )  # fmt: skip
-# Tokens in one forward call. On a 2-core CPU 512 to 2,048 are alike and 8,192 is 15 % slower (caches).
-_CALL_TOKENS_CPU, _CALL_TOKENS_ACCELERATOR = 1024, 32_768
 _LINE_EVERY_S = 10
 
 
@@ -87,6 +85,11 @@ def settings_of(config_dict: ml_collections.ConfigDict) -> dict[str, Any]:
   return {key: getattr(data, key) for key in _SETTINGS}
 
 
+def windows_per_call(platform: str, window_tokens: int) -> int:
+  """Windows in one forward call of one device. On a 2-core CPU 512 to 2,048 tokens are alike, 8,192 15 % slower (caches)."""
+  return max(1, (1024 if platform == 'cpu' else 32_768) // window_tokens)
+
+
 def block_activations(
   subject: Subject, layer: int, windows_WT: np.ndarray, stream: str, block: int, settings: dict[str, Any],
   update: Callable[[int], None] = lambda tokens: None,
@@ -98,8 +101,7 @@ def block_activations(
   size = settings['block_windows']
   windows_WT = windows_WT[block * size : (block + 1) * size]
   n, window = windows_WT.shape
-  call_tokens = _CALL_TOKENS_CPU if jax.default_backend() == 'cpu' else _CALL_TOKENS_ACCELERATOR
-  step = max(1, call_tokens // window)
+  step = windows_per_call(jax.default_backend(), window)
   # Padding the last call to the same shape saves a compilation.
   padded_WT = np.concatenate([windows_WT, np.repeat(windows_WT[-1:], -n % step, axis=0)])
   x_WTD = np.empty((n, window - 1, subject.arch.d_model), np.float32)

@@ -15,13 +15,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import sharding
-from sae_jax.data import order
+from sae_jax.data import harvest, order
 from sae_jax.data.live import Live
 from sae_jax.subjects import llama
 
 _ALL = ('data', 'latent')  # windows need no neighbour, so every device takes some
-# Tokens in one forward call of one device; see harvest.py.
-_CALL_TOKENS_CPU, _CALL_TOKENS_ACCELERATOR = 1024, 32_768
 
 
 def batches(
@@ -56,11 +54,9 @@ class _Feed:
   def __init__(self, source: Live, mesh: Mesh):
     self._source, self._mesh = source, mesh
     self._stream = source.streams['train']
-    window = source.settings['window_tokens']
-    on_cpu = mesh.devices.flat[0].platform == 'cpu'
-    tokens = _CALL_TOKENS_CPU if on_cpu else _CALL_TOKENS_ACCELERATOR
+    windows = harvest.windows_per_call(mesh.devices.flat[0].platform, source.settings['window_tokens'])
     fair = -(-source.settings['block_windows'] // mesh.size)  # no more than a block holds
-    self._per_call = mesh.size * min(fair, max(1, tokens // window))
+    self._per_call = mesh.size * min(fair, windows)
     self._blocks: dict[int, _Block] = {}
     self._ahead = -1  # the block that is being made ready
     everywhere = NamedSharding(mesh, P())

@@ -7,6 +7,7 @@ python -m sae_jax.data.store verify runs/store
 import argparse
 import collections
 import concurrent.futures
+import math
 import threading
 from typing import Any
 
@@ -147,11 +148,11 @@ def read_meta(path: str) -> dict[str, Any]:
         for name, n in zip(store_writer.ARRAYS, counts[1:3], strict=True)
       )
       and isinstance(meta['provenance'], dict)
-      and float(meta['subject_flops_per_token']) >= 0
+      and 0 <= float(meta['subject_flops_per_token']) < math.inf
       and all(isinstance(settings[key], str) for key in ('subject', 'site', 'text', 'normalize'))
     )
     found = store_writer.identity(meta)
-  except (KeyError, TypeError, ValueError) as error:
+  except (KeyError, TypeError, ValueError, OverflowError) as error:
     raise UserError(
       f'{path}/{config.STORE_FILE} is incomplete ({error!r}); harvest the store again'
     ) from None

@@ -119,10 +119,14 @@ def _open(source: str) -> np.ndarray:
 
 def _open_npy(path: str) -> np.ndarray:
   try:
-    array = np.load(path, mmap_mode='r', allow_pickle=False)
+    with open(path, 'rb') as f:
+      if f.read(6) != b'\x93NUMPY':  # numpy would look for an archive in it
+        raise ValueError('it does not begin with the magic string')
+    with np.errstate(over='raise'):  # sides whose product is no size
+      array = np.load(path, mmap_mode='r', allow_pickle=False)
   except FileNotFoundError:
     raise UserError(f'{path} does not exist; name a .npy file') from None
-  except (OSError, ValueError, EOFError) as error:
+  except (OSError, ValueError, EOFError, TypeError, ArithmeticError) as error:
     raise UserError(f'{path} is not a plain .npy array ({error}); save it with numpy.save') from None
   if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32, np.float64):
     raise UserError(

@@ -77,7 +77,7 @@ class StoreWriter:
       found = digest(read_block(self._stores[array], self.streams[array], block))
     except (FileNotFoundError, ValueError):  # no record, a torn one, or a truncated chunk: write it again
       return False
-    if record.get('sha256') != found:
+    if not isinstance(record, dict) or record.get('sha256') != found:
       return False
     self._records[array, block] = record
     return True

@@ -1,0 +1,119 @@
+"""Stores made from arrays on disk: every row arrives, and a file that is not a matrix of numbers ends with one line."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from sae_jax.data import normalize, store
+from tests.test_store import TRAIN, D, activations, cell
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+  with pytest.raises(SystemExit) as stop:
+    store.main(list(argv))
+  return stop.value.code, *capsys.readouterr()
+
+
+def test_import_of_npy_files_keeps_every_row(tmp_path, capsys):
+  x_BD = activations('train')
+  np.save(tmp_path / 'a.npy', x_BD[:20].astype(np.float64))
+  np.save(tmp_path / 'b.npy', x_BD[20:])
+  argv = ['import', '--from', f'{tmp_path}/a.npy', f'{tmp_path}/b.npy', f'--out={tmp_path}/s', '--held_out=11',
+          '--dtype=float32', '--block_tokens=8', '--normalize=none', '--seed=2']  # fmt: skip
+  code, out, _ = run(capsys, *argv)
+  assert code == 0
+  assert '42 training and 11 held-out tokens of width 7' in out
+  opened = store.Store(cell(tmp_path / 's'))
+  np.testing.assert_array_equal(opened.held_out(0, 11), x_BD[42:])
+  rows = opened.rows(0, 42)
+  assert rows.tolist() != x_BD[:42].tolist()
+  assert sorted(rows.tolist()) == sorted(x_BD[:42].tolist())
+  assert run(capsys, *argv)[0] == 0  # finished: nothing to do
+  assert run(capsys, 'verify', f'{tmp_path}/s')[0] == 0
+  np.save(tmp_path / 'b.npy', x_BD[20:] + 1)
+  code, _, error = run(capsys, *argv)
+  assert code == 2
+  assert 'imported_sha256' in error
+
+
+@pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_import_of_one_tensor_of_several(tmp_path, capsys, dtype):
+  x_BD = activations('train').astype(dtype)
+  tensors = {'other': np.zeros((3, 2), np.float32), 'acts': x_BD, 'last': np.zeros(5, np.int32)}
+  safetensors.numpy.save_file(tensors, tmp_path / 'a.safetensors')
+  argv = ['import', '--held_out=5', '--dtype=float32', '--block_tokens=16', '--seed=2', f'--out={tmp_path}/s']
+  assert run(capsys, *argv, f'--from={tmp_path}/a.safetensors:acts')[0] == 0
+  want = normalize.normalize(x_BD.astype(np.float32), 'center_unit')[0]
+  np.testing.assert_array_equal(store.Store(cell(tmp_path / 's')).held_out(0, 5), want[-5:])
+  code, _, error = run(capsys, *argv, f'--from={tmp_path}/a.safetensors')
+  assert code == 2
+  assert 'acts, last, other' in error
+
+
+def hostile_files(folder) -> dict[str, str]:
+  """Files that must be refused, with a word of the reason."""
+  good = activations('train')
+  bad_row, constant, infinite = good.copy(), good.copy(), good.astype(np.float64)
+  bad_row[31, 2], constant[44], infinite[7, 0] = np.nan, 1.5, 1e300
+  arrays = {
+    'nan': bad_row, 'constant': constant, 'infinite': infinite, 'flat': good.ravel(), 'cube': good.reshape(1, TRAIN, D),
+    'empty': good[:0], 'narrow': good[:, :0], 'integers': good.astype(np.int32), 'complex': good.astype(complex),
+    'objects': np.array([{}, []], object), 'records': np.zeros(3, [('a', 'f4')]),
+  }  # fmt: skip
+  for name, array in arrays.items():
+    np.save(folder / f'{name}.npy', array, allow_pickle=True)
+  np.savez(folder / 'zip.npz', a=good)
+  (folder / 'zip.npz').rename(folder / 'zip.npy')
+  data = (folder / 'constant.npy').read_bytes()
+  (folder / 'cut.npy').write_bytes(data[: len(data) // 2])
+  (folder / 'nothing.npy').write_bytes(b'')
+  for name, shape in (('vast', f'({2**40}, {2**40})'), ('beyond', f'({10**30}, 7)'), ('true', '(True, 7)')):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    (folder / f'{name}.npy').write_bytes(
+      b'\x93NUMPY\x01\x00' + len(header).to_bytes(2, 'little') + header + b'\0' * 28
+    )
+  (folder / 'badzip.npy').write_bytes(b'PK\x03\x04' + b'\0' * 40)
+  (folder / 'pickle.npy').write_bytes(b'\x80\x04K\x01.')
+  (folder / 'text.csv').write_text('1,2,3')
+  (folder / 'noise.safetensors').write_bytes(b'\xff' * 99)
+  outside = json.dumps({'a': {'dtype': 'F32', 'shape': [9, 9], 'data_offsets': [0, 324]}}).encode()
+  (folder / 'outside.safetensors').write_bytes(len(outside).to_bytes(8, 'little') + outside + b'\0' * 100)
+  safetensors.numpy.save_file({'a': good.astype(np.int32)}, folder / 'integers.safetensors')
+  safetensors.numpy.save_file({'a': good[:0]}, folder / 'empty.safetensors')
+  return {
+    'nan.npy': 'row 31 holds NaN', 'constant.npy': 'row 44 is constant', 'infinite.npy': 'row 7 holds NaN or inf',
+    'flat.npy': 'shape (371,)', 'cube.npy': 'shape (1, 53, 7)', 'empty.npy': 'shape (0, 7)',
+    'narrow.npy': 'shape (53, 0)', 'integers.npy': 'int32', 'complex.npy': 'complex128', 'objects.npy': 'not a plain',
+    'records.npy': 'float32', 'zip.npy': 'not a plain', 'cut.npy': 'not a plain', 'nothing.npy': 'not a plain',
+    'vast.npy': 'not a plain', 'beyond.npy': 'not a plain', 'true.npy': 'not a plain', 'badzip.npy': 'not a plain',
+    'pickle.npy': 'not a plain', 'text.csv': 'neither', 'noise.safetensors': 'not a safetensors',
+    'outside.safetensors': 'not a safetensors', 'integers.safetensors': 'I32', 'empty.safetensors': 'shape (0, 7)',
+    'missing.npy': 'does not exist', 'missing.safetensors': 'does not exist',
+  }  # fmt: skip
+
+
+def test_import_of_hostile_files_is_one_line(tmp_path, capsys):
+  for name, reason in hostile_files(tmp_path).items():
+    code, out, error = run(
+      capsys, 'import', f'--from={tmp_path}/{name}', f'--out={tmp_path}/{name}-out', '--held_out=5'
+    )
+    assert (code, out, error.count('\n')) == (2, '', 1), (name, error)
+    assert reason in error, (name, error)
+    assert not (tmp_path / f'{name}-out' / 'store.json').exists()
+
+
+def test_import_of_numbers_out_of_range_is_one_line(tmp_path, capsys):
+  np.save(tmp_path / 'a.npy', activations('train'))
+  np.save(tmp_path / 'b.npy', activations('train')[:, :3])
+  base = ['import', f'--out={tmp_path}/s', f'--from={tmp_path}/a.npy']
+  for more, reason in (
+    (['--held_out=53'], 'held_out=53'), (['--held_out=1'], 'held_out=1'),
+    (['--held_out=5', '--block_tokens=0'], 'block_tokens=0'), (['--held_out=5', '--seed=-1'], 'seed=-1'),
+    (['--held_out=5', '--from', f'{tmp_path}/a.npy', f'{tmp_path}/b.npy'], 'widths [3, 7]'),
+  ):  # fmt: skip
+    code, _, error = run(capsys, *base, *more)
+    assert (code, error.count('\n')) == (2, 1)
+    assert reason in error
