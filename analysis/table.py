@@ -259,7 +259,14 @@ def _disbelief(name: str, config: dict[str, Any] | None, result: dict[str, Any])
   bad = [
     key for key in _POSITIVE if not (math.isfinite(_number(result.get(key))) and _number(result.get(key)) > 0)
   ]
-  return f'{bad[0]}={str(result.get(bad[0]))[:40]} in result.json' if bad else ''
+  if bad:
+    return f'{bad[0]}={str(result.get(bad[0]))[:40]} in result.json'
+  flat = _flatten(config or {})
+  for key in ('n_latents', 'k', 'd_model'):
+    planned = flat.get(f'sae.{key}', result[key])
+    if _number(planned) != _number(result[key]):
+      return f'{key}={str(result[key])[:40]} in result.json, {str(planned)[:40]} in config.json'
+  return ''
 
 
 def _not_done_warnings(others: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -6,7 +6,6 @@ Every function takes the names of the mesh axes it runs under; with None it is t
 Gao et al. 2024, sections 2.3, 3 and A; gradients as in their appendix D.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -14,17 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sae_jax import losses, sparse, topk
+from sae_jax import auxk, losses, sparse, topk
+from sae_jax.axes import Axes, largest, scattered, total
 from sae_jax.config import LossConfig, SAEConfig
 
 Params = dict[str, jax.Array]  # w_enc_FD, w_dec_FD, b_enc_F, b_pre_D
-
-
-class Axes(NamedTuple):
-  """Mesh axes the tokens and the latents are sharded over; None where they are not."""
-
-  data: str | None = None
-  latent: str | None = None
 
 
 class Codes(NamedTuple):
@@ -151,7 +144,7 @@ def _slots(codes: Codes, axes: Axes) -> jax.Array | None:
 
 
 def _decode(params: Params, codes: Codes, axes: Axes) -> jax.Array:
-  return _sum(sparse.decode(*codes, params['w_dec_FD'], _slots(codes, axes)), axes.latent)
+  return total(sparse.decode(*codes, params['w_dec_FD'], _slots(codes, axes)), axes.latent)
 
 
 def reconstruct(params: Params, x_BD: jax.Array, k: int, axes: Axes, dtype) -> tuple[jax.Array, Codes]:
@@ -216,45 +209,39 @@ def loss_and_grads(
     .at[codes.idx_BK]
     .max((codes.z_BK > sae.fired_threshold).astype(jnp.int8))
   )
-  if axes.data:
-    fired_F = jax.lax.pmax(fired_F, axes.data)
+  fired_F = largest(fired_F, axes.data)
   # Counted in steps, and held at a ceiling no dead threshold reaches, so that no run is long enough to overflow.
   idle_F = jnp.where(fired_F > 0, 0, jnp.minimum(idle_F, 2**30)) + 1
   dead_F = idle_F > max(1, loss.dead_tokens // batch)
-  n_dead = _sum(jnp.sum(dead_F.astype(jnp.int32)), axes.latent)
+  n_dead = total(jnp.sum(dead_F.astype(jnp.int32)), axes.latent)
 
   if loss.aux_coefficient > 0 and sae.k_aux > 0:
-    # Inside the condition no [F, D] array passes through: both branches make the accumulators that the main
-    # loops then add to, so a step without dead latents pays one comparison.
-    given = dict(sae=sae, loss=loss, batch=batch, axes=axes, dtype=dtype)
 
-    def of_many():
-      return _auxk(params, product_BF, dead_F, error_BD, xc_BD, chunks=chunks, exchange=exchange, **given)
+    def select(bias_F):
+      return _codes(params, bias_F, product_BF, xc_BD, sae.k_aux, axes, dtype, chunks, exchange)
 
-    def of_any():
-      of_few = functools.partial(_auxk_of_few, params, dead_F, error_BD, xc_BD, **given)
-      return jax.lax.cond(n_dead <= sae.k_aux, of_few, of_many)
-
-    dw_enc_FD, dw_dec_FD, db_enc_F, along_F, aux_loss = jax.lax.cond(
-      n_dead > 0, of_any, lambda: _no_auxk(params)
-    )
+    aux = auxk.gradients(
+      params, dead_F, n_dead, error_BD, xc_BD, select, k_aux=sae.k_aux, coefficient=loss.aux_coefficient,
+      batch=batch, axes=axes, dtype=dtype,
+      room=len(dead_F) // 2 if chunks == 1 else 0,  # no more than the product already takes
+    )  # fmt: skip
   else:
-    dw_enc_FD, dw_dec_FD, db_enc_F, along_F, aux_loss = _no_auxk(params)
+    aux = auxk.none(params)
 
   g_BD = losses.mse_gradient(error_BD, scale, batch)
   dz_BK = jnp.where(codes.z_BK > 0, sparse.code_gradient(codes.idx_BK, params['w_dec_FD'], g_BD, slots), 0)
   dw_enc_FD, dw_dec_FD = sparse.add_weight_gradients(
-    dw_enc_FD, dw_dec_FD, codes.idx_BK, dz_BK, xc_BD, codes.z_BK, g_BD, slots
+    aux.w_enc_FD, aux.w_dec_FD, codes.idx_BK, dz_BK, xc_BD, codes.z_BK, g_BD, slots
   )
-  db_enc_F = sparse.add_at(db_enc_F, codes.idx_BK, dz_BK)
-  along_F = sparse.add_at(along_F, codes.idx_BK, codes.z_BK * dz_BK)
+  db_enc_F = sparse.add_at(aux.b_enc_F, codes.idx_BK, dz_BK)
+  along_F = sparse.add_at(aux.along_F, codes.idx_BK, codes.z_BK * dz_BK)
 
   dw_dec_FD = dw_dec_FD - along_F[:, None] * params['w_dec_FD']
   # Summing over the batch first turns [B, F] x [F, D] into one vector-matrix product.
   through_encoder_D = db_enc_F @ params['w_enc_FD']
-  reduce = _scatter if scatter else _sum
+  reduce = scattered if scatter else total
   dw_enc_FD, dw_dec_FD, db_enc_F = reduce((dw_enc_FD, dw_dec_FD, db_enc_F), axes.data)
-  db_pre_D, square_error, active, through_encoder_D = _sum(
+  db_pre_D, square_error, active, through_encoder_D = total(
     (
       jnp.sum(g_BD, axis=0),
       jnp.sum(error_BD * error_BD),
@@ -263,95 +250,11 @@ def loss_and_grads(
     ),
     axes.data,
   )
-  through_encoder_D, active = _sum((through_encoder_D, active), axes.latent)
+  through_encoder_D, active = total((through_encoder_D, active), axes.latent)
   grads = {
     'w_enc_FD': dw_enc_FD,
     'w_dec_FD': dw_dec_FD,
     'b_enc_F': db_enc_F if sae.latent_bias else jnp.zeros_like(db_enc_F),
     'b_pre_D': db_pre_D - through_encoder_D,
   }
-  return grads, idle_F, StepSums(square_error, active, aux_loss, n_dead)
-
-
-def _auxk(params, product_BF, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes, dtype, chunks, exchange):
-  """AuxK (section 2.3): dead latents reconstruct the residual e = x - x_hat.
-
-  b_pre is in neither target nor prediction (adding it to only one is a known bug elsewhere), and the residual is
-  a constant: no gradient reaches the main reconstruction.
-  """
-  # -inf, not 0: with fewer than k_aux positive dead latents a 0 would select live ones.
-  dead_bias_F = jnp.where(dead_F, params['b_enc_F'], -jnp.inf)
-  y_BK, idx_BK = _codes(params, dead_bias_F, product_BF, xc_BD, sae.k_aux, axes, dtype, chunks, exchange)
-  slots = sparse.used_slots(y_BK)  # a handful of dead latents must not cost k_aux passes
-  decoded_BD = sparse.decode(y_BK, idx_BK, params['w_dec_FD'], slots)
-  h_BD, aux_loss = _auxk_loss(decoded_BD, error_BD, loss=loss, batch=batch, axes=axes)
-  dy_BK = jnp.where(y_BK > 0, sparse.code_gradient(idx_BK, params['w_dec_FD'], h_BD, slots), 0)
-  dw_enc_FD, dw_dec_FD, db_enc_F, along_F, _ = _no_auxk(params)
-  dw_enc_FD, dw_dec_FD = sparse.add_weight_gradients(
-    dw_enc_FD, dw_dec_FD, idx_BK, dy_BK, xc_BD, y_BK, h_BD, slots
-  )
-  db_enc_F = sparse.add_at(db_enc_F, idx_BK, dy_BK)
-  along_F = sparse.add_at(along_F, idx_BK, y_BK * dy_BK)
-  return dw_enc_FD, dw_dec_FD, db_enc_F, along_F, aux_loss
-
-
-def _auxk_of_few(params, dead_F, error_BD, xc_BD, *, sae, loss, batch, axes, dtype):
-  """AuxK where no more than k_aux latents are dead: all of them take part, so nothing is selected.
-
-  What is left is dense products with the rows of the dead latents, [B, k_aux] at most. At (d, n, B, k) = (512, 8192,
-  2048, 32) on two CPU cores the selection and its loops took 51 of 124 ms for eight dead latents.
-  """
-  width = dead_F.shape[0]
-  (dead_K,) = jnp.nonzero(dead_F, size=min(sae.k_aux, width), fill_value=width)
-  # Slots beyond the dead latents get indices outside, which read as 0 and are not written to. Each its own, so that the
-  # writes below are of unique rows: no order of sums, the same bits on every backend.
-  dead_K = jnp.where(dead_K < width, dead_K, width + jnp.arange(len(dead_K)))
-
-  def rows(a):
-    return a.at[dead_K].get(mode='fill', fill_value=0)
-
-  w_enc_KD, w_dec_KD, b_enc_K = rows(params['w_enc_FD']), rows(params['w_dec_FD']), rows(params['b_enc_F'])
-  dtype = dtype or xc_BD.dtype
-  product_BK = jnp.einsum(
-    'bd,kd->bk', xc_BD.astype(dtype), w_enc_KD.astype(dtype), preferred_element_type=xc_BD.dtype
-  )
-  y_BK = jax.nn.relu(product_BK + b_enc_K[None])
-  h_BD, aux_loss = _auxk_loss(y_BK @ w_dec_KD, error_BD, loss=loss, batch=batch, axes=axes)
-  dy_BK = jnp.where(y_BK > 0, h_BD @ w_dec_KD.T, 0)
-
-  def spread(like, values):
-    zeros = jnp.zeros_like(like)
-    return zeros.at[dead_K].set(values, mode='drop', unique_indices=True, indices_are_sorted=True)
-
-  return (
-    spread(params['w_enc_FD'], dy_BK.T @ xc_BD),
-    spread(params['w_dec_FD'], y_BK.T @ h_BD),
-    spread(params['b_enc_F'], jnp.sum(dy_BK, axis=0)),
-    spread(params['b_enc_F'], jnp.sum(y_BK * dy_BK, axis=0)),
-    aux_loss,
-  )
-
-
-def _auxk_loss(decoded_BD, error_BD, *, loss, batch, axes) -> tuple[jax.Array, jax.Array]:
-  """Gradient [B, D] of AuxK's reconstruction, and AuxK before its coefficient, from this shard's part of the former."""
-  difference_BD = _sum(decoded_BD, axes.latent) - error_BD
-  square_sum, sum_D, difference_square_sum = _sum(
-    (jnp.sum(error_BD**2), jnp.sum(error_BD, axis=0), jnp.sum(difference_BD**2)), axes.data
-  )
-  variance = losses.residual_variance(square_sum, sum_D, batch)
-  h_BD = losses.auxk_gradient(difference_BD, variance, loss.aux_coefficient, batch)
-  return h_BD, losses.auxk_loss(difference_square_sum, variance, batch, sum_D.size)
-
-
-def _no_auxk(params):
-  zeros_FD, zeros_F = jnp.zeros_like(params['w_enc_FD']), jnp.zeros_like(params['b_enc_F'])
-  return zeros_FD, zeros_FD, zeros_F, zeros_F, jnp.zeros((), zeros_FD.dtype)
-
-
-def _sum(values, axis: str | None):
-  return values if axis is None else jax.lax.psum(values, axis)
-
-
-def _scatter(values, axis: str | None):
-  """Sums over an axis of which each member keeps its own part of the rows."""
-  return values if axis is None else jax.lax.psum_scatter(values, axis, scatter_dimension=0, tiled=True)
+  return grads, idle_F, StepSums(square_error, active, aux.loss, n_dead)

@@ -11,10 +11,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sae_jax.axes import Axes
 from sae_jax.config import Config, MeshConfig
 from sae_jax.data.source import Source
 from sae_jax.errors import UserError
-from sae_jax.sae import Axes
 
 # By the name an array has in a state tree; what is not named is replicated. Moments and EMA share their
 # parameter's name and so its layout.

@@ -7,6 +7,8 @@ selection across shards is written out for use inside `shard_map`.
 import jax
 import jax.numpy as jnp
 
+from sae_jax.axes import total
+
 # Measured on 2 AVX-512 cores, B=2,048, n=32,768, k=32: lax.top_k 88 ms, groups of 16 39 ms, of 64 44 ms.
 _GROUP = 16
 _TWO_STAGE_FROM = 4096
@@ -84,7 +86,7 @@ def select(v_Bm: jax.Array, k: int, width: int, latent_axis: str | None, method:
     return jnp.ones_like(v_Bm, dtype=bool)
   if method == 'auto':
     method = exchange(k, jax.lax.axis_size(latent_axis), width, v_Bm.shape[0])
-  return {'gather': _by_gathering, 'count': _by_counting}[method](v_Bm, k, latent_axis)
+  return {'gather': _by_gathering, 'count': counted}[method](v_Bm, k, latent_axis)
 
 
 def found(
@@ -101,7 +103,7 @@ def found(
   approximate_BK = winners(*approximate(product_BF, bias_F, m, recall_target))
   both_BKK = (exact_BK[:, :, None] == approximate_BK[:, None, :]) & (exact_BK[:, :, None] >= 0)
   found_B = jnp.sum(both_BKK, axis=(1, 2), dtype=jnp.int32)
-  return found_B if latent_axis is None else jax.lax.psum(found_B, latent_axis)
+  return total(found_B, latent_axis)
 
 
 def _by_gathering(v_Bm: jax.Array, k: int, latent_axis: str) -> jax.Array:
@@ -117,24 +119,29 @@ def _by_gathering(v_Bm: jax.Array, k: int, latent_axis: str) -> jax.Array:
   return jax.lax.dynamic_slice_in_dim(wins_BC, start, m, axis=1)
 
 
-def _by_counting(v_Bm: jax.Array, k: int, latent_axis: str) -> jax.Array:
-  """The k-th largest key is the largest t with at least k keys >= t, found bit by bit from the top."""
-  key_Bm = _ordered_bits(v_Bm)
-  bits = 8 * key_Bm.dtype.itemsize
+def counted(v_BC: jax.Array, k: int, latent_axis: str | None) -> jax.Array:
+  """Which entries of each row are in its top k over all shards, ties to the lowest global index: a mask [B, C].
+
+  The k-th largest key is the largest t with at least k keys >= t, found bit by bit from the top. Rows of fewer than k
+  keep all they have. At B=2,048, C=1,024, k=256 on two CPU cores TIMES as fast as `jax.lax.top_k`.
+  """
+  key_BC = _ordered_bits(v_BC)
+  bits = 8 * key_BC.dtype.itemsize
 
   def round_(i, kth_B):
-    trial_B = kth_B | (jnp.ones((), key_Bm.dtype) << (bits - 1 - i).astype(key_Bm.dtype))
-    count_B = jax.lax.psum(jnp.sum(key_Bm >= trial_B[:, None], axis=1, dtype=jnp.int32), latent_axis)
+    trial_B = kth_B | (jnp.ones((), key_BC.dtype) << (bits - 1 - i).astype(key_BC.dtype))
+    count_B = total(jnp.sum(key_BC >= trial_B[:, None], axis=1, dtype=jnp.int32), latent_axis)
     return jnp.where(count_B >= k, trial_B, kth_B)
 
-  kth_B = jax.lax.fori_loop(0, bits, round_, jnp.zeros(v_Bm.shape[0], key_Bm.dtype))
-  above_Bm, tied_Bm = key_Bm > kth_B[:, None], key_Bm == kth_B[:, None]
-  vacancies_B = k - jax.lax.psum(jnp.sum(above_Bm, axis=1, dtype=jnp.int32), latent_axis)
-  # Ties of earlier shards have lower global indices and fill the vacancies first.
-  ties_SB = jax.lax.all_gather(jnp.sum(tied_Bm, axis=1, dtype=jnp.int32), latent_axis)
-  earlier_S1 = (jnp.arange(ties_SB.shape[0]) < jax.lax.axis_index(latent_axis))[:, None]
-  left_B = vacancies_B - jnp.sum(jnp.where(earlier_S1, ties_SB, 0), axis=0)
-  return above_Bm | (tied_Bm & (jnp.cumsum(tied_Bm, axis=1, dtype=jnp.int32) <= left_B[:, None]))
+  kth_B = jax.lax.fori_loop(0, bits, round_, jnp.zeros(v_BC.shape[0], key_BC.dtype))
+  above_BC, tied_BC = key_BC > kth_B[:, None], key_BC == kth_B[:, None]
+  vacancies_B = k - total(jnp.sum(above_BC, axis=1, dtype=jnp.int32), latent_axis)
+  if latent_axis is not None:
+    # Ties of earlier shards have lower global indices and fill the vacancies first.
+    ties_SB = jax.lax.all_gather(jnp.sum(tied_BC, axis=1, dtype=jnp.int32), latent_axis)
+    earlier_S1 = (jnp.arange(ties_SB.shape[0]) < jax.lax.axis_index(latent_axis))[:, None]
+    vacancies_B = vacancies_B - jnp.sum(jnp.where(earlier_S1, ties_SB, 0), axis=0)
+  return above_BC | (tied_BC & (jnp.cumsum(tied_BC, axis=1, dtype=jnp.int32) <= vacancies_B[:, None]))
 
 
 def _ordered_bits(v: jax.Array) -> jax.Array:

@@ -196,9 +196,12 @@ def main(argv: list[str]) -> int:
   from sae_jax import train as training
   from sweeps import gang
 
-  # Cells of one shape compile once for all workers and restarts.
-  cache = files.join(store.path, 'compile_cache')
-  jax.config.update('jax_compilation_cache_dir', str(files.local(cache)) if files.is_local(cache) else cache)
+  # Cells of one shape compile once for all workers and restarts; a cache that the environment names is kept.
+  if not jax.config.jax_compilation_cache_dir:
+    cache = files.join(store.path, 'compile_cache')
+    jax.config.update(
+      'jax_compilation_cache_dir', str(files.local(cache)) if files.is_local(cache) else cache
+    )
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   distributed.initialize(args.coordinator, args.num_processes, args.process_id)
   leader, asked = None, stop

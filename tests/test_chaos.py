@@ -42,7 +42,7 @@ def test_sigterm_while_compiling_is_kept_until_the_first_step(truth, tmp_path):
   argv = [sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}', f'--cell={cell.id}']
 
   def start() -> subprocess.Popen:
-    env = os.environ | {'JAX_PLATFORMS': 'cpu'}
+    env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': ''}  # that it does compile
     return subprocess.Popen(
       argv, cwd=chaos.ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

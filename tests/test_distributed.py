@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 
 import pytest
@@ -21,11 +20,6 @@ SMALL = {
   'train.tokens': 64 * 12, 'train.checkpoint_every': 5, 'eval.tokens': 101, 'eval.batch_tokens': 64,
   'loss.dead_tokens': 128,
 }  # fmt: skip
-
-
-# Compiling takes most of such a short run. The programs of one and of several processes have keys of their own.
-CACHE = tempfile.TemporaryDirectory(prefix='compiled-')
-COMPILED_ONCE = {'JAX_COMPILATION_CACHE_DIR': CACHE.name, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 
 
 def start(workdir, processes: int, **overrides) -> list[subprocess.Popen]:
@@ -42,8 +36,7 @@ def launch(argv: list[str], processes: int, devices: int = 8) -> list[subprocess
     port = s.getsockname()[1]
   gang = []
   for rank in range(processes):
-    env = os.environ | COMPILED_ONCE
-    env |= {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices // processes)}
+    env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices // processes)}
     if processes > 1:
       env |= {
         'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(rank),

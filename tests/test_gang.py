@@ -14,7 +14,6 @@ import pytest
 from experiments import tiny
 from sae_jax import config, metrics
 from sweeps import cancel, grid, ledger
-from tests.test_distributed import CACHE
 
 ROOT = pathlib.Path(__file__).parents[1]
 CELL = {
@@ -47,7 +46,6 @@ def make_ledger(folder, *cells) -> ledger.Ledger:
   resolved = tuple((o, config.resolve(config.override(tiny.get_config(), CELL | o))) for o in cells)
   store = ledger.Ledger(str(folder))
   store.register(grid.Sweep('gang', 'experiments/tiny.py', resolved, dropped=0))
-  os.symlink(CACHE.name, pathlib.Path(folder) / 'compile_cache')  # all ledgers compile once
   return store
 
 

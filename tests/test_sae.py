@@ -10,7 +10,7 @@ import pytest
 from sae_jax import sae, sparse
 from sae_jax.config import LossConfig, SAEConfig
 
-B, D, F, K, AUX = 13, 7, 23, 3, 5
+B, D, F, K, AUX = 13, 7, 53, 3, 5
 SAE = SAEConfig(
   d_model=D, n_latents=F, k=K, activation='topk', k_aux=AUX, fired_threshold=1e-3, latent_bias=True
 )
@@ -70,13 +70,17 @@ def run(params, idle_F, x_BD, config=SAE):
   )
 
 
-@pytest.mark.parametrize('n_dead', [0, 2, 9, F])  # none; fewer than k_aux; more; all
-def test_gradients_equal_dense_autodiff(x64, n_dead):
+@pytest.mark.parametrize(
+  'n_dead,least,most',
+  [(0, 0, 0), (2, 1, AUX), (20, AUX + 1, 4 * AUX), (45, 4 * AUX + 1, F), (F, 4 * AUX + 1, F)],
+)  # none; all of them take part; gathered and selected; selected among all latents
+def test_gradients_equal_dense_autodiff(x64, n_dead, least, most):
   params = random_params(n_dead, jnp.float64)
   x_BD = jnp.asarray(np.random.default_rng(1).standard_normal((B, D)))
   idle_F = jnp.where(jnp.arange(F) < n_dead, 99, 1).astype(jnp.int32)
   grads, new_idle_F, sums = run(params, idle_F, x_BD)
   dead_F = np.asarray(new_idle_F) > 10  # latents that fire in this very batch are alive again
+  assert least <= dead_F.sum() <= most
   expected = projected(jax.grad(dense_loss)(params, x_BD, dead_F), params)
   for name, grad in grads.items():
     np.testing.assert_allclose(grad, expected[name], rtol=1e-9, atol=1e-12, err_msg=name)

@@ -94,6 +94,19 @@ def test_row_chunks_and_exchange_do_not_change_parameters_in_float64(float64_run
   assert losses[-1] == pytest.approx(expected_losses[-1], abs=1e-9)
 
 
+def test_mesh_does_not_change_what_gathered_dead_latents_get():
+  """With k_aux = 2 each of four shards gathers up to 8 of its 22 latents and counts for the best two over all."""
+  few = {'sae.k_aux': 2, 'sae.k': 3, 'loss.dead_tokens': B}
+  with jax.enable_x64(True):
+    (expected, expected_losses), (got, losses) = (
+      jax.device_get(run(cell(*mesh, **few), 11, np.float64)) for mesh in ((1, 1), (2, 4))
+    )
+  assert 3 / F < expected_losses[-1]['sae/dead_fraction'] <= 32 / F
+  for name in expected.params:
+    np.testing.assert_allclose(got.params[name], expected.params[name], rtol=0, atol=1e-9, err_msg=name)
+  assert losses[-1] == pytest.approx(expected_losses[-1], abs=1e-9)
+
+
 COMPILED = {
   'both axes': ((2, 4), {}),
   'data': ((8, 1), {}),

@@ -66,6 +66,7 @@ def test_load_ledger_keeps_finished_cells_only(tmp_path):
     {'n_latents': True},
     {'id': 'other'},
     {'flops_useful': -1.0},
+    {'n_latents': 65},  # of another size than its configuration
   ],
 )
 def test_load_cells_refuses_a_result_it_cannot_believe(tmp_path, changes):

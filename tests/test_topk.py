@@ -82,6 +82,15 @@ def test_counting_equals_unsharded(seed, levels, scale):
   assert winners(pre_BF, 7, 1, 8, 'count') == unsharded(pre_BF, 7)
 
 
+@pytest.mark.parametrize('k', [1, 5, 13, 40])
+def test_counted_entries_of_one_shard_are_the_top_k(k):
+  pre_BF = hard_rows(k)
+  kept_BF = topk.counted(jnp.asarray(pre_BF), k, None)
+  expected_BF = jax.nn.one_hot(jax.lax.top_k(pre_BF, k)[1], 40).sum(1)
+  np.testing.assert_array_equal(kept_BF, expected_BF)
+  assert topk.counted(jnp.asarray(pre_BF[:, :3]), 5, None).all()  # fewer than k: all they have
+
+
 def test_counting_works_in_float64(x64):
   pre_BF = np.random.default_rng(3).standard_normal((4, 24)) + 1e-12 * np.arange(24)
   assert winners(pre_BF, 7, 2, 4, 'count') == unsharded(pre_BF, 7)

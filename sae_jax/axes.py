@@ -1,0 +1,27 @@
+"""The mesh axes that a per-shard function runs under, and reductions over them that do nothing on one device."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Axes(NamedTuple):
+  """Mesh axes the tokens and the latents are sharded over; None where they are not."""
+
+  data: str | None = None
+  latent: str | None = None
+
+
+def total(values, axis: str | None):
+  """Sums over all members of an axis, on each of them."""
+  return values if axis is None else jax.lax.psum(values, axis)
+
+
+def scattered(values, axis: str | None):
+  """Sums over all members of an axis, of which each keeps its own part of the rows."""
+  return values if axis is None else jax.lax.psum_scatter(values, axis, scatter_dimension=0, tiled=True)
+
+
+def largest(values, axis: str | None):
+  """Maxima over all members of an axis, on each of them."""
+  return values if axis is None else jax.lax.pmax(values, axis)
