@@ -31,8 +31,9 @@ calibrate: install
 	$(BIN)/python -m sweeps.launch --sweep=sweeps/grids/calibration_large.py --ledger=$(CALIBRATION)/large --executor=local
 	$(BIN)/python -m analysis.calibrate --check=$(CALIBRATION)/predictions.json --ledger=$(CALIBRATION)/large
 
+# A file stays with one process, so that its tests share what they compiled.
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses=4 --dist loadfile
 
 # libtpu stays out of the environment: beside it, every jax process would look for a TPU first and complain.
 test-tpu: install
