@@ -5,7 +5,7 @@ XLA's own cost analysis counts a loop's body once whatever its length, so loops 
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +33,9 @@ class Collective(NamedTuple):
   bytes: int  # the array as every chip ends or begins with it: result, or operand of a reduce-scatter
   per_step: int | None  # executions, loops followed; None when a loop's length is not in the text
   in_loop: bool
-  conditional: bool  # inside one branch of a conditional
+  branch: (
+    str  # 'conditional/branch' of the outermost conditional that it sits in, '' where every step runs it
+  )
 
   @property
   def wire_bytes(self) -> float:
@@ -49,7 +51,7 @@ class _Call(NamedTuple):
   computation: str
   times: int | None
   loop: bool
-  branch: bool
+  branch: str
 
 
 def shape_bytes(shape: str) -> int:
@@ -72,8 +74,8 @@ def collectives(text: str, axes: dict[str, int] | None = None) -> list[Collectiv
   """
   bodies = _computations(text)
   entry = next(name for name, lines in bodies.items() if lines and lines[0] == 'ENTRY')
-  reached: dict[str, list[tuple[int | None, bool, bool]]] = {}
-  _follow(bodies, entry, 1, False, False, reached)
+  reached: dict[str, list[tuple[int | None, bool, str]]] = {}
+  _follow(bodies, entry, 1, False, '', reached)
   found = []
   for name, lines in bodies.items():
     if _continues(name, lines):
@@ -106,10 +108,25 @@ def collectives(text: str, axes: dict[str, int] | None = None) -> list[Collectiv
           size,
           None if None in times else sum(t for t in times if t is not None),
           any(loop for _, loop, _ in reached[name]),
-          all(branch for _, _, branch in reached[name]),
+          '' if any(not branch for _, _, branch in reached[name]) else reached[name][0][2],
         )
       )
   return found
+
+
+def sent(found: Iterable[Collective]) -> dict[str, float]:
+  """Bytes that a chip sends in a step, by axis: of each conditional only the branch that sends most."""
+  by_branch: dict[str, dict[str, float]] = {}
+  for c in found:
+    axes = by_branch.setdefault(c.branch, {})
+    axes[c.axis] = axes.get(c.axis, 0.0) + c.wire_bytes * (c.per_step or 1)
+  dearest: dict[str, dict[str, float]] = {}
+  for branch, axes in by_branch.items():
+    conditional = branch.split('/')[0]
+    if sum(axes.values()) > sum(dearest.get(conditional, {}).values()):
+      dearest[conditional] = axes
+  names = dict.fromkeys(name for axes in dearest.values() for name in axes)
+  return {name: sum(axes.get(name, 0.0) for axes in dearest.values()) for name in names}
 
 
 def _continues(name: str, lines: list[str]) -> bool:
@@ -143,16 +160,16 @@ def _calls(bodies: dict[str, list[str]], name: str) -> Iterator[_Call]:
       body, condition = re.search(r'body=%?([\w.\-]+)', line), re.search(r'condition=%?([\w.\-]+)', line)
       if body and condition:
         times = _trip_count(bodies, name, line, condition[1])
-        yield _Call(body[1], times, True, False)
-        yield _Call(condition[1], times, True, False)
+        yield _Call(body[1], times, True, '')
+        yield _Call(condition[1], times, True, '')
       continue
     for called in re.findall(r'(?:to_apply|calls|called_computation)=%?([\w.\-]+)', line):
-      yield _Call(called, 1, False, False)
-    for called in re.findall(r'(?:true|false)_computation=%?([\w.\-]+)', line):
-      yield _Call(called, 1, False, True)
+      yield _Call(called, 1, False, '')
+    alternatives = re.findall(r'(?:true|false)_computation=%?([\w.\-]+)', line)
     for branches in re.findall(r'branch_computations=\{([^}]*)\}', line):
-      for called in re.findall(r'[\w.\-]+', branches):
-        yield _Call(called, 1, False, True)
+      alternatives += re.findall(r'[\w.\-]+', branches)
+    for called in alternatives:
+      yield _Call(called, 1, False, f'{line.split("=")[0].split()[-1].lstrip("%")}/{called}')
 
 
 def _trip_count(bodies: dict[str, list[str]], name: str, line: str, condition: str) -> int | None:

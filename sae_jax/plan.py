@@ -123,12 +123,11 @@ def account(config: Config, topology: str, chip: Chip, compiled: Any) -> Plan:
     config.sae.n_latents, config.sae.k, config.sae.d_model, config.train.batch_tokens,
     k_aux=config.sae.k_aux if aux else 0,
   )  # fmt: skip
-  sent: dict[str, float] = {}
+  sent = hlo.sent(compiled.collectives)
   warnings = []
   for c in compiled.collectives:
     if c.per_step is None:
       warnings.append(f'{c.op} {c.shapes} sits in a loop whose length the compiled text does not tell')
-    sent[c.axis] = sent.get(c.axis, 0.0) + c.wire_bytes * (c.per_step or 1)
     if carries_batch_by_latents(c.shapes, config):
       warnings.append(f'{c.op} over {c.axis} carries B x n: {", ".join(c.shapes)}')
     if c.op in ('all-reduce', 'reduce-scatter') and any(s.startswith('bf16') for s in c.shapes):
@@ -157,7 +156,9 @@ def account(config: Config, topology: str, chip: Chip, compiled: Any) -> Plan:
     memory=compiled.state | compiled.memory | _large_temporaries(config),
     memory_total=total,
     memory_fraction=total / chip.memory,
-    collectives=[c._asdict() | {'wire_bytes': c.wire_bytes} for c in compiled.collectives],
+    collectives=[
+      c._asdict() | {'wire_bytes': c.wire_bytes, 'conditional': bool(c.branch)} for c in compiled.collectives
+    ],
     network_bytes=sent,
     flops=counted | {'executed': chips * sum(p['executed'] for p in parts.values())},
     seconds_by=seconds_by,
@@ -212,12 +213,12 @@ def report(plan: Plan) -> str:
     '  temporaries {temporaries:.2f}: at some time gradients {gradients:.2f}, gathered params {gathered_params:.2f}, '
     'pre-activations {pre_activations:.2f}'.format(**gib),
     f'  outputs {gib["outputs"]:.2f}, of which {gib["aliased"]:.2f} reuse arguments',
-    'collectives a step and chip (sent = bytes on the wire of a ring):',
+    'collectives a step and chip (sent = bytes on the wire of a ring; of branches the sum counts the dearest):',
   ]
   for c in sorted(plan.collectives, key=lambda c: -c['wire_bytes'] * (c['per_step'] or 1)):
     times = 'in a loop of unknown length' if c['per_step'] is None else f'x {c["per_step"]}'
     shapes = ', '.join(c['shapes'][:3]) + (', …' if len(c['shapes']) > 3 else '')
-    note = ', when a latent is dead' if c['conditional'] else ''
+    note = ', in a branch for dead latents' if c['conditional'] else ''
     lines.append(f'  {c["op"]:14} {c["axis"]:11} {c["bytes"] / 1e6:12.3f} MB {times}: {shapes}{note}')
   sent = ', '.join(f'{axis} {size / 1e9:.2f}' for axis, size in plan.network_bytes.items()) or 'none'
   by = ', '.join(f'{name} {1e3 * seconds:.1f}' for name, seconds in plan.seconds_by.items())

@@ -11,6 +11,7 @@ import numpy as np
 from sae_jax.config import PlantedConfig
 
 _BLOCK = 1024
+_CACHE_BYTES = 2**30
 _TRAIN, _HELD_OUT, _DICTIONARY = 0, 1, 2
 
 
@@ -31,7 +32,8 @@ class Planted:
     signal = second_moment * self.rate_G.sum()
     self._scale = 1 / np.sqrt(signal * (1 + config.noise**2))
     self._noise = config.noise * np.sqrt(signal / d_model)
-    self._block = functools.lru_cache(maxsize=256)(self._make_block)
+    kept = max(2, min(256, _CACHE_BYTES // (4 * _BLOCK * d_model)))
+    self._block = functools.lru_cache(maxsize=kept)(self._make_block)
 
   def rows(self, start: int, stop: int) -> np.ndarray:
     return self._range(_TRAIN, start, stop)
