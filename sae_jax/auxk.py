@@ -93,8 +93,8 @@ def _of_many(params, dead_F, error_BD, xc_BD, *, select, coefficient, batch, axe
 def _of_few(params, dead_F, error_BD, xc_BD, *, width, k_aux, coefficient, batch, axes, dtype) -> Gradients:
   """By dense products with the rows of at most `width` dead latents, gathered.
 
-  At (d, n, B, k) = (512, 8192, 2048, 32) on
-  two CPU cores selection and loops of `_of_many` took 51 of 124 ms for eight dead latents.
+  At (d, n, B, k) = (512, 8192, 2048, 32) on two CPU cores selection and loops of `_of_many` took 51 of 124 ms for eight
+  dead latents.
   """
   n_latents = len(dead_F)
   (dead_W,) = jnp.nonzero(dead_F, size=width, fill_value=n_latents)

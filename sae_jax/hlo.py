@@ -33,9 +33,7 @@ class Collective(NamedTuple):
   bytes: int  # the array as every chip ends or begins with it: result, or operand of a reduce-scatter
   per_step: int | None  # executions, loops followed; None when a loop's length is not in the text
   in_loop: bool
-  branch: (
-    str  # 'conditional/branch' of the outermost conditional that it sits in, '' where every step runs it
-  )
+  branch: str  # 'conditional/branch' of the outermost conditional around it, '' where every step runs it
 
   @property
   def wire_bytes(self) -> float:

@@ -14,9 +14,8 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 def pytest_configure(config):
-  own = os.environ.get(
-    'PYTEST_XDIST_WORKER', 'gw0'
-  )  # jax writes in place, and another process might read half
+  # A folder each for the processes of pytest-xdist: jax writes in place, and another might read half a program.
+  own = os.environ.get('PYTEST_XDIST_WORKER', 'gw0')
   jax.config.update('jax_compilation_cache_dir', str(config.cache.mkdir(f'compiled_{own}')))
   # Another folder for the processes that tests start: a kill leaves half a program there, and reading that is a warning.
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(config.cache.mkdir(f'compiled_by_children_{own}'))
