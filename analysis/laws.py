@@ -78,30 +78,38 @@ class Law:
       for term in self.terms
     ]
 
-  def log_terms(self, theta_MP: Array, u_NQ: Array) -> Array:
-    """Logarithm of every term: [terms, M, N]."""
-    starts = np.cumsum([0, *(len(term) for term in self.terms)])
-    return np.stack(
-      [theta_MP[:, s : s + f.shape[1]] @ f.T for s, f in zip(starts, self.features(u_NQ), strict=False)]
-    )
+  def log_terms(self, theta_MP: Array, u_NQ: Array, features: list[Array] | None = None) -> Array:
+    """Logarithm of every term: [terms, M, N]. `features` saves making those of `u_NQ` again."""
+    features = features or self.features(u_NQ)
+    t_JMN = np.empty((len(features), len(theta_MP), len(u_NQ)))
+    start = 0
+    for t_MN, f_NP in zip(t_JMN, features, strict=True):
+      stop = start + f_NP.shape[1]
+      np.matmul(theta_MP[:, start:stop], f_NP.T, out=t_MN)
+      start = stop
+    return t_JMN
 
-  def log_prediction(self, theta_MP: Array, u_NQ: Array) -> tuple[Array, Array]:
+  def log_prediction(
+    self, theta_MP: Array, u_NQ: Array, features: list[Array] | None = None
+  ) -> tuple[Array, Array]:
     """ln L at N points under M parameter vectors, and its gradient.
 
     Args:
       theta_MP: parameters in fit coordinates.
       u_NQ: natural logarithms of the variables.
+      features: those of `u_NQ`, where they are at hand.
 
     Returns:
       f_MN and jacobian_MNP = df / dtheta.
     """
-    t_JMN = self.log_terms(theta_MP, u_NQ)
+    features = features or self.features(u_NQ)
+    t_JMN = self.log_terms(theta_MP, u_NQ, features)
     top_MN = t_JMN.max(axis=0)
     share_JMN = np.exp(t_JMN - top_MN)
     total_MN = share_JMN.sum(axis=0)
     share_JMN /= total_MN
     jacobian_MNP = np.concatenate(
-      [share[:, :, None] * f for share, f in zip(share_JMN, self.features(u_NQ), strict=True)], axis=2
+      [share[:, :, None] * f for share, f in zip(share_JMN, features, strict=True)], axis=2
     )
     return top_MN + np.log(total_MN), jacobian_MNP
 

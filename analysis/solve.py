@@ -96,8 +96,8 @@ def _solve(law, u_NQ, v_N, weight_BN, which_M, theta_MP, delta, free_MP=None) ->
 
 def _solve_chunk(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP) -> tuple[Array, Array]:
   theta_MP = theta_MP.copy()
-  eye_PP = np.eye(theta_MP.shape[1])
-  value_M, normal_MPP, gradient_MP = _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP)
+  eye_PP, features = np.eye(theta_MP.shape[1]), law.features(u_NQ)
+  value_M, normal_MPP, gradient_MP = _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP, features)
   damping_M = np.full(len(theta_MP), 1e-2)
   active = np.flatnonzero(np.isfinite(value_M))
   for _ in range(_STEPS):
@@ -110,9 +110,11 @@ def _solve_chunk(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP) -> tuple[A
     step = np.linalg.solve(matrix, gradient_MP[active, :, None])[:, :, 0]
     # Terms are linear in the parameters, so this is the largest change of any term at any point. Without a cap a
     # vanishing term runs away to exp(-hundreds).
-    change = np.abs(law.log_terms(step, u_NQ)).max(axis=(0, 2))
+    change = np.abs(law.log_terms(step, u_NQ, features)).max(axis=(0, 2))
     trial = theta_MP[active] - step * np.minimum(1, _REACH / np.maximum(change, 1e-300))[:, None]
-    value, normal, gradient = _quadratic(law, u_NQ, v_N, weight_MN[active], trial, delta, free_MP[active])
+    value, normal, gradient = _quadratic(
+      law, u_NQ, v_N, weight_MN[active], trial, delta, free_MP[active], features
+    )
     better = value < value_M[active]  # False for NaN
     gain = (value_M[active] - value) / np.maximum(value_M[active], 1e-300)
     moved = active[better]
@@ -125,10 +127,10 @@ def _solve_chunk(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP) -> tuple[A
   return theta_MP, value_M
 
 
-def _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP) -> tuple[Array, Array, Array]:
+def _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP, features) -> tuple[Array, Array, Array]:
   """Objective [M], and normal matrix [M, P, P] and gradient [M, P] of its quadratic in what is free."""
   with np.errstate(over='ignore', invalid='ignore'):  # a wild trial step becomes NaN and is refused
-    f_MN, jacobian_MNP = law.log_prediction(theta_MP, u_NQ)
+    f_MN, jacobian_MNP = law.log_prediction(theta_MP, u_NQ, features)
     jacobian_MNP *= free_MP[:, None, :]  # a parameter without a gradient takes no step
     residual_MN = f_MN - v_N
     size_MN = np.abs(residual_MN)

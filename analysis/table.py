@@ -14,28 +14,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sae_jax import files
+from sae_jax import cell, cell_state, files, metrics, schema
 from sae_jax.errors import UserError
 
-# Without these, finite and positive, a result cannot be used; the others may be missing.
-_POSITIVE = (
-  'n_latents', 'k', 'd_model', 'learning_rate', 'batch_tokens', 'steps', 'tokens', 'flops_useful', 'flops_dense', 'nmse',
-)  # fmt: skip
-_NUMBERS = ('seed', 'flops_subject', 'nmse_raw', 'nmse_ema', 'mse', 'l0', 'dead_fraction', 'wall_s')
-# Facts that only the configuration holds.
-_CONFIG_COLUMNS = {
-  'data.source': 'source', 'data.subject': 'subject', 'data.site': 'site', 'data.text': 'text', 'data.seed': 'data_seed',
-  'data.epochs': 'epochs', 'optim.ema_decay': 'ema_decay', 'loss.aux_coefficient': 'aux_coefficient',
-}  # fmt: skip
+_MUST = [field.name for field in schema.RESULTS if field.must]
+_NUMBERS = [
+  field.name for field in schema.RESULTS if field.kind in (int, float) and not (field.must or field.may)
+]
 # Not part of a setting: replicates, the learning rate itself, what the recipe derived it from, where it ran.
 _NOT_SETTING = (
-  'schema', 'id', 'recipe', 'mesh', 'optim.learning_rate', 'train.seed', 'data.seed', 'data.path', 'train.checkpoint_every',
+  'schema', 'id', 'digest', 'recipe', 'mesh', 'optim.learning_rate', 'train.seed', 'data.seed', 'data.path', 'train.checkpoint_every',
 )  # fmt: skip
-_CURVES = {
-  'step': 'step', 'tokens': 'tokens', 'flops_useful': 'flops_useful', 'flops_dense': 'flops_dense', 'wall_s': 'wall_s',
-  'train/nmse': 'train_nmse', 'eval/nmse': 'nmse', 'eval/nmse_raw': 'nmse_raw', 'eval/nmse_ema': 'nmse_ema',
-  'eval/l0': 'l0', 'sae/dead_fraction': 'dead_fraction',
-}  # fmt: skip
+_CURVES = {field.line: field.name for field in schema.CURVES if field.kind in (int, float) and not field.may}
+_CURVES_MAY = {field.line: field.name for field in schema.CURVES if field.may}
 _FACTS = ('n_latents', 'k', 'learning_rate', 'seed', 'batch_tokens')  # of the cell, repeated on its curve
 _NAMED = 6  # cells named in a warning
 _RULE = re.compile(r'\s*([A-Za-z_][\w./-]*)\s*(>=|<=|==|!=|>|<)\s*([-+0-9.eE_]+)\s*')
@@ -44,17 +35,17 @@ _RULE = re.compile(r'\s*([A-Za-z_][\w./-]*)\s*(>=|<=|==|!=|>|<)\s*([-+0-9.eE_]+)
 def load_cells(path: str) -> pd.DataFrame:
   """Every cell of a ledger, one row each, with `state` and `reason`.
 
-  States: done, failed (has a failure.json), unfinished, invalid (a file that cannot be believed). Only done rows
-  have results; elsewhere those columns are missing. Raises `UserError` when there is no ledger at `path`.
+  The states are those of `sae_jax.schema.STATES`. Only done rows have results; elsewhere those columns are missing.
+  `verified` says whether a digest covered the result. Raises `UserError` when there is no ledger at `path`.
   """
-  folder = files.join(path, 'cells')
+  folder = files.join(path, schema.CELLS)
   names = [name for name in files.listdir(folder) if not name.startswith('.')]
   if not names and not files.exists(folder):
     raise UserError(
       f'no ledger at {str(path)!r} (no folder "cells" in it); give --ledger the folder a sweep wrote'
     )
   rows = [_cell(folder, name) for name in names]
-  columns = ['id', 'state', 'reason', *_POSITIVE, *_NUMBERS, 'setting']
+  columns = ['id', 'state', 'reason', 'verified', *_MUST, *_NUMBERS, 'setting']
   rest = list(dict.fromkeys(key for row in rows for key in row if key not in columns))
   return pd.DataFrame(rows, columns=pd.Index(columns + rest))
 
@@ -66,12 +57,15 @@ def load_ledger(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
   them again when `load_cells` has.
   """
   cells = load_cells(path) if cells is None else cells
-  done = cells['state'] == 'done'
+  done = cells['state'] == schema.DONE
   table = cells[done].drop(columns=['state', 'reason']).reset_index(drop=True)
-  for column in table.columns.intersection([*_POSITIVE, *_NUMBERS]):
+  for column in table.columns.intersection([*_MUST, *_NUMBERS]):
     table[column] = pd.to_numeric(table[column])
   others = cells.loc[~done, ['id', 'state', 'reason']].to_dict('records')
-  table.attrs = {'not_done': others, 'warnings': version_warnings(table) + _not_done_warnings(others)}
+  table.attrs = {
+    'not_done': others,
+    'warnings': version_warnings(table) + _unverified(table) + _not_done_warnings(others),
+  }
   return table
 
 
@@ -83,22 +77,17 @@ def load_curves(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
   """
   cells = load_cells(path) if cells is None else cells
   frames = []
-  for cell in cells.to_dict('records'):
-    by_step: dict[int, dict[str, Any]] = {}
-    folder = files.join(path, 'cells', cell['id'])
-    for name in sorted(
-      (n for n in files.listdir(folder) if re.fullmatch(r'metrics.*\.jsonl', n)), key=_attempt
-    ):
-      for line in files.read(files.join(folder, name)).split(b'\n'):
-        record = _object(line)
-        if record is not None and isinstance(record.get('step'), int):
-          by_step[record['step']] = record
-    rows = [
-      {new: _number(by_step[step].get(old)) for old, new in _CURVES.items()} for step in sorted(by_step)
+  for row in cells.to_dict('records'):
+    lines = metrics.read_metrics(files.join(path, schema.CELLS, row['id']), row['id'])
+    measured = [
+      {new: _number(line.get(old)) for old, new in _CURVES.items()}
+      | {new: _number(line[old]) for old, new in _CURVES_MAY.items() if old in line}
+      for line in lines
     ]
-    facts = {'id': cell['id'], 'state': cell['state']} | {key: _number(cell[key]) for key in _FACTS}
-    frames += [facts | row for row in rows]
-  return pd.DataFrame(frames, columns=pd.Index(['id', 'state', *_FACTS, *_CURVES.values()]))
+    facts = {'id': row['id'], 'state': row['state']} | {key: _number(row[key]) for key in _FACTS}
+    frames += [facts | line for line in measured]
+  also = [new for new in _CURVES_MAY.values() if any(new in frame for frame in frames)]
+  return pd.DataFrame(frames, columns=pd.Index(['id', 'state', *_FACTS, *_CURVES.values(), *also]))
 
 
 def best_learning_rate(table: pd.DataFrame) -> pd.DataFrame:
@@ -132,7 +121,7 @@ def finished_runs(curves: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
   for column in ('id', 'n_latents', x, y):
     if column not in curves.columns:
       raise UserError(f'no column {column!r} in the curves; they have {", ".join(map(str, curves.columns))}')
-  done = curves[curves['state'] == 'done'] if 'state' in curves else curves
+  done = curves[curves['state'] == schema.DONE] if 'state' in curves else curves
   done = done[np.isfinite(done[x]) & np.isfinite(done[y])]
   if done.empty:
     raise UserError(
@@ -218,61 +207,32 @@ def _floats(table: pd.DataFrame, column: str) -> np.ndarray:
 
 
 def _cell(folder: str, name: str) -> dict[str, Any]:
-  row: dict[str, Any] = {'id': name}
-  config, result = (_read_object(files.join(folder, name, f)) for f in ('config.json', 'result.json'))
-  if config:
-    flat = _flatten(config)
-    row |= {
-      'n_latents': flat.get('sae.n_latents'),
-      'k': flat.get('sae.k'),
-      'd_model': flat.get('sae.d_model'),
-    }
-    row |= {'learning_rate': flat.get('optim.learning_rate'), 'seed': flat.get('train.seed')}
-    row |= {'batch_tokens': flat.get('train.batch_tokens')}
-    row |= {column: flat[key] for key, column in _CONFIG_COLUMNS.items() if key in flat}
+  found = cell_state.read(files.join(folder, name), name)
+  row: dict[str, Any] = {'id': name, 'state': found.state, 'reason': found.reason}
+  if found.config:
+    flat = cell.flatten(found.config)
+    row |= {column: flat.get(key) for key, column in schema.FROM_CONFIG.items()}
     row['setting'] = _setting(flat)
-  if result is None:
-    failure = _read_object(files.join(folder, name, 'failure.json'))
-    if failure is None:
-      return row | {'state': 'unfinished', 'reason': 'no result.json'}
-    reason = (
-      str(failure.get('error', failure.get('reason', failure))) if failure else 'failure.json is broken'
-    )
-    return row | {'state': 'failed', 'reason': reason}
-  reason = _disbelief(name, config, result)
-  if reason:
-    return row | {'state': 'invalid', 'reason': reason}
+  if found.result is None:
+    return row
   plain = {
     k: v if isinstance(v, str | int | float | None) else json.dumps(v, sort_keys=True)
-    for k, v in result.items()
+    for k, v in found.result.items()
   }
-  numbers = {key: _number(result.get(key)) for key in _NUMBERS}
-  return row | plain | numbers | {'id': name, 'state': 'done', 'reason': ''}
+  numbers = {key: _number(found.result.get(key)) for key in _NUMBERS}
+  return row | plain | numbers | {'id': name, 'verified': found.verified}
 
 
-def _disbelief(name: str, config: dict[str, Any] | None, result: dict[str, Any]) -> str:
-  """Why a result cannot be used; empty when it can."""
-  if not result or config == {}:
-    return f'{"config" if result else "result"}.json is not a JSON object'
-  if result.get('id') != name:
-    return f'result.json is of cell {str(result.get("id"))[:40]}'
-  bad = [
-    key for key in _POSITIVE if not (math.isfinite(_number(result.get(key))) and _number(result.get(key)) > 0)
-  ]
-  if bad:
-    return f'{bad[0]}={str(result.get(bad[0]))[:40]} in result.json'
-  flat = _flatten(config or {})
-  for key in ('n_latents', 'k', 'd_model'):
-    planned = flat.get(f'sae.{key}', result[key])
-    if _number(planned) != _number(result[key]):
-      return f'{key}={str(result[key])[:40]} in result.json, {str(planned)[:40]} in config.json'
-  return ''
+def _unverified(table: pd.DataFrame) -> list[dict[str, str]]:
+  count = int((~table['verified'].astype(bool)).sum())
+  if not count:
+    return []
+  text = f'{count} results are from before results had digests; a changed digit in them would not be noticed'
+  return [warning('unverified', text)]
 
 
 def _not_done_warnings(others: list[dict[str, str]]) -> list[dict[str, str]]:
-  states = [
-    state for state in ('failed', 'unfinished', 'invalid') if any(o['state'] == state for o in others)
-  ]
+  states = [state for state in schema.STATES if any(o['state'] == state for o in others)]
   counts = ', '.join(f'{sum(o["state"] == state for o in others)} {state}' for state in states)
   names = ', '.join(str(o['id']) for o in others[:_NAMED])
   more = f' and {len(others) - _NAMED} more' if len(others) > _NAMED else ''
@@ -286,26 +246,6 @@ def _setting(flat: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _read_object(path: str) -> dict[str, Any] | None:
-  """A JSON object; None when there is no file, {} when it is broken."""
-  try:
-    return _object(files.read(path)) or {}
-  except (FileNotFoundError, NotADirectoryError):
-    return None
-
-
-def _object(data: bytes) -> dict[str, Any] | None:
-  try:
-    record = json.loads(data)
-    if b'\\' in data or not data.isascii():
-      json.dumps(
-        record, ensure_ascii=False
-      ).encode()  # half a surrogate pair can be read but never written again
-  except (ValueError, RecursionError):
-    return None
-  return record if isinstance(record, dict) else None
-
-
 def _number(value: Any) -> float:
   """A JSON number as float, anything else as NaN."""
   if isinstance(value, bool) or not isinstance(value, int | float | np.number):
@@ -314,15 +254,3 @@ def _number(value: Any) -> float:
     return float(value)
   except OverflowError:
     return math.inf
-
-
-def _attempt(name: str) -> tuple[int, str]:
-  digits = re.findall(r'\d+', name)
-  return (int(digits[-1]) if digits else -1, name)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for key, value in tree.items():
-    flat |= _flatten(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
-  return flat

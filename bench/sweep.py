@@ -17,7 +17,7 @@ from typing import Any
 
 from bench import command
 from bench.alternate import ROOT, cpu_time, machine
-from sae_jax import arguments, metrics
+from sae_jax import arguments, schema
 from sae_jax.errors import UserError, one_line_errors
 from sweeps import grid, ledger
 
@@ -134,7 +134,7 @@ def lines(row: dict[str, Any]) -> str:
 def _results(where: pathlib.Path) -> dict[str, dict[str, Any]]:
   store = ledger.Ledger(str(where))
   return {
-    cell.id: json.loads(pathlib.Path(store.folder(cell.id), metrics.RESULT).read_text())
+    cell.id: json.loads(pathlib.Path(store.folder(cell.id), schema.RESULT).read_text())
     for cell in store.cells()
   }
 

@@ -5,7 +5,7 @@ activations to an autoencoder trained on normalised ones is the commonest silent
 """
 
 import dataclasses
-import json
+import hashlib
 from typing import Any
 
 import jax
@@ -14,12 +14,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sae_jax import files
+from sae_jax import cell_state, files, schema
 from sae_jax.data.normalize import normalize
 from sae_jax.errors import UserError
 from sae_jax.sae import SAE
 
-FOLDER = 'sae'
 _WEIGHTS = ('raw', 'ema')
 _TENSORS = ('w_enc_FD', 'w_dec_FD', 'b_enc_F', 'b_pre_D')
 
@@ -30,7 +29,8 @@ class Autoencoder:
 
   Attributes:
     sae: its parameters.
-    info: sae.json: sizes, activation, normalisation, subject, site, which weights these are.
+    info: sae.json: sizes, activation, normalisation, subject, site, which weights these are, and `verified`: whether
+      digests covered what was read, which those of earlier versions lack.
   """
 
   sae: SAE
@@ -58,11 +58,18 @@ class Autoencoder:
 
 
 def save(workdir: str, weights: dict[str, dict[str, np.ndarray]], info: dict[str, Any]) -> None:
-  """Writes `<workdir>/sae/{raw,ema}.safetensors` and then sae.json, each atomically."""
+  """Writes `<workdir>/sae/{raw,ema}.safetensors` and then sae.json, each atomically.
+
+  sae.json holds the SHA-256 of the tensor files, and a digest over itself.
+  """
+  digests = {}
   for name, params in weights.items():
     data = safetensors.numpy.save({key: np.ascontiguousarray(params[key]) for key in _TENSORS})
-    files.replace(files.join(workdir, FOLDER, f'{name}.safetensors'), data)
-  files.replace(files.join(workdir, FOLDER, 'sae.json'), json.dumps(info, indent=1, allow_nan=False).encode())
+    files.replace(files.join(workdir, schema.ARTIFACT, f'{name}.safetensors'), data)
+    digests[name] = hashlib.sha256(data).hexdigest()
+  record = schema.dump(info | {'sha256': digests})
+  schema.check(schema.parse(record), schema.ARTIFACTS)
+  files.replace(files.join(workdir, schema.ARTIFACT, schema.ARTIFACT_INFO), record)
 
 
 def load(cell: str, weights: str | None = None) -> Autoencoder:
@@ -73,24 +80,29 @@ def load(cell: str, weights: str | None = None) -> Autoencoder:
     weights: 'raw' or 'ema'; None takes the better on held-out tokens.
 
   Raises:
-    UserError: nothing there, damaged, or sizes that do not agree.
+    UserError: nothing there, changed since it was written, or sizes that do not agree.
   """
-  folder = files.join(str(cell), FOLDER)
+  folder = files.join(str(cell), schema.ARTIFACT)
   try:
-    info = json.loads(files.read(files.join(folder, 'sae.json')))
-    n, d, k = (int(info[key]) for key in ('n_latents', 'd_model', 'k'))
-    weights = weights or info['weights']
+    info = schema.parse(files.read(files.join(folder, schema.ARTIFACT_INFO)))
+    schema.check(info, schema.ARTIFACTS)
+    weights = weights or str(info.get('weights'))
     if weights not in _WEIGHTS:
       raise UserError(f'weights={weights!r} is not one of {", ".join(_WEIGHTS)}')
-    params = safetensors.numpy.load(files.read(files.join(folder, f'{weights}.safetensors')))
+    data = files.read(files.join(folder, f'{weights}.safetensors'))
+    if schema.verified(info) and hashlib.sha256(data).hexdigest() != info['sha256'][weights]:
+      raise schema.Broken(f'{weights}.safetensors does not fit its digest: it was changed')
+    params = safetensors.numpy.load(data)
   except FileNotFoundError:
     raise UserError(f'{folder} holds no trained autoencoder; is the cell finished?') from None
   except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-    raise UserError(f'{folder} is damaged ({type(error).__name__}: {error}); train the cell again') from None
+    raise UserError(
+      f'{folder} is damaged ({cell_state.printable(str(error))}); train the cell again'
+    ) from None
+  n, d, k = info['n_latents'], info['d_model'], info['k']
   expected = {'w_enc_FD': (n, d), 'w_dec_FD': (n, d), 'b_enc_F': (n,), 'b_pre_D': (d,)}
   found = {name: tensor.shape for name, tensor in params.items()}
   if found != expected or not all(np.isfinite(t).all() for t in params.values()):
     raise UserError(f'{folder}: tensors {found} are not finite arrays of {expected}; train the cell again')
-  return Autoencoder(
-    SAE({name: jnp.asarray(t) for name, t in params.items()}, k=k), info | {'weights': weights}
-  )
+  facts = schema.content(info) | {'weights': weights, 'verified': schema.verified(info)}
+  return Autoencoder(SAE({name: jnp.asarray(t) for name, t in params.items()}, k=k), facts)

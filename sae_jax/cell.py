@@ -4,20 +4,43 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import types
+import typing
 from typing import Any, TypeVar
 
+from sae_jax import schema
 from sae_jax.errors import UserError
 from sae_jax.recipe import ScalingRecipe
 
 T = TypeVar('T')
 
-SCHEMA = 1
+SCHEMA = 1  # of a cell's identity: another number would give every cell another id
 
 # Where and how a cell runs, which does not decide its result.
 _NOT_IDENTITY = ('mesh', 'train.checkpoint_every', 'data.path')
+# Keys that are gone: the one value that still means what it did, and what to do instead of another.
+RETIRED: dict[str, tuple[Any, str]] = {
+  'mesh.member': (1, 'start one worker for each part of the devices, as sweeps.launch --workers=N does'),
+}
+
+
+def added(neutral: Any, *of: str) -> Any:
+  """A field that came after the first version of the records.
+
+  A record without the field means `neutral`. A record leaves the field out while it equals `neutral`. So a new field
+  changes no id, and old records stay readable.
+
+  Args:
+    neutral: what code without the field did. It is a fact about the past. A template or a recipe may choose another
+      default; this value must never follow it, or old records would change their meaning.
+    of: a field of the same section, then the values of it that this field belongs to. A field with an owner is always
+      in the records of those cells, even at `neutral`, and never in the records of others.
+  """
+  return dataclasses.field(default=neutral, metadata={'neutral': neutral, 'of': of})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +52,10 @@ class SAEConfig:
   k_aux: int  # dead latents that may reconstruct the residual
   fired_threshold: float  # a latent fired when its value exceeds this, in the scale of the inputs
   latent_bias: bool  # b_enc: in the reference code, not in the paper's equation
-  selection: str = (
-    'exact'  # or 'approximate': how training finds each shard's candidates, see topk.approximate
-  )
-  recall_target: float = 0.95  # of the approximate selection, in expectation; the exact one ignores it
+  # 'exact' or 'approximate': how training finds each shard's candidates, see topk.approximate.
+  selection: str = added('exact')
+  # Expected recall of the approximate selection. The exact one ignores it.
+  recall_target: float = added(0.95, 'selection', 'approximate')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +127,13 @@ class DataConfig:
 class MeshConfig:
   data: int
   latent: int
-  member: int = 1  # parts of the devices that the cells of a group are dealt out over
   # Parts that a device's tokens are encoded in, so that B x n never exists whole. Like the sizes above it changes the
   # order of sums, and so last bits, but not what is computed: it stays out of the id.
-  row_chunks: int = 1
-  exchange: str = 'auto'  # how shards agree on the top k: see topk.exchange; the choice changes no bit
+  row_chunks: int = added(1)
+  exchange: str = added('auto')  # how shards agree on the top k: see topk.exchange; the choice changes no bit
   # Path of the sparse products: the platform's own, or one of sparse.PATHS. 'dense' multiplies in bfloat16, as a TPU
   # does by default wherever it multiplies.
-  products: str = 'auto'
+  products: str = added('auto')
 
 
 _CHOICES = {
@@ -132,7 +154,7 @@ _AT_LEAST = {
   'train.batch_tokens': 1, 'train.tokens': 1, 'train.seed': 0, 'train.checkpoint_every': 1,
   'eval.tokens': 2, 'eval.per_decade': 1, 'eval.batch_tokens': 1,
   'data.seed': 0, 'data.epochs': 1, 'data.window_tokens': 2, 'data.block_windows': 1,
-  'data.store_tokens': 1, 'data.held_out_tokens': 2, 'mesh.data': 1, 'mesh.latent': 1, 'mesh.member': 1,
+  'data.store_tokens': 1, 'data.held_out_tokens': 2, 'mesh.data': 1, 'mesh.latent': 1,
   'mesh.row_chunks': 1,
   'data.planted.n_features': 1, 'data.planted.noise': 0,
 }  # fmt: skip
@@ -164,7 +186,7 @@ class Config:
       if flat[key] not in choices:
         raise UserError(f'{key}={flat[key]!r} is not known; use one of {", ".join(choices)}')
     for key, least in _AT_LEAST.items():
-      if flat[key] < least:
+      if flat[key] is not None and flat[key] < least:
         raise UserError(f'{key}={flat[key]} is below {least}; raise it')
     for key in _BELOW_ONE:
       if not 0 <= flat[key] < 1:
@@ -205,15 +227,10 @@ class Config:
     """Dotted keys to values, in declaration order."""
     return flatten(dataclasses.asdict(self))
 
-  @property
+  @functools.cached_property
   def id(self) -> str:
     """First 12 hex digits of the SHA-256 of what decides the result."""
-    identity = {'schema': SCHEMA} | {
-      key: value
-      for key, value in flatten(self._record()).items()
-      if not any(key == out or key.startswith(out + '.') for out in _NOT_IDENTITY)
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
+    return id_of(_record(self))
 
   @property
   def state_is_split(self) -> bool:
@@ -231,30 +248,42 @@ class Config:
     return json.dumps(shared, sort_keys=True, allow_nan=False)
 
   def to_json(self) -> bytes:
-    record = {'schema': SCHEMA, 'id': self.id} | self._record()
-    return json.dumps(record, indent=1, allow_nan=False).encode() + b'\n'
+    return schema.dump({'schema': SCHEMA, 'id': self.id} | _record(self))
 
-  def _record(self) -> dict[str, Any]:
-    """Nested values, silent about an exact selection: its cells keep the id and the record they had before the choice."""
-    record = dataclasses.asdict(self)
-    if self.sae.selection == 'exact':
-      del record['sae']['selection'], record['sae']['recall_target']  # which decides nothing then
-    return record
+
+def id_of(record: dict[str, Any]) -> str:
+  """The id of a configuration by its record alone: what config.json should say of itself."""
+  identity = {'schema': SCHEMA} | {
+    key: value
+    for key, value in flatten(record).items()
+    if key not in ('schema', 'id', schema.DIGEST)
+    and not any(key == out or key.startswith(out + '.') for out in _NOT_IDENTITY)
+  }
+  return hashlib.sha256(json.dumps(identity, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
 
 
 def from_json(data: bytes) -> Config:
   """Inverse of `Config.to_json`. Raises `UserError` when the record is broken, foreign or was edited."""
   try:
-    record = json.loads(data)
-    schema, recorded_id = record.pop('schema'), record.pop('id')
-    config = build(Config, record)
+    return from_record(schema.parse(data))
+  except schema.Broken as error:
+    raise UserError(f'not a cell configuration: {error}; was it edited by hand?') from None
+
+
+def from_record(record: dict[str, Any]) -> Config:
+  """The configuration of a parsed config.json. Raises `UserError` when it is foreign or was edited."""
+  try:
+    schema.check_digest(record)
+    own = {key: value for key, value in record.items() if key not in ('schema', 'id', schema.DIGEST)}
+    number, recorded_id = record['schema'], record['id']
+    config = build(Config, unflatten(without_retired(flatten(own))))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
       f'not a cell configuration ({type(error).__name__}: {error}); was it edited by hand?'
     ) from None
-  if schema != SCHEMA:
+  if number != SCHEMA:
     raise UserError(
-      f'configuration schema {schema} is not {SCHEMA}; use the version of sae_jax that wrote it'
+      f'configuration schema {number} is not {SCHEMA}; use the version of sae_jax that wrote it'
     )
   if config.id != recorded_id:
     raise UserError(
@@ -271,24 +300,65 @@ def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+  """Inverse of `flatten`."""
+  tree: dict[str, Any] = {}
+  for key, value in flat.items():
+    *parents, leaf = key.split('.')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[leaf] = value
+  return tree
+
+
+def without_retired(flat: dict[str, Any]) -> dict[str, Any]:
+  """The keys that are left of a configuration of any version. Raises `UserError` for a retired key in use."""
+  for key, value in flat.items():
+    if key in RETIRED and value != RETIRED[key][0]:
+      neutral, instead = RETIRED[key]
+      raise UserError(f'{key}={value!r}: this key is gone and only {neutral!r} is accepted; {instead}')
+  return {key: value for key, value in flat.items() if key not in RETIRED}
+
+
 def build(cls: type[T], record: dict[str, Any]) -> T:
-  """A dataclass from nested values. A field with a default may be missing: records older than it lack it.
+  """A dataclass from nested values. A field that came later (`added`) may be missing and is then neutral.
 
   Raises `UserError` for any other field that is missing, unknown or of another type.
   """
   fields = {f.name: f for f in dataclasses.fields(cls)}
-  record = {n: f.default for n, f in fields.items() if f.default is not dataclasses.MISSING} | record
+  neutral = {name: f.metadata['neutral'] for name, f in fields.items() if 'neutral' in f.metadata}
+  record = neutral | record
   if set(record) != set(fields):
     wrong = ', '.join(sorted(set(record) ^ set(fields)))
     raise UserError(f'{cls.__name__} and the configuration differ in: {wrong}; start from config.template()')
-  values = {}
-  for name, value in record.items():
-    kind = fields[name].type
-    if dataclasses.is_dataclass(kind):
-      value = build(kind, value)
-    elif kind is float and type(value) is int:
-      value = float(value)
-    elif type(value) is not kind:
-      raise UserError(f'{cls.__name__}.{name}={value!r} is not of type {kind.__name__}; correct it')
-    values[name] = value
-  return cls(**values)
+  return cls(**{name: _read(cls, name, fields[name].type, value) for name, value in record.items()})
+
+
+def _read(cls: type, name: str, kind: Any, value: Any) -> Any:
+  """A value as a field of type `kind` holds it: a section, a number, a text, or None where the field allows it."""
+  if isinstance(kind, types.UnionType):  # only ever with None
+    if value is None:
+      return None
+    (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
+  if dataclasses.is_dataclass(kind):
+    return build(kind, value)
+  if kind is float and type(value) is int:
+    return float(value)
+  if type(value) is not kind:
+    raise UserError(f'{cls.__name__}.{name}={value!r} is not of type {kind.__name__}; correct it')
+  return value
+
+
+def _record(section: Any) -> dict[str, Any]:
+  """The nested values of a configuration that its record holds; see `added` for those that it leaves out."""
+  record = {}
+  for field in dataclasses.fields(section):
+    value = getattr(section, field.name)
+    owner, *owned_by = field.metadata.get('of') or ('',)
+    if owner and getattr(section, owner) not in owned_by:
+      continue
+    if 'neutral' in field.metadata and not owner and value == field.metadata['neutral']:
+      continue
+    record[field.name] = _record(value) if dataclasses.is_dataclass(value) else value
+  return record

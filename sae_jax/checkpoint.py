@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from sae_jax import files
+from sae_jax import files, schema
 from sae_jax.errors import UserError
 
 _BLOCK = 1024  # rows of a hashed block; a power of two, so that power-of-two shards hold whole blocks
@@ -64,7 +64,7 @@ class Checkpoints:
 
   def __init__(self, workdir: str, cell_id: str):
     workdir = str(files.local(workdir)) if files.is_local(workdir) else str(workdir)
-    self._folder, self._corrupt = files.join(workdir, 'ckpt'), files.join(workdir, 'corrupt')
+    self._folder, self._corrupt = files.join(workdir, schema.CHECKPOINTS), files.join(workdir, schema.CORRUPT)
     self._cell = cell_id
     if abandoned := _unclosed.pop(self._folder, None):
       # An attempt in this process ended with an exception. Its save must end before unfinished steps are cleaned up.

@@ -12,7 +12,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from sae_jax import cell, files
+from sae_jax import cell, files, schema
 from sae_jax.cell import (
   Config,
   DataConfig,
@@ -24,12 +24,12 @@ from sae_jax.cell import (
   SAEConfig,
   TrainConfig,
   from_json,
+  from_record,
 )
 from sae_jax.errors import UserError
 from sae_jax.recipe import GAO2024, ScalingRecipe
 
 __all__ = [
-  'STORE_FILE',
   'Config',
   'DataConfig',
   'EvalConfig',
@@ -40,13 +40,12 @@ __all__ = [
   'SAEConfig',
   'TrainConfig',
   'from_json',
+  'from_record',
   'override',
   'read_store_file',
   'resolve',
   'template',
 ]
-
-STORE_FILE = 'store.json'  # provenance and statistics of an activation store
 
 
 def template() -> ml_collections.ConfigDict:
@@ -77,7 +76,7 @@ def template() -> ml_collections.ConfigDict:
     store_tokens=unset_int(), held_out_tokens=unset_int(), dtype=unset_str(),
     planted=dict(n_features=512, active=8.0, exponent=0.5, noise=0.05, seed=0),
   )  # fmt: skip
-  c.mesh = dict(data=1, latent=1, member=1, row_chunks=1, exchange='auto', products='auto')
+  c.mesh = dict(data=1, latent=1, row_chunks=1, exchange='auto', products='auto')
   return c
 
 
@@ -85,7 +84,7 @@ def override(config: ml_collections.ConfigDict, flat: dict[str, Any]) -> ml_coll
   """A copy with dotted keys replaced. Raises `UserError` for an unknown key or a value of the wrong type."""
   # A plain copy shares placeholders with the original: setting k on the copy would change both.
   config = config.copy_and_resolve_references().lock()
-  for key, value in flat.items():
+  for key, value in cell.without_retired(flat).items():
     try:
       config.update_from_flattened_dict({key: value})
     except (KeyError, AttributeError):
@@ -105,7 +104,7 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
   Facts about a store (width, identity, normalisation, subject, …) come from its store.json and must agree with
   whatever the config states. Raises `UserError`.
   """
-  flat = cell.flatten(config.to_dict())
+  flat = cell.without_retired(cell.flatten(config.to_dict()))
   facts = _store_facts(flat) if flat['data.source'] == 'store' else _source_defaults(flat['data.source'])
   for key, value in facts.items():
     if flat[key] is None:
@@ -130,20 +129,20 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
   for key, value in derived.items():
     if flat[key] is None:
       flat[key] = value
-  return cell.build(Config, _unflatten(flat))
+  return cell.build(Config, cell.unflatten(flat))
 
 
 def read_store_file(path: str) -> dict[str, Any]:
   """store.json of a finished store. Raises `UserError` when it is missing or broken."""
   try:
-    meta = json.loads(files.read(files.join(path, STORE_FILE)))
+    meta = json.loads(files.read(files.join(path, schema.STORE)))
     meta['identity'], meta['d_model'], meta['tokens'], meta['config']
   except FileNotFoundError:
     raise UserError(
       f'no finished activation store at {path!r}; set data.path, or run python -m sae_jax.data.harvest'
     ) from None
   except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f'{path}/{STORE_FILE} is not a store description ({error}); harvest it again') from None
+    raise UserError(f'{path}/{schema.STORE} is not a store description ({error}); harvest it again') from None
   return meta
 
 
@@ -187,14 +186,3 @@ def _source_defaults(source: str) -> dict[str, Any]:
     'data.normalize': 'center_unit', 'data.window_tokens': 128, 'data.block_windows': 256,
     'data.store_tokens': 1_000_000, 'data.held_out_tokens': 16_384, 'data.dtype': 'float16',
   }  # fmt: skip
-
-
-def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-  tree: dict[str, Any] = {}
-  for key, value in flat.items():
-    *parents, leaf = key.split('.')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[leaf] = value
-  return tree

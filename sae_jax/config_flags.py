@@ -9,6 +9,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from sae_jax import cell
 from sae_jax.errors import UserError
 
 HELP = 'python file with get_config() -> ConfigDict; override any key with --config.KEY=VALUE'
@@ -35,7 +36,7 @@ def parse(
   module = load_file(paths[0])
   if not hasattr(module, 'get_config'):
     raise UserError(f'{paths[0]} has no get_config(); see experiments/tiny.py')
-  overrides = [a for a in theirs if not a.startswith('--config=')]
+  overrides = [a for a in theirs if not a.startswith('--config=') and not _is_retired(a)]
   values = flags.FlagValues()
   try:
     config_flags.DEFINE_config_dict('config', module.get_config(), flag_values=values, sys_argv=overrides)
@@ -43,6 +44,14 @@ def parse(
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(f'{" ".join(overrides)}: {error}; the keys are in sae_jax/config.py') from None
   return args, values['config'].value
+
+
+def _is_retired(argument: str) -> bool:
+  """Whether `--config.KEY=VALUE` names a key that is gone. Raises `UserError` unless its value is the neutral one."""
+  key, _, text = argument.removeprefix('--config.').partition('=')
+  if key in cell.RETIRED and text != str(cell.RETIRED[key][0]):
+    cell.without_retired({key: text})
+  return key in cell.RETIRED
 
 
 def load_file(path: str) -> types.ModuleType:

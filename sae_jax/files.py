@@ -122,6 +122,18 @@ def replace(path: str, data: bytes) -> None:
   _via_temporary(local(path), data, os.replace)
 
 
+def append(path: str, data: bytes) -> None:
+  """Adds to the end of a local file; the bytes are on the disk when it returns."""
+  target = local(path)
+  is_new = not target.exists()
+  with open(target, 'ab') as f:
+    f.write(data)
+    f.flush()
+    os.fsync(f.fileno())
+  if is_new:
+    _sync_folder(target.parent)
+
+
 def remove(path: str) -> None:
   """Deletes a file if it is there."""
   if is_local(path):
@@ -221,5 +233,16 @@ def _via_temporary(
       f.flush()
       os.fsync(f.fileno())
     put(temporary, target)
+    _sync_folder(target.parent)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(path: pathlib.Path) -> None:
+  """Puts new names in a folder on the disk. A filesystem that cannot keeps them anyway, or loses them in a power cut."""
+  folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    with contextlib.suppress(OSError):
+      os.fsync(folder)
+  finally:
+    os.close(folder)

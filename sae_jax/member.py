@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sae_jax import artifact, files, flops, metrics, optim
+from sae_jax import artifact, files, flops, metrics, optim, schema
 from sae_jax.checkpoint import Checkpoints, combined_digest
 from sae_jax.config import Config, from_json
 from sae_jax.data.source import Source
@@ -42,7 +42,7 @@ class Member:
     self._source, self._share = source, share
     self._evaluator = Evaluator(config, mesh, source)
     self._checkpoints = Checkpoints(workdir, config.id)
-    self._log = metrics.MetricsFile(workdir) if jax.process_index() == 0 else None
+    self._log = metrics.MetricsFile(workdir, config.id) if jax.process_index() == 0 else None
     self._evaluation_steps = log_spaced(config.train.steps, config.eval.per_decade)
     self._facts: dict[str, Any] = {
       'mesh': [config.mesh.data, config.mesh.latent],
@@ -124,15 +124,11 @@ class Member:
         self.workdir, weights, sizes | {'weights': line['eval/weights']} | self._source.provenance
       )
       measured = {
-        key: line[f'eval/{key}'] for key in ('nmse', 'nmse_raw', 'nmse_ema', 'weights', 'mse', 'l0')
+        name: line[in_line] for in_line, name in schema.line_names(schema.MEASURED).items() if in_line in line
       }
-      if config.sae.selection == 'approximate':
-        measured['topk_recall'] = line['eval/topk_recall']
-      spent = {key: line[key] for key in ('tokens', 'flops_useful', 'flops_dense', 'flops_subject', 'wall_s')}
       metrics.commit_result(
         self.workdir,
         sizes
-        | spent
         | measured
         | {
           'seed': config.train.seed,
@@ -141,7 +137,6 @@ class Member:
           'steps': config.train.steps,
           'tokens_asked': config.train.tokens,
           'aux_steps': int(state.aux_steps),
-          'dead_fraction': line['sae/dead_fraction'],
           'params_digest': digest,
           'bit_exact': self._facts['bit_exact'],
           'device_kind': self._facts['device_kind'],
@@ -177,7 +172,7 @@ def check_finite(step: int, values: dict[str, Any]) -> None:
 
 def claim_folder(config: Config, workdir: str) -> None:
   """Writes config.json, or checks that the folder is this cell's. Raises `UserError` when it is another's."""
-  path = files.join(workdir, 'config.json')
+  path = files.join(workdir, schema.CONFIG)
   if jax.process_index() == 0 and not files.exists(path):
     try:
       files.create(path, config.to_json())
@@ -188,7 +183,7 @@ def claim_folder(config: Config, workdir: str) -> None:
         f'cannot write {path} ({error.strerror}); free space or choose another workdir'
       ) from error
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('config.json')
+    multihost_utils.sync_global_devices(schema.CONFIG)
   found = from_json(files.read(path))
   if found.id != config.id:
     raise UserError(

@@ -2,10 +2,11 @@
 
 import datetime
 import importlib.metadata
-import json
 import math
 import os
+import pathlib
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -15,58 +16,69 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sae_jax import files
+from sae_jax import files, schema
 from sae_jax.errors import UserError
 
-METRICS, RESULT, FAILURE = 'metrics.jsonl', 'result.json', 'failure.json'
+_METRICS = re.compile(r'metrics(\.([0-9]+))?\.jsonl')
 
 
 class MetricsFile:
   """Appends one JSON object a line. A later line for a step replaces an earlier one.
 
+  A line is on the disk when `write` returns, so before the checkpoint that makes its steps past.
+
   Where files cannot be appended to (object stores) each attempt has its own file, rewritten whole, and the reader
   merges them.
   """
 
-  def __init__(self, workdir: str):
-    self._local = files.is_local(workdir)
+  def __init__(self, workdir: str, cell_id: str):
+    self._local, self._cell = files.is_local(workdir), cell_id
     if self._local:
-      self._path = files.join(workdir, METRICS)
+      self._path = files.join(workdir, schema.METRICS)
       files.local(self._path).parent.mkdir(parents=True, exist_ok=True)
       _drop_partial_line(files.local(self._path))
     else:
       attempts = [n for n in files.listdir(workdir) if n.startswith('metrics')]
       self._path = files.join(workdir, f'metrics.{len(attempts):04d}.jsonl')
-      self._lines: list[str] = []
+      self._lines: list[bytes] = []
 
   def write(self, step: int, values: dict[str, Any]) -> None:
-    line = json.dumps({'step': step} | values, allow_nan=False) + '\n'
+    line = schema.dump_line({'step': step} | values, self._cell)
     if self._local:
-      with open(files.local(self._path), 'a') as f:
-        f.write(line)
+      files.append(self._path, line)
     else:
       self._lines.append(line)
-      files.replace(self._path, ''.join(self._lines).encode())
+      files.replace(self._path, b''.join(self._lines))
 
 
-def read_metrics(workdir: str) -> list[dict[str, Any]]:
-  """Lines of all attempts by step, the later attempt and line winning. A torn last line is passed over."""
+def read_metrics(workdir: str, cell_id: str) -> list[dict[str, Any]]:
+  """Lines of all attempts by step, the later attempt and line winning.
+
+  A line that was cut short, was changed, or belongs to another cell is left out.
+  """
   by_step: dict[int, dict[str, Any]] = {}
-  for name in files.listdir(workdir):
-    if name.startswith('metrics') and name.endswith('.jsonl'):
-      for line in files.read(files.join(workdir, name)).decode(errors='replace').splitlines():
-        try:
-          record = json.loads(line)
-          by_step[int(record['step'])] = record
-        except (ValueError, KeyError, TypeError):
-          continue
+  names = [name for name in files.listdir(workdir) if _METRICS.fullmatch(name)]
+  for name in sorted(names, key=_attempt):
+    for line in files.read(files.join(workdir, name)).split(b'\n'):
+      try:
+        record = schema.parse(line)
+        schema.check(record, (), cell_id)
+      except schema.Broken:
+        continue
+      if type(record.get('step')) is int:
+        by_step[record['step']] = schema.content(record)
   return [by_step[step] for step in sorted(by_step)]
 
 
 def commit_result(workdir: str, result: dict[str, Any]) -> None:
-  """Writes result.json, once: the moment a cell is finished. Raises FileExistsError if another did."""
-  files.create(files.join(workdir, RESULT), json.dumps(result, indent=1, allow_nan=False).encode() + b'\n')
-  files.remove(files.join(workdir, FAILURE))
+  """Writes result.json, once: the moment a cell is finished.
+
+  Raises FileExistsError if another did, and `schema.Broken` for a result that no reader would believe.
+  """
+  data = schema.dump(result)
+  schema.check(schema.parse(data), schema.RESULTS)
+  files.create(files.join(workdir, schema.RESULT), data)
+  files.remove(files.join(workdir, schema.FAILURE))
 
 
 def record_failure(
@@ -74,10 +86,12 @@ def record_failure(
 ) -> None:
   """Writes failure.json, counting attempts. `permanent` failures are not worth a retry; a `UserError` is one, except
   for a full disk."""
-  path = files.join(workdir, FAILURE)
+  path = files.join(workdir, schema.FAILURE)
   try:
-    attempts = int(json.loads(files.read(path))['attempts'])
-  except (FileNotFoundError, ValueError, KeyError, TypeError):
+    before = schema.parse(files.read(path))
+    schema.check(before, schema.FAILURES)
+    attempts = before['attempts']
+  except (FileNotFoundError, schema.Broken):
     attempts = 0
   record = {
     'error': ' '.join(str(error).split())[:2000],
@@ -90,7 +104,7 @@ def record_failure(
     'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
   }
   try:
-    files.replace(path, json.dumps(record, indent=1).encode() + b'\n')
+    files.replace(path, schema.dump(record))
   except OSError as unwritten:  # on a full disk the error itself matters more than its record
     print(f'{path} could not be written ({unwritten.strerror})', file=sys.stderr)
 
@@ -168,7 +182,13 @@ def _own_version() -> str:
   return __version__
 
 
-def _drop_partial_line(path) -> None:
+def _attempt(name: str) -> int:
+  """Place of a metrics file among those of one cell; -1 for the one that all attempts append to."""
+  found = _METRICS.fullmatch(name)
+  return int(found[2]) if found and found[2] else -1
+
+
+def _drop_partial_line(path: pathlib.Path) -> None:
   """Ends a file that a kill cut mid-line, so that the next line does not join the torn one."""
   if not path.exists():
     return

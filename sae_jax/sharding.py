@@ -1,7 +1,6 @@
 """Where arrays live: the (data, latent) mesh, partition specs by array name, and host-to-device placement."""
 
 import concurrent.futures
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -60,21 +59,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   )
   # Auto and said so: under Explicit every gather and scatter wants an out_sharding.
   return Mesh(placed, ('data', 'latent'), axis_types=(AxisType.Auto,) * 2)
-
-
-def member_meshes(config: MeshConfig) -> list[Mesh]:
-  """`mesh.member` meshes over disjoint devices, each data x latent: one for each part of a group of cells."""
-  devices, size = jax.devices(), config.data * config.latent
-  if config.member * size > len(devices):
-    raise UserError(
-      f'mesh.member={config.member} x mesh.data={config.data} x mesh.latent={config.latent} needs '
-      f'{config.member * size} devices and there are {len(devices)}; use a smaller mesh'
-    )
-  if config.member > 1 and jax.process_count() > 1:
-    raise UserError(
-      f'mesh.member={config.member} on {jax.process_count()} processes; use mesh.member=1, or one process a worker'
-    )
-  return [make_mesh(config, devices[i * size : (i + 1) * size]) for i in range(config.member)]
 
 
 def axes_of(mesh: Mesh) -> Axes:
@@ -138,14 +122,13 @@ def place_rows(mesh: Mesh, shape: tuple[int, int], rows) -> jax.Array:
   return jax.make_array_from_callback(shape, NamedSharding(mesh, BATCH), piece)
 
 
-def batches(
-  source: Source, meshes: Sequence[Mesh], batch: int, start: int, stop: int
-) -> Iterator[list[jax.Array]]:
-  """Training batches start..stop, one array a mesh, each read once and placed while the step before it runs."""
+def batches(source: Source, mesh: Mesh, batch: int, start: int, stop: int) -> Iterator[jax.Array]:
+  """Training batches start..stop, each read and placed while the step before it runs."""
 
-  def load(step):
-    rows = functools.cache(lambda a, b: source.rows(step * batch + a, step * batch + b))
-    return [place_rows(mesh, (batch, source.d_model), rows) for mesh in meshes]
+  def load(step: int) -> jax.Array:
+    return place_rows(
+      mesh, (batch, source.d_model), lambda a, b: source.rows(step * batch + a, step * batch + b)
+    )
 
   with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='batches') as pool:
     ahead = pool.submit(load, start) if start < stop else None

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sae_jax import config_flags, distributed, files, flops, metrics, sharding, sparse, watchdog
+from sae_jax import config_flags, distributed, files, flops, metrics, schema, sharding, sparse, watchdog
 from sae_jax.config import Config, resolve
 from sae_jax.data.source import Source, open_source
 from sae_jax.errors import PREEMPTED, UserError, one_line_errors
@@ -62,10 +62,9 @@ def train_group(
 ) -> list[str | Diverged]:
   """Trains or resumes cells of one stream (`Config.stream`) together, each in its own folder.
 
-  Every batch is read once for all. With `mesh.member` > 1 the cells are dealt out over that many parts of the devices;
-  those of one part share a compiled step. Each cell ends with the bits, checkpoints and files it would have alone. A
-  cell that diverges leaves the group; the others go on. Cells whose checkpoints are at different steps are trained in
-  turn, those of one step together.
+  Every batch is read once for all, and the cells share a compiled step. Each cell ends with the bits, checkpoints and
+  files it would have alone. A cell that diverges leaves the group; the others go on. Cells whose checkpoints are at
+  different steps are trained in turn, those of one step together.
 
   Returns:
     For each cell 'done', 'preempted', or the `Diverged` it ended with.
@@ -80,23 +79,22 @@ def train_group(
   for config, workdir in cells:
     claim_folder(config, workdir)
   outcomes: list[str | Diverged] = ['done'] * len(cells)
-  todo = [i for i, (_, workdir) in enumerate(cells) if not files.exists(files.join(workdir, metrics.RESULT))]
+  todo = [i for i, (_, workdir) in enumerate(cells) if not files.exists(files.join(workdir, schema.RESULT))]
   if not todo:
     return outcomes
   first = cells[0][0]
-  source, meshes = open_source(first), sharding.member_meshes(first.mesh)
+  source, mesh = open_source(first), sharding.make_mesh(first.mesh)
   sample = functools.cache(lambda: start_up_sample(source, first.train.tokens))
   costs = {i: flops.cell_flops(cells[i][0])['dense'] for i in todo}
   by_start: dict[int, list[_Trainee]] = {}
-  for turn, i in enumerate(todo):
+  for i in todo:
     config, workdir = cells[i]
-    mesh = meshes[turn % len(meshes)]
     init, _ = make_step(config, mesh)
     member = Member(config, workdir, mesh, source, costs[i] / sum(costs.values()))
     state = member.start(abstract_state(init, mesh, config), lambda init=init: init(*sample()))
     by_start.setdefault(int(state.step), []).append(_Trainee(i, member, state))
   for start, together in sorted(by_start.items()):
-    outcomes_here = _train_together(together, source, meshes, start, should_stop, label)
+    outcomes_here = _train_together(together, source, mesh, start, should_stop, label)
     for i, outcome in outcomes_here.items():
       outcomes[i] = outcome
     if 'preempted' in outcomes_here.values():
@@ -115,8 +113,8 @@ class _Trainee:
   values: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # metrics of the newest step
 
 
-class _Part:
-  """Trainees that share devices and one compiled step."""
+class _Group:
+  """Trainees that share one compiled step."""
 
   def __init__(self, mesh: Mesh, trainees: list[_Trainee]):
     self.mesh, self.trainees = mesh, trainees
@@ -127,33 +125,41 @@ class _Part:
     for trainee, state, line in zip(self.trainees, states, values, strict=True):
       trainee.state, trainee.values = state, line
 
-  def drop(self, trainee: _Trainee) -> None:
-    self.trainees.remove(trainee)
-    self._compile()
+  def drop(self, index: int) -> None:
+    for trainee in [t for t in self.trainees if t.index == index]:
+      trainee.member.close()
+      self.trainees.remove(trainee)
+      self._compile()
 
   def _compile(self) -> None:
     if self.trainees:
       self._step = make_group_step([t.member.config for t in self.trainees], self.mesh)
 
 
-def _feed(config: Config, source: Source, meshes: Sequence[Mesh], start: int) -> Iterator[list[jax.Array]]:
+def _feed(config: Config, source: Source, mesh: Mesh, start: int) -> Iterator[jax.Array]:
   batch, steps = config.train.batch_tokens, config.train.steps
-  if config.data.source == 'live' and meshes[0].size > 1:
+  if config.data.source == 'live' and mesh.size > 1:
     from sae_jax.data import live_mesh  # brings the subjects
 
-    return live_mesh.batches(source, meshes, batch, start, steps)
-  return sharding.batches(source, meshes, batch, start, steps)
+    return live_mesh.batches(source, mesh, batch, start, steps)
+  return sharding.batches(source, mesh, batch, start, steps)
 
 
-def _train_together(trainees, source, meshes, start, should_stop, label) -> dict[int, str | Diverged]:
+def _train_together(
+  trainees: list[_Trainee],
+  source: Source,
+  mesh: Mesh,
+  start: int,
+  should_stop: Callable[[], bool] | None,
+  label: str,
+) -> dict[int, str | Diverged]:
   outcomes: dict[int, str | Diverged] = {t.index: 'done' for t in trainees}
   first = trainees[0].member.config
   steps, batch = first.train.steps, first.train.batch_tokens
-  parts = [_Part(mesh, [t for t in trainees if t.member.mesh is mesh]) for mesh in meshes]
-  parts = [part for part in parts if part.trainees]
+  group = _Group(mesh, list(trainees))
   progress = metrics.Progress(label, steps, start, batch, visible=jax.process_index() == 0)
-  device = meshes[0].devices.flat[0].platform
-  shard = (batch // meshes[0].shape['data'], first.sae.n_latents // meshes[0].shape['latent'])
+  device = mesh.devices.flat[0].platform
+  shard = (batch // mesh.shape['data'], first.sae.n_latents // mesh.shape['latent'])
   with sparse.forced(first.mesh.products):
     progress.note(sparse.describe(device, *shard, first.sae.d_model, first.sae.k))
   for trainee in trainees:
@@ -174,13 +180,10 @@ def _train_together(trainees, source, meshes, start, should_stop, label) -> dict
 
   def leave(index: int, error: Diverged) -> None:
     outcomes[index] = error
-    for part in parts:
-      for trainee in [t for t in part.trainees if t.index == index]:
-        trainee.member.close()
-        part.drop(trainee)
+    group.drop(index)
 
   def going() -> list[_Trainee]:
-    return [t for part in parts for t in part.trainees]
+    return list(group.trainees)
 
   def evaluate(at: int, wanted: list[_Trainee], lines: dict[int, dict[str, float]]) -> None:
     for trainee in wanted:
@@ -191,11 +194,8 @@ def _train_together(trainees, source, meshes, start, should_stop, label) -> dict
 
   pending: tuple[int, dict[int, dict[str, jax.Array]]] | None = None  # metrics are fetched one step late
   try:
-    for at, placed in enumerate(_feed(first, source, meshes, start), start + 1):
-      for mesh, x_BD in zip(meshes, placed, strict=True):
-        for part in parts:
-          if part.mesh is mesh and part.trainees:
-            part.advance(x_BD)
+    for at, x_BD in enumerate(_feed(first, source, mesh, start), start + 1):
+      group.advance(x_BD)
       if pending:
         report(*pending)
       pending = (at, {t.index: t.values for t in going()})
@@ -244,7 +244,7 @@ def main(argv: list[str]) -> int:
     with watchdog.Watchdog() as alive:
       outcome = train(config, workdir, should_stop=alive.beating(distributed.stop_flag()))
   except Exception as error:
-    known = not isinstance(error, UserError) or files.exists(files.join(workdir, 'config.json'))
+    known = not isinstance(error, UserError) or files.exists(files.join(workdir, schema.CONFIG))
     # One attempt, however many processes, and none when another rank died.
     if known and jax.process_index() == 0 and not distributed.lost_peer(error):
       metrics.record_failure(workdir, error, permanent=isinstance(error, Diverged))
@@ -256,7 +256,7 @@ def main(argv: list[str]) -> int:
   if outcome == 'preempted':
     print(f'{config.id}: preempted, checkpoint saved; the same command resumes', file=sys.stderr)
     return PREEMPTED
-  print(files.read(files.join(workdir, metrics.RESULT)).decode(), end='')
+  print(files.read(files.join(workdir, schema.RESULT)).decode(), end='')
   return 0
 
 

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from sae_jax import files, metrics, watchdog
+from sae_jax import cell_state, files, lease, metrics, watchdog
 from sae_jax.errors import PREEMPTED, USER_ERROR_EXIT, UserError
-from sweeps import grid, lease, ledger
+from sweeps import grid, ledger
 
 if TYPE_CHECKING:
   from sweeps import gang  # loads jax, which drivers and status do without
@@ -52,7 +52,7 @@ def attempt(
   def record(cell: ledger.Cell, lease_: lease.Lease, error: Exception) -> None:
     lease_.check()
     metrics.record_failure(store.folder(cell.id), error, permanent=isinstance(error, permanent))
-    say(cell, f'failed, {type(error).__name__}: {ledger.printable(str(error))}')
+    say(cell, f'failed, {type(error).__name__}: {cell_state.printable(str(error))}')
 
   def charge(error: Exception) -> int:
     """Records an error before the process ends, and returns the exit code."""

@@ -5,10 +5,8 @@ import time
 
 from tqdm import tqdm
 
-from sae_jax import flops
+from sae_jax import flops, schema
 from sweeps import grid, ledger, status
-
-UNFINISHED = ('waiting', 'running')
 
 
 class Board:
@@ -55,10 +53,10 @@ class Board:
     spent = left = 0.0
     for s in states:
       cost = self._cost.setdefault(s.cell.id, flops.cell_flops(s.cell.config)['dense'])
-      last = status.progress(self._store.folder(s.cell.id)) if s.state == 'running' else None
+      last = status.progress(self._store, s.cell.id) if s.state == 'running' else None
       ready = min(1.0, last['step'] / s.cell.config.train.steps) if last else float(s.state == 'done')
       spent += ready * cost
-      left += (1 - ready) * cost if s.state in UNFINISHED else 0.0
+      left += (1 - ready) * cost if s.state in schema.UNFINISHED else 0.0
     self._at_start = spent if self._at_start is None else self._at_start
     gained = spent - self._at_start
     part = f', {100 * spent / max(1.0, spent + left):.0f} % of the work'

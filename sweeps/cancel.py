@@ -7,19 +7,19 @@ A running worker hears of it when it refreshes its lease, within 30 s. Undone, a
 
 import argparse
 
-from sae_jax import files
+from sae_jax import files, schema
 from sae_jax.errors import UserError, one_line_errors
-from sweeps import grid, lease, ledger
+from sweeps import grid, ledger
 
 
 def cancel(store: ledger.Ledger, ids: list[str]) -> list[ledger.CellState]:
   """Cancels the named cells, or all unfinished ones. Raises `UserError` for an unknown id and for one that is done."""
-  chosen = _chosen(store, ids, lambda s: s.state not in ('done', 'failed', 'cancelled'))
+  chosen = _chosen(store, ids, lambda s: s.state in schema.UNFINISHED)
   for s in chosen:
     if s.state == 'done':
       raise UserError(f'cell {s.cell.id} is done, so there is nothing to cancel; leave it out')
   for s in chosen:
-    files.replace(files.join(store.folder(s.cell.id), lease.CANCEL), b'{"cancelled": true}\n')
+    files.replace(files.join(store.folder(s.cell.id), schema.CANCEL), b'{"cancelled": true}\n')
   return chosen
 
 
@@ -28,10 +28,10 @@ def undo(store: ledger.Ledger, ids: list[str]) -> list[ledger.CellState]:
   cancelled = [
     s
     for s in _chosen(store, ids, lambda _: True)
-    if files.exists(files.join(store.folder(s.cell.id), lease.CANCEL))
+    if files.exists(files.join(store.folder(s.cell.id), schema.CANCEL))
   ]
   for s in cancelled:
-    files.remove(files.join(store.folder(s.cell.id), lease.CANCEL))
+    files.remove(files.join(store.folder(s.cell.id), schema.CANCEL))
   return cancelled
 
 

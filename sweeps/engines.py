@@ -7,11 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Protocol
 
-from sae_jax import files, flops
+from sae_jax import files, flops, schema
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sweeps import executors, groups, ledger
-from sweeps.board import UNFINISHED
 
 
 class Engine(executors.Executor, Protocol):
@@ -80,8 +79,7 @@ def jobs(
   """Jobs for the cells that wait: one for each group of cells, the largest first, or `gangs` jobs that share them all.
 
   A group is a cell alone unless the subject runs live or `group` says more; see `groups.most`. Cells that someone trains
-  now are left to whoever does. Raises `UserError` when cells of unequal meshes would share a gang, and for `mesh.member`
-  over several processes.
+  now are left to whoever does. Raises `UserError` when cells of unequal meshes would share a gang.
   """
   waiting = {s.cell.id for s in states if s.state == 'waiting'}
   work = (sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}', f'--max_failures={max_failures}')
@@ -89,11 +87,6 @@ def jobs(
 
   def job(name: str, argv: tuple[str, ...], config: Config) -> executors.Job:
     hosts, processes = cluster.shape(devices_of(config))
-    if config.mesh.member > 1 and hosts * processes > 1:
-      raise UserError(
-        f'mesh.member={config.mesh.member} needs one process and this job is {hosts * processes}; use mesh.member=1 '
-        'and --gangs for cells that run beside each other'
-      )
     return executors.Job(name, argv, hosts=hosts, processes_per_host=processes, **cluster.limits)
 
   if gangs is None:
@@ -116,7 +109,7 @@ def names(states: list[ledger.CellState], gangs: int | None, group: int | None =
   """Ids of the jobs, of this launch or an earlier one, that the unfinished cells may have."""
   if gangs is not None:
     return [f'gang-{i}' for i in range(gangs)]
-  unfinished = {s.cell.id for s in states if s.state in UNFINISHED}
+  unfinished = {s.cell.id for s in states if s.state in schema.UNFINISHED}
   return [_name(cells) for cells in _partition(states, group) if any(c.id in unfinished for c in cells)]
 
 
@@ -130,7 +123,7 @@ def _name(cells: list[ledger.Cell]) -> str:
 
 
 def devices_of(config: Config) -> int:
-  return config.mesh.data * config.mesh.latent * config.mesh.member
+  return config.mesh.data * config.mesh.latent
 
 
 def _cost(state: ledger.CellState) -> float:

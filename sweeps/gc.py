@@ -8,11 +8,11 @@ Results, metrics and the autoencoders in sae/ stay, and so does everything of a 
 import argparse
 import dataclasses
 
-from sae_jax import files
+from sae_jax import files, schema
 from sae_jax.errors import UserError, one_line_errors
 from sweeps import grid, ledger
 
-FOLDERS = ('ckpt', 'corrupt')
+FOLDERS = (schema.CHECKPOINTS, schema.CORRUPT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ def find(store: ledger.Ledger) -> list[Garbage]:
   found = []
   for s in store.states():
     folder = store.folder(s.cell.id)
-    if s.state == 'done' and files.listdir(files.join(folder, 'sae')):
+    if s.state == schema.DONE and files.listdir(files.join(folder, schema.ARTIFACT)):
       folders = tuple(p for name in FOLDERS if files.listdir(p := files.join(folder, name)))
       if folders:
         found.append(Garbage(s.cell, folders, sum(files.size(p) for p in folders)))

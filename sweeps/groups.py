@@ -1,12 +1,12 @@
 """Which waiting cells train together: those of one stream, whose checkpoints are at one step.
 
 A group pays once for the activations, which matters when the subject runs live. With a store a group saves nothing and
-costs memory and compile time, so cells of a store train alone unless `mesh.member` or the user asks for more.
+costs memory and compile time, so cells of a store train alone unless the user asks for more.
 """
 
 from collections.abc import Sequence
 
-from sae_jax import files
+from sae_jax import files, schema
 from sae_jax.config import Config
 from sweeps import ledger
 
@@ -17,7 +17,7 @@ def most(config: Config, stated: int | None) -> int:
   """How many cells may train together with one of this configuration."""
   if stated is not None:
     return stated
-  return max(config.mesh.member, _LIVE if config.data.source == 'live' else 1)
+  return _LIVE if config.data.source == 'live' else 1
 
 
 def partition(cells: Sequence[ledger.Cell], stated: int | None) -> list[list[ledger.Cell]]:
@@ -59,5 +59,5 @@ def companions(
 
 def newest_step(store: ledger.Ledger, cell_id: str) -> int:
   """The step of the newest checkpoint of a cell, 0 without one. It may turn out to be damaged; that is seen later."""
-  names = files.listdir(files.join(store.folder(cell_id), 'ckpt'))
+  names = files.listdir(files.join(store.folder(cell_id), schema.CHECKPOINTS))
   return max((int(name) for name in names if name.isdecimal()), default=0)

@@ -12,10 +12,9 @@ import sys
 import tempfile
 import time
 
-from sae_jax import arguments, files, metrics, watchdog
+from sae_jax import arguments, cell_state, files, metrics, schema, watchdog
 from sae_jax.errors import UserError, one_line_errors
 from sweeps import board, engines, grid, ledger, preview, status, work
-from sweeps.board import UNFINISHED
 from sweeps.executors import Executor, Job, local
 
 MAX_STRAYS = 3  # ends of workers that held no cell: a broken installation rather than a bad cell
@@ -45,7 +44,7 @@ def drive(
       if not running:
         return
       # Workers notice by themselves that nothing is left; this spares them their last nap.
-      over = not any(s.state in UNFINISHED for s in states)
+      over = not any(s.state in schema.UNFINISHED for s in states)
       while cancels < min(2, max(len(received), over)):
         if received:
           shown.say(
@@ -89,7 +88,7 @@ def follow(
       alive = {name: s for name, s in cluster.engine.states(names).items() if s != 'gone'}
       queued = sum(s == 'pending' for s in alive.values())
       shown.show(states, f'; jobs: {len(alive) - queued} running, {queued} pending')
-      if not any(s.state in UNFINISHED for s in states):
+      if not any(s.state in schema.UNFINISHED for s in states):
         for name, state in alive.items():
           if state == 'pending':
             cluster.engine.cancel(name)  # it would find nothing to do
@@ -122,13 +121,13 @@ def _catch_signals() -> list[int]:
 def _verdict(store: ledger.Ledger, ids: set[str], max_failures: int) -> int:
   """Prints how the cells of this grid ended, and returns the exit code that says the same."""
   states = [s for s in store.states(max_failures) if s.cell.id in ids]
-  failed = [s for s in states if s.state == 'failed']
+  failed = [s for s in states if s.state in (schema.FAILED, schema.INVALID)]
   print(f'{status.summary(status.count(states))} in {store.path}', flush=True)
   for s in failed:
-    print(f'failed: {s.cell.id} {grid.label(s.cell.overrides)}: {s.reason}')
+    print(f'{s.state}: {s.cell.id} {grid.label(s.cell.overrides)}: {s.reason}')
   if failed:
     print(f'after the cause is gone: python -m sweeps.retry --ledger={store.path}')
-  return 0 if all(s.state == 'done' for s in states) else work.SOME_FAILED
+  return 0 if all(s.state in (schema.DONE, schema.IMPORTED) for s in states) else work.SOME_FAILED
 
 
 def _work_here(
@@ -141,7 +140,7 @@ def _work_here(
   def may_restart(pid: int, code: int) -> bool:
     nonlocal strays
     exit_code = 128 - code if code < 0 else code
-    if not any(s.state in UNFINISHED for s in store.states(max_failures)):
+    if not any(s.state in schema.UNFINISHED for s in store.states(max_failures)):
       return False
     held = store.held_by(pid)
     if not held and code == watchdog.STALLED_EXIT:
@@ -163,7 +162,7 @@ def _work_here(
 
 def _tail(logs: pathlib.Path, lines: int = 5) -> str:
   texts = [path.read_text(errors='replace') for path in sorted(logs.glob('worker-*.log'))]
-  return '\n'.join(ledger.printable(line) for text in texts for line in text.splitlines()[-lines:])
+  return '\n'.join(cell_state.printable(line) for text in texts for line in text.splitlines()[-lines:])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -245,7 +244,7 @@ def main(argv: list[str]) -> int:
   store.register(sweep)
   ids = {c.id for _, c in sweep.cells}
   states = store.states(args.max_failures)
-  todo = [s for s in states if s.state in UNFINISHED]
+  todo = [s for s in states if s.state in schema.UNFINISHED]
   print(f'sweep {sweep.name}: {len(ids)} cells, todo {len(todo)}', flush=True)
   if others := sum(s.cell.id not in ids for s in todo):
     print(f'{others} of them come from an earlier version of the grid; they are run too')
@@ -288,7 +287,7 @@ def _run_on(cluster: engines.Cluster, args: argparse.Namespace, store: ledger.Le
       f'python -m sweeps.cancel --ledger={store.path} stops cells'
     )
     return 128 + received[0]
-  if any(s.state in UNFINISHED for s in store.states(args.max_failures)):
+  if any(s.state in schema.UNFINISHED for s in store.states(args.max_failures)):
     print(f'the jobs ended with cells left to do; see their output in {cluster.logs}')
   return code
 
@@ -307,7 +306,7 @@ def _run_here(args: argparse.Namespace, store: ledger.Ledger, ids: set[str], tod
   if received:
     print('interrupted: the same command resumes')
     return 128 + received[0]
-  if any(s.state in UNFINISHED for s in store.states(args.max_failures)):
+  if any(s.state in schema.UNFINISHED for s in store.states(args.max_failures)):
     print(f'the workers ended with cells left to do; their last words:\n{_tail(logs)}')
   return code
 

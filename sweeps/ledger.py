@@ -8,13 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import sae_jax
-from sae_jax import config, files, metrics
+from sae_jax import cell_state, config, files, lease, metrics, schema
+from sae_jax.cell_state import MAX_FAILURES
 from sae_jax.errors import UserError
-from sweeps import grid, lease
+from sweeps import grid
 
-MAX_FAILURES = 3  # attempts of a cell before it has failed for good
 _ID = re.compile(r'[0-9a-f]{12}')
-_CLAIM = re.compile(r'([1-9][0-9]*)\.json')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +25,13 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class CellState:
-  """What the files say of one cell. `failed` means for good: permanent, or all attempts used."""
+  """What the files say of one cell: see `sae_jax.cell_state`."""
 
   cell: Cell
-  state: str  # 'done', 'running', 'failed', 'cancelled' or 'waiting'
+  state: str
   attempts: int  # failed ones
-  reason: str  # one line: the last error, or who holds the lease
+  reason: str
+  result: dict[str, Any] | None = None
 
 
 class Ledger:
@@ -58,14 +58,14 @@ class Ledger:
     self._seen: dict[
       str, tuple[bytes, float]
     ] = {}  # a cell's last claim, and when this process first saw it so
-    self._done: set[str] = set()
+    self._done: dict[str, CellState] = {}
     files.check_exclusive_create(self.path)
 
   def folder(self, cell_id: str) -> str:
     """The cell's folder; also the only way to a path, so that no other name can lead out of the ledger."""
     if not _ID.fullmatch(cell_id):
       raise UserError(f'{cell_id!r} is not a cell id; an id is 12 hex digits, as sweeps.status prints them')
-    return files.join(self.path, 'cells', cell_id)
+    return files.join(self.path, schema.CELLS, cell_id)
 
   def check_free_for(self, sweep: grid.Sweep) -> None:
     """Raises `UserError` when another sweep lives here."""
@@ -88,7 +88,7 @@ class Ledger:
     try:
       for cell_id in cells.keys() - old.keys():
         try:
-          files.create(files.join(self.folder(cell_id), 'config.json'), _dump(cells[cell_id]['config']))
+          files.create(files.join(self.folder(cell_id), schema.CONFIG), schema.dump(cells[cell_id]['config']))
         except FileExistsError:  # an interrupted or simultaneous launch of the same sweep
           pass
       # Cells that left the grid stay: their results are worth keeping and another launch may be running them.
@@ -98,8 +98,8 @@ class Ledger:
         'code_version': f'{sae_jax.__version__} {metrics.git_commit()}'.strip(),
         'cells': old | cells,
       }
-      if union != record:
-        files.replace(self._sweep_file, _dump(union))
+      if union != schema.content(record):
+        files.replace(self._sweep_file, schema.dump(union))
     except OSError as error:
       raise UserError(f'cannot write the ledger {self.path}: {error}; choose another --ledger') from None
 
@@ -113,7 +113,7 @@ class Ledger:
     paths, checkpoint interval) may have changed since config.json was written.
     """
     return [
-      Cell(cell_id, entry['overrides'], config.from_json(_dump(entry['config'])))
+      Cell(cell_id, entry['overrides'], config.from_record(entry['config']))
       for cell_id, entry in self._record()['cells'].items()
     ]
 
@@ -122,31 +122,20 @@ class Ledger:
 
   def state(self, cell: Cell, max_failures: int = MAX_FAILURES) -> CellState:
     """Of one cell, which need not be registered."""
-    names = set() if cell.id in self._done else set(files.listdir(self.folder(cell.id)))
-    if cell.id in self._done or 'result.json' in names:
-      self._done.add(cell.id)
-      return CellState(cell, 'done', 0, '')
-    failure = self._failure(cell.id) if 'failure.json' in names else None
-    attempts = failure['attempts'] if failure else 0
-    holder = self._live_holder(cell.id) if 'claims' in names else None
-    cancelled = lease.CANCEL in names
-    if holder is not None:
-      where = f'process {holder["pid"]} on {holder["host"]}'
-      leaving = ', asked by sweeps.cancel to save and stop' if cancelled else ''
-      return CellState(cell, 'running', attempts, printable(where + leaving))
-    if cancelled:
-      return CellState(cell, 'cancelled', attempts, 'sweeps.cancel --undo takes it up again')
-    if failure is None:
-      return CellState(cell, 'waiting', 0, '')
-    reason = failure['reason']
-    if failure['permanent'] or attempts >= max_failures:
-      return CellState(cell, 'failed', attempts, f'{reason} ({attempts} attempts)')
-    return CellState(cell, 'waiting', attempts, f'attempt {attempts} of {max_failures} failed: {reason}')
+    if cell.id in self._done:
+      return dataclasses.replace(self._done[cell.id], cell=cell)
+    found = cell_state.read(
+      self.folder(cell.id), cell.id, max_failures=max_failures, holder=lambda: self._live_holder(cell.id)
+    )
+    state = CellState(cell, found.state, found.attempts, found.reason, found.result)
+    if state.state == schema.DONE:  # what is done stays so
+      self._done[cell.id] = state
+    return state
 
   def claim(self, cell_id: str) -> lease.Lease | None:
     """The right to train a cell, or None when it is done or cancelled, or someone holds it or was faster."""
     folder = self.folder(cell_id)
-    generation, _ = self._last_claim(cell_id)
+    generation, _ = lease.last_claim(folder)
     if self._live_holder(cell_id) is not None:
       return None
     taken = lease.Lease(
@@ -156,14 +145,14 @@ class Ledger:
       taken.acquire()
     except FileExistsError:
       return None
-    if any(files.exists(files.join(folder, name)) for name in (metrics.RESULT, lease.CANCEL)):
+    if any(files.exists(files.join(folder, name)) for name in (schema.RESULT, schema.CANCEL)):
       taken.release()  # finished or cancelled since the caller looked
       return None
     return taken
 
   def held_by(self, pid: int) -> list[str]:
     """The cells whose last, unreleased leases belong to this process of this host, alive or dead."""
-    holders = ((cell.id, lease.holder_of(self._last_claim(cell.id)[1])) for cell in self.cells())
+    holders = ((cell.id, lease.holder_of(lease.last_claim(self.folder(cell.id))[1])) for cell in self.cells())
     here = lease.pid_space()
     return [cell_id for cell_id, r in holders if r and (r['pid'], r['pid_space']) == (pid, here)]
 
@@ -171,7 +160,7 @@ class Ledger:
     began = (
       self._clock()
     )  # taken before reading, and `since` after it: a slow read must not make a lease stale
-    _, data = self._last_claim(cell_id)
+    _, data = lease.last_claim(self.folder(cell_id))
     record = lease.holder_of(data)
     if record is None:
       return None
@@ -180,33 +169,14 @@ class Ledger:
     since = self._seen[cell_id][1]
     return None if began - since >= self.stale_s or lease.is_dead_here(record) else record
 
-  def _last_claim(self, cell_id: str) -> tuple[int, bytes]:
-    folder = files.join(self.folder(cell_id), 'claims')
-    generations = [int(m[1]) for m in map(_CLAIM.fullmatch, files.listdir(folder)) if m]
-    if not generations:
-      return 0, b''
-    return max(generations), files.read(files.join(folder, f'{max(generations)}.json'))
-
-  def _failure(self, cell_id: str) -> dict[str, Any] | None:
-    try:
-      record = json.loads(files.read(files.join(self.folder(cell_id), 'failure.json')))
-      return {
-        'reason': printable(f'{record["kind"]}: {record["error"]}'),
-        'attempts': int(record['attempts']),
-        'permanent': bool(record['permanent']),
-      }
-    except FileNotFoundError:  # cleared since the folder was listed
-      return None
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-      return {'reason': printable(f'unreadable failure.json: {error!r}'), 'attempts': 1, 'permanent': True}
-
   @property
   def _sweep_file(self) -> str:
-    return files.join(self.path, 'sweep.json')
+    return files.join(self.path, schema.SWEEP)
 
   def _record(self) -> dict[str, Any]:
     try:
-      record = json.loads(files.read(self._sweep_file))
+      record = schema.parse_large(files.read(self._sweep_file))
+      schema.check(record, schema.SWEEPS)
       for cell_id, entry in record['cells'].items():
         if not (
           _ID.fullmatch(cell_id) and entry['config']['id'] == cell_id and isinstance(entry['overrides'], dict)
@@ -219,12 +189,3 @@ class Ledger:
       raise UserError(f'no sweep at {self.path!r}; start one with python -m sweeps.launch') from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise UserError(f'{self._sweep_file} is not a sweep record ({error}); was it edited by hand?') from None
-
-
-def printable(text: str) -> str:
-  """One line without control characters: what comes from files is shown in a terminal."""
-  return ''.join(c if c.isprintable() else '?' for c in ' '.join(text.split()))
-
-
-def _dump(record: dict[str, Any]) -> bytes:
-  return json.dumps(record, indent=1, allow_nan=False).encode() + b'\n'

@@ -6,10 +6,9 @@ import time
 
 import numpy as np
 
-from sae_jax import files, flops, metrics
+from sae_jax import flops, schema
 from sae_jax.config import Config
 from sweeps import grid, ledger, status
-from sweeps.board import UNFINISHED
 
 
 def states_of(sweep: grid.Sweep, store: ledger.Ledger, max_failures: int) -> list[ledger.CellState]:
@@ -40,7 +39,7 @@ def table(
         f'{s.state}: {s.reason}' if s.reason else s.state,
       )
     )
-  todo = [costs[s.cell.id] for s in states if s.state in UNFINISHED]
+  todo = [costs[s.cell.id] for s in states if s.state in schema.UNFINISHED]
   busy = [0.0] * workers  # as the workers do it: the largest cell next, to whoever is free
   for dense in sorted((cost['dense'] for cost in todo), reverse=True):
     heapq.heapreplace(busy, busy[0] + dense / rate)
@@ -66,7 +65,7 @@ def cost_table(states: list[ledger.CellState], topology: str, dollars: float | N
   plans: dict[str, plan.Plan] = {}
   rows = [('id', 'cell', 'mesh', 'memory', 'chip-hours', *(('dollars',) if dollars else ()))]
   total = 0.0
-  todo = [s for s in states if s.state in UNFINISHED]
+  todo = [s for s in states if s.state in schema.UNFINISHED]
   for s in todo:
     config = s.cell.config
     key = _step_shape(config)
@@ -107,9 +106,8 @@ def _step_shape(config: Config) -> str:
 def _rate(store: ledger.Ledger, states: list[ledger.CellState], stated: float | None) -> tuple[float, str]:
   spent = seconds = 0.0
   for s in states:
-    if s.state == 'done':
-      result = json.loads(files.read(files.join(store.folder(s.cell.id), metrics.RESULT)))
-      spent, seconds = spent + result['flops_dense'], seconds + result['wall_s']
+    if s.result is not None:
+      spent, seconds = spent + s.result['flops_dense'], seconds + s.result['wall_s']
   if seconds > 0:
     return spent / seconds, 'measured on the finished cells of this ledger'
   if stated is not None:

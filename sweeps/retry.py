@@ -5,7 +5,7 @@ python -m sweeps.retry --ledger=DIR [ID ...]
 
 import argparse
 
-from sae_jax import files, metrics
+from sae_jax import files, schema
 from sae_jax.errors import UserError, one_line_errors
 from sweeps import grid, ledger, work
 
@@ -25,7 +25,7 @@ def retry(
     [states[cell_id] for cell_id in ids] if ids else [s for s in states.values() if s.state == 'failed']
   )
   for s in chosen:
-    files.remove(files.join(store.folder(s.cell.id), metrics.FAILURE))
+    files.remove(files.join(store.folder(s.cell.id), schema.FAILURE))
   return chosen
 
 

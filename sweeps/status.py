@@ -11,29 +11,38 @@ import sys
 import time
 from typing import Any
 
-from sae_jax import files, flops, metrics
+from sae_jax import cell_state, files, flops, metrics, schema
 from sae_jax.errors import one_line_errors
 from sweeps import grid, ledger, work
 
-STATES = ('running', 'failed', 'cancelled', 'waiting', 'done')  # in the order of interest
+# As summaries say them; the first four always.
+_COUNTED = (
+  schema.DONE,
+  schema.RUNNING,
+  schema.FAILED,
+  schema.WAITING,
+  schema.CANCELLED,
+  schema.INVALID,
+  schema.IMPORTED,
+)
 _CLEAR = '\033[H\033[2J'
 _TAIL = 1 << 16  # bytes of a log that are searched for a cell's last words
 
 
-def progress(folder: str) -> dict[str, Any] | None:
+def progress(store: ledger.Ledger, cell_id: str) -> dict[str, Any] | None:
   """The last line of a cell's metrics, or None before the first."""
-  lines = metrics.read_metrics(folder)
+  lines = metrics.read_metrics(store.folder(cell_id), cell_id)
   return lines[-1] if lines else None
 
 
 def count(states: list[ledger.CellState]) -> dict[str, int]:
   found = collections.Counter(s.state for s in states)
-  return {state: found[state] for state in ('done', 'running', 'failed', 'waiting', 'cancelled')}
+  return {state: found[state] for state in _COUNTED}
 
 
 def summary(counts: dict[str, int]) -> str:
-  """'3 done, 1 running, 0 failed, 2 waiting', and the cancelled where there are any."""
-  return ', '.join(f'{number} {state}' for state, number in counts.items() if number or state != 'cancelled')
+  """'3 done, 1 running, 0 failed, 2 waiting', and the rarer states where there are any."""
+  return ', '.join(f'{number} {state}' for state, number in counts.items() if number or state in _COUNTED[:4])
 
 
 def report(store: ledger.Ledger, max_failures: int) -> dict[str, Any]:
@@ -49,18 +58,17 @@ def report(store: ledger.Ledger, max_failures: int) -> dict[str, Any]:
       'id': s.cell.id, 'overrides': s.cell.overrides, 'state': s.state, 'attempts': s.attempts, 'reason': s.reason,
       'steps': s.cell.config.train.steps,
     }  # fmt: skip
-    folder, cost = store.folder(s.cell.id), flops.cell_flops(s.cell.config)['dense']
-    if s.state == 'done':
-      result = json.loads(files.read(files.join(folder, metrics.RESULT)))
-      row |= {'step': result['steps'], 'nmse': result['nmse']}
-    elif last := progress(folder):
+    cost = flops.cell_flops(s.cell.config)['dense']
+    if s.result is not None:
+      row |= {'step': s.result['steps'], 'nmse': s.result['nmse']}
+    elif last := progress(store, s.cell.id):
       row |= {'step': last['step'], 'nmse': last.get('eval/nmse')}
       cost *= 1 - min(1.0, last['step'] / row['steps'])
       if s.state == 'running' and last.get('wall_s') and last['step']:
         row |= {'tokens_per_s': last['tokens'] / last['wall_s']}
         row |= {'left_s': last['wall_s'] * (row['steps'] / last['step'] - 1)}
         speed += last['flops_dense'] / last['wall_s']
-    if s.state in ('running', 'waiting'):
+    if s.state in schema.UNFINISHED:
       left += cost
     if s.state == 'failed' and (words := last_words(store, s.cell.id)):
       row |= {'log': words}
@@ -84,18 +92,18 @@ def last_words(store: ledger.Ledger, cell_id: str) -> str:
       if line.startswith('cell '):
         about_cell = line.startswith(f'cell {cell_id} ')
       if about_cell:
-        found = f'{path.name}: {ledger.printable(line)}'
+        found = f'{path.name}: {cell_state.printable(line)}'
   return found
 
 
 def text(found: dict[str, Any]) -> str:
   """A plain table by state, running and failed cells first and with their reasons."""
   rows = [('id', 'cell', 'state', 'step', 'nmse', 'tokens/s', 'left', 'why')]
-  for row in sorted(found['cells'], key=lambda row: STATES.index(row['state'])):
+  for row in sorted(found['cells'], key=lambda row: schema.STATES.index(row['state'])):
     rows.append(
       (
         row['id'],
-        ledger.printable(grid.label(row['overrides'])),
+        cell_state.printable(grid.label(row['overrides'])),
         row['state'],
         f'{row["step"]}/{row["steps"]}' if 'step' in row else '',
         f'{row["nmse"]:.4f}' if isinstance(row.get('nmse'), float) else '',
@@ -104,7 +112,7 @@ def text(found: dict[str, Any]) -> str:
         ' | '.join(part for part in (row['reason'], row.get('log')) if part),
       )
     )
-  head = f'sweep {ledger.printable(found["name"])}: {summary(found["counts"])}'
+  head = f'sweep {cell_state.printable(found["name"])}: {summary(found["counts"])}'
   if 'left_s' in found:
     head += f', {duration(found["left_s"])} left at this speed'
   return '\n'.join([head, *table(rows)])

@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
   store = ledger.Ledger(args.ledger)
   written = 0
   for cell in store.cells():
-    if lines := metrics.read_metrics(store.folder(cell.id)):
+    if lines := metrics.read_metrics(store.folder(cell.id), cell.id):
       path = files.join(args.out, run_name(cell), f'events.out.tfevents.0.{cell.id}')
       try:
         files.replace(path, events(lines))

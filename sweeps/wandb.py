@@ -27,7 +27,7 @@ def export(store: ledger.Ledger, project: str, mode: str | None = None) -> int:
     raise UserError("Weights & Biases is not installed; pip install 'sae_jax[wandb]'") from None
   count = 0
   for cell in store.cells():
-    lines = metrics.read_metrics(store.folder(cell.id))
+    lines = metrics.read_metrics(store.folder(cell.id), cell.id)
     if not lines:
       continue
     run = wandb.init(

@@ -14,16 +14,15 @@ import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from sae_jax import arguments, files, flops
+from sae_jax import arguments, files, flops, lease, schema
 from sae_jax.errors import PREEMPTED, USER_ERROR_EXIT, UserError, one_line_errors
-from sweeps import groups, lease, ledger
+from sweeps import groups, ledger
 from sweeps.attempt import Held, TrainGroup, attempt
 
 if TYPE_CHECKING:
   from sweeps import gang  # loads jax, which drivers and status do without
 
 SOME_FAILED = 1
-SETTLED = ('done', 'failed', 'cancelled')
 
 
 class Stop:
@@ -121,9 +120,9 @@ def _claim(store: ledger.Ledger, states: list[ledger.CellState], group: int | No
 
 def _verdict(states: list[ledger.CellState]) -> int | None:
   """The exit code once nothing is left to do."""
-  if any(s.state not in SETTLED for s in states):
+  if any(s.state in schema.UNFINISHED for s in states):
     return None
-  return 0 if all(s.state == 'done' for s in states) else SOME_FAILED
+  return 0 if all(s.state in (schema.DONE, schema.IMPORTED) for s in states) else SOME_FAILED
 
 
 def _precedence(state: ledger.CellState) -> tuple[int, float, str]:
@@ -179,7 +178,7 @@ def add_max_failures(parser: argparse.ArgumentParser) -> None:
 def add_group(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--group', type=arguments.whole('--group'), metavar='N',
-    help='cells of one stream that a worker trains together (default: 8 with a live subject, else mesh.member)',
+    help='cells of one stream that a worker trains together (default: 8 with a live subject, else 1)',
   )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 
-from sae_jax import metrics
+from sae_jax import schema
 
 ROOT = pathlib.Path(__file__).parents[1]
 GRID = """
@@ -61,7 +61,7 @@ class Sweep:
 
   def finished(self) -> bool:
     cells = self.cells()
-    return len(cells) == 4 and all((cell / metrics.RESULT).exists() for cell in cells)
+    return len(cells) == 4 and all((cell / schema.RESULT).exists() for cell in cells)
 
   def saves(self) -> set[str]:
     """Checkpoints, also those being written."""
@@ -71,7 +71,7 @@ class Sweep:
     found = {}
     for cell in self.cells():
       try:
-        found[cell.name] = json.loads((cell / metrics.RESULT).read_text())['params_digest']
+        found[cell.name] = json.loads((cell / schema.RESULT).read_text())['params_digest']
       except FileNotFoundError:
         continue
     return found
@@ -80,8 +80,8 @@ class Sweep:
     """By finished cell, what would change if it were trained or written again."""
     found = {}
     for cell in self.cells():
-      if (cell / metrics.RESULT).exists():
-        kept = (cell / metrics.RESULT, cell / metrics.METRICS)
+      if (cell / schema.RESULT).exists():
+        kept = (cell / schema.RESULT, cell / schema.METRICS)
         found[cell.name] = tuple(
           (path.stat().st_ino, path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in kept
         )  # fmt: skip

@@ -4,14 +4,13 @@ Two subjects; of the first, three token budgets at every size and four learning 
 """
 
 import functools
-import json
 import tempfile
 
 import numpy as np
 
 import analysis
 from analysis.findings import Findings
-from sae_jax import files
+from tests import cells
 
 SIZES, KS, SUBJECTS = (128, 256, 512, 1024, 2048, 4096), (3, 7), ('planted-a', 'planted-b')
 TOKENS, RATES = (40_000, 300_000, 6_000_000), (0.1, 0.3, 1.0, 3.0)
@@ -28,35 +27,24 @@ def loss(n, tokens, k, subject):
 
 def write(path, ks=KS, noise=0.001, seed=0):
   rng = np.random.default_rng(seed)
-  cells = [
+  sizes = [
     (n, k, tokens, rate, subject)
     for n in SIZES for k in ks for tokens in TOKENS for rate in RATES for subject in SUBJECTS
     if rate == 1.0 or (tokens == TOKENS[-1] and subject == SUBJECTS[0])
     if tokens == TOKENS[-1] or subject == SUBJECTS[0]
   ]  # fmt: skip
-  for i, (n, k, tokens, rate, subject) in enumerate(cells):
-    learning_rate = 0.1 * n**-RATE_EXPONENT * rate
+  for n, k, tokens, rate, subject in sizes:
+    c = cells.cell(**{
+      'sae.n_latents': n, 'sae.k': k, 'sae.d_model': D, 'sae.k_aux': 0, 'train.batch_tokens': BATCH,
+      'train.tokens': tokens, 'optim.learning_rate': 0.1 * n**-RATE_EXPONENT * rate, 'data.subject': subject,
+      'data.site': 'resid_post.1',
+    })  # fmt: skip
     worse = float(np.exp(0.05 * np.log(rate) ** 2 + noise * rng.normal()))
-    seen = np.geomspace(1000, tokens, 24)
     lines = [
-      {'step': int(t / BATCH), 'eval/nmse': worse * loss(n, t, k, subject)} | _spent(n, t)
-      for t in seen.tolist()
+      cells.line(c, int(t / BATCH), worse * loss(n, t, k, subject), **_spent(n, t))
+      for t in np.geomspace(1000, tokens, 24).tolist()
     ]
-    cell = f'{i:012x}'
-    record = {
-      'id': cell, 'n_latents': n, 'k': k, 'd_model': D, 'seed': 0, 'learning_rate': learning_rate, 'batch_tokens': BATCH,
-      'steps': tokens // BATCH, 'nmse': worse * loss(n, tokens, k, subject), 'weights': 'ema', 'l0': float(k),
-      'dead_fraction': 0.0, 'wall_s': 1.5, 'git_commit': 'c',
-    } | _spent(n, tokens)  # fmt: skip
-    config = {
-      'sae': {'d_model': D, 'n_latents': n, 'k': k}, 'optim': {'learning_rate': learning_rate},
-      'train': {'tokens': tokens, 'batch_tokens': BATCH, 'seed': 0}, 'data': {'subject': subject, 'site': 'resid_post.1'},
-    }  # fmt: skip
-    folder = files.join(str(path), 'cells', cell)
-    files.replace(files.join(folder, 'config.json'), json.dumps(config).encode())
-    text = ''.join(json.dumps(line) + '\n' for line in lines)
-    files.replace(files.join(folder, 'metrics.jsonl'), text.encode())
-    files.replace(files.join(folder, 'result.json'), json.dumps(record).encode())
+    cells.write(path, c, lines, nmse=worse * loss(n, tokens, k, subject), **_spent(n, tokens))
   return str(path)
 
 
@@ -67,5 +55,5 @@ def findings() -> Findings:
     return analysis.analyse(write(folder), bootstrap=0)
 
 
-def _spent(n, tokens):
-  return {'tokens': tokens, 'flops_useful': 2.0 * n * D * tokens, 'flops_dense': 12.0 * n * D * tokens}
+def _spent(n: int, tokens: float) -> dict[str, float]:
+  return {'tokens': round(tokens), 'flops_useful': 2.0 * n * D * tokens, 'flops_dense': 12.0 * n * D * tokens}

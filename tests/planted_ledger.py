@@ -1,10 +1,9 @@
 """A ledger folder of cells whose losses follow a known law, for tests of what reads ledgers."""
 
-import json
-
 import numpy as np
 
-from sae_jax import files
+from sae_jax import config
+from tests import cells
 
 PLOTTED = dict(
   alpha=-0.42271827, beta_k=0.2397685, beta_n=-0.02708159, gamma=-0.03828648, zeta=-1.31862432, eta=-0.0964778
@@ -29,30 +28,25 @@ def write(path, sizes=SIZES, ks=KS, noise=0.001, rates=(1.0,), converged=True, d
   rng = np.random.default_rng(seed)
   for n in sizes:
     for k in ks:
-      for i, rate in enumerate(rates):
-        cell = f'{n:05x}{k:03x}{i}'
-        learning_rate = 0.1 * n**-0.5 * rate
+      for rate in rates:
+        c = cell(n, k, 0.1 * n**-0.5 * rate, d_model)
         nmse = float(loss(n, k) * np.exp(0.05 * np.log(rate) ** 2 + noise * rng.normal()))
-        folder = files.join(str(path), 'cells', cell)
-        lines = []
+        curve = {}
         for step in np.unique(np.geomspace(2, STEPS, 25).astype(int)).tolist():
           excess = (n**0.5 / (BATCH * step)) ** 2 if converged else 2 * step**-0.3 - 2 * STEPS**-0.3
-          lines.append({'step': step, 'eval/nmse': nmse * (1 + excess)} | _spent(n, step))
-        record = {
-          'id': cell, 'n_latents': n, 'k': k, 'd_model': d_model, 'seed': 0, 'learning_rate': learning_rate,
-          'batch_tokens': BATCH, 'steps': STEPS, 'nmse': nmse, 'weights': 'ema', 'l0': float(k), 'git_commit': 'c',
-        } | _spent(n, STEPS)  # fmt: skip
-        config = {
-          'sae': {'d_model': d_model, 'n_latents': n, 'k': k},
-          'optim': {'learning_rate': learning_rate},
-        }
-        files.replace(files.join(folder, 'config.json'), json.dumps(config).encode())
-        text = ''.join(json.dumps(line) + '\n' for line in lines)
-        files.replace(files.join(folder, 'metrics.jsonl'), text.encode())
-        files.replace(files.join(folder, 'result.json'), json.dumps(record).encode())
+          curve[step] = nmse * (1 + excess)
+        lines = [cells.line(c, step, value, **_spent(n, step)) for step, value in curve.items()]
+        cells.write(path, c, lines, nmse=nmse, **_spent(n, STEPS))
   return str(path)
 
 
-def _spent(n, steps):
+def cell(n: int, k: int, learning_rate: float, d_model: int = D) -> config.Config:
+  return cells.cell(**{
+    'sae.n_latents': n, 'sae.k': k, 'sae.d_model': d_model, 'sae.k_aux': 0, 'optim.learning_rate': learning_rate,
+    'train.batch_tokens': BATCH, 'train.tokens': BATCH * STEPS,
+  })  # fmt: skip
+
+
+def _spent(n: int, steps: int) -> dict[str, float]:
   tokens = BATCH * steps
-  return {'tokens': tokens, 'flops_useful': 2.0 * n * D * tokens, 'flops_dense': 12.0 * n * D * tokens}
+  return {'flops_useful': 2.0 * n * D * tokens, 'flops_dense': 12.0 * n * D * tokens}

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from bench import alternate, command, figure, scaling, side_by_side, step_ours, sweep, worker
-from sae_jax import metrics
 from sae_jax.errors import UserError
 from sweeps import grid, ledger
+from tests import cells
 
 TOY = """
 import sys, time
@@ -206,7 +206,7 @@ def launched(monkeypatch):
       ledgers[size] = [cell.config for cell in store.cells()]
       for cell in store.cells():
         result = {'wall_s': 2.0, 'flops_subject': 11.0, 'flops_useful': 3.0}
-        metrics.commit_result(store.folder(cell.id), result | {'params_digest': digest_of(cell, size)})
+        cells.finish(store.folder(cell.id), cell.config, **result, params_digest=digest_of(cell, size))
       return {'seconds': 100.0 / size, 'load_of_others': 0.25 / size}
 
     monkeypatch.setattr(sweep, 'run', run)

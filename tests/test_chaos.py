@@ -29,7 +29,7 @@ def test_twenty_kills_lose_double_and_change_nothing(truth, tmp_path):
 @pytest.mark.parametrize('drivers', [2, 4])
 def test_drivers_at_once_on_one_ledger_share_the_cells(truth, tmp_path, drivers):
   sweep = chaos.Sweep(tmp_path / 'sweep', workers=1)
-  assert [driver.wait(300) for driver in [sweep.start() for _ in range(drivers)]] == [0] * drivers
+  assert [driver.wait() for driver in [sweep.start() for _ in range(drivers)]] == [0] * drivers
   assert sweep.digests() == truth
   assert set(sweep.times_done().values()) == {1} and set(sweep.times_done()) == set(truth)
 
@@ -48,16 +48,15 @@ def test_sigterm_while_compiling_is_kept_until_the_first_step(truth, tmp_path):
     )
 
   worker = start()
-  until = time.monotonic() + 120
   while not (claims := list(pathlib.Path(store.folder(cell.id)).glob('claims/*.json'))):
-    assert worker.poll() is None and time.monotonic() < until
+    assert worker.poll() is None
     time.sleep(0.005)
   assert claims and not (pathlib.Path(store.folder(cell.id)) / 'metrics.jsonl').exists()
   worker.send_signal(signal.SIGTERM)
-  assert worker.wait(120) == 42
+  assert worker.wait() == 42
   assert [path.name for path in pathlib.Path(store.folder(cell.id)).glob('ckpt/*')] == ['1']
   state, *others = store.states()
   assert (state.state, state.attempts) == ('waiting', 0)
-  assert start().wait(120) == 0
+  assert start().wait() == 0
   assert sweep.digests() == {cell.id: truth[cell.id]}
   assert [s.state for s in others] == ['waiting'] * 3

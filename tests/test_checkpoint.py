@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, files, metrics
+from sae_jax import checkpoint, files, metrics, schema
 from sae_jax.errors import UserError
+from tests import cells
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_full_disk_during_a_save_keeps_the_one_before(small_disk):
     saved(mount, 2, 2.0)
   others.unlink()
   metrics.record_failure(str(mount), full.value)
-  assert not json.loads((mount / metrics.FAILURE).read_text())['permanent']
+  assert not json.loads((mount / schema.FAILURE).read_text())['permanent']
   found, facts = restored(mount)
   assert facts == {'at': 1} and np.all(np.asarray(found['w_FD']) == 1.0)
   saved(mount, 2, 2.0)
@@ -69,7 +70,7 @@ def test_full_disk_during_a_save_keeps_the_one_before(small_disk):
 
 def test_full_disk_at_metrics_and_result_leaves_no_half_line_and_no_result(small_disk):
   mount, fill = small_disk
-  log = metrics.MetricsFile(str(mount))
+  log = metrics.MetricsFile(str(mount), 'cell')
   log.write(1, {'eval/nmse': 0.5})
   others = fill()
   with pytest.raises(OSError, match='No space') as full:
@@ -77,15 +78,15 @@ def test_full_disk_at_metrics_and_result_leaves_no_half_line_and_no_result(small
       log.write(step, {'eval/nmse': 0.5, 'text': 'x' * 100})
   assert files.is_disk_full(full.value)
   with pytest.raises(OSError, match='No space'):
-    metrics.commit_result(str(mount), {'text': 'x' * 5000})
+    cells.finish(str(mount), cells.cell(), git_commit='x' * 5000)
   assert files.listdir(str(mount)) == ['metrics.jsonl', 'of someone else']
   metrics.record_failure(str(mount), full.value)  # says so, and raises nothing
-  assert not (mount / metrics.RESULT).exists()
+  assert not (mount / schema.RESULT).exists()
   others.unlink()
-  steps = [line['step'] for line in metrics.read_metrics(str(mount))]
-  metrics.MetricsFile(str(mount)).write(7777, {})
-  assert [line['step'] for line in metrics.read_metrics(str(mount))] == [*steps, 7777]
-  metrics.commit_result(str(mount), {})
+  steps = [line['step'] for line in metrics.read_metrics(str(mount), 'cell')]
+  metrics.MetricsFile(str(mount), 'cell').write(7777, {})
+  assert [line['step'] for line in metrics.read_metrics(str(mount), 'cell')] == [*steps, 7777]
+  cells.finish(str(mount), cells.cell())
 
 
 def test_attempt_after_an_exception_waits_for_the_save_it_left(tmp_path):

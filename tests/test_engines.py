@@ -1,12 +1,11 @@
 """What a launch asks of an engine, with one that only pretends."""
 
-import pathlib
-
 import pytest
 
-from sae_jax import flops, metrics, plan
+from sae_jax import flops, plan
 from sae_jax.errors import UserError
 from sweeps import engines, grid, launch, ledger, preview
+from tests import cells
 from tests.test_launch import SHORT
 
 
@@ -46,7 +45,8 @@ def registered(tmp_path):
 
 
 def commit(store, cell_id):
-  (pathlib.Path(store.folder(cell_id)) / metrics.RESULT).write_text('{}')
+  (config,) = (cell.config for cell in store.cells() if cell.id == cell_id)
+  cells.finish(store.folder(cell_id), config)
 
 
 def test_follow_submits_a_job_a_cell_and_watches_to_the_end(registered, capsys):
@@ -132,21 +132,12 @@ def cells_of(job):
   return stated.removeprefix('--cell=').split(',')
 
 
-def test_member_axis_is_refused_over_several_processes(tmp_path):
-  (tmp_path / 'cells.py').write_text(
-    SHORT + "\nMEMBERS = sweep\ndef sweep(): return [c | {'mesh.member': 2} for c in MEMBERS()]\n"
-  )
-  store = ledger.Ledger(str(tmp_path / 'ledger'))
-  store.register(grid.build(str(tmp_path / 'cells.py')))
-  with pytest.raises(UserError, match=r'mesh\.member=2 needs one process and this job is 2'):
-    engines.jobs(store, fake_cluster(FakeEngine()), store.states(), None, 3)
-
-
 def test_gangs_share_the_cells_and_unneeded_ones_are_cancelled(registered):
   def first_does_all(engine):
     engine.state['gang-0'] = 'running'
-    for cell in registered.cells():
-      commit(registered, cell.id)
+    for s in registered.states():
+      if s.state == 'waiting':
+        commit(registered, s.cell.id)
 
   engine = FakeEngine(first_does_all)
   launch.follow(registered, fake_cluster(engine), 2, [], 3)

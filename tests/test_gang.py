@@ -11,15 +11,12 @@ import time
 
 import pytest
 
-from experiments import tiny
-from sae_jax import config, metrics
+from sae_jax import schema
 from sweeps import cancel, grid, ledger
+from tests import cells
 
 ROOT = pathlib.Path(__file__).parents[1]
-CELL = {
-  'sae.n_latents': 64, 'sae.d_model': 13, 'sae.k': 3, 'mesh.data': 2, 'train.batch_tokens': 64, 'train.tokens': 64 * 30,
-  'train.checkpoint_every': 7, 'eval.tokens': 101, 'eval.batch_tokens': 64, 'loss.dead_tokens': 128,
-}  # fmt: skip
+CELL = {'mesh.data': 2, 'train.tokens': 30 * cells.cell().train.batch_tokens, 'train.checkpoint_every': 7}
 # A worker in whose 11th step something happens.
 DISTURBED = """
 import os, signal, sys, time
@@ -42,8 +39,8 @@ work.main(sys.argv[1:])
 """
 
 
-def make_ledger(folder, *cells) -> ledger.Ledger:
-  resolved = tuple((o, config.resolve(config.override(tiny.get_config(), CELL | o))) for o in cells)
+def make_ledger(folder, *overrides) -> ledger.Ledger:
+  resolved = tuple((o, cells.cell(**CELL | o)) for o in overrides)
   store = ledger.Ledger(str(folder))
   store.register(grid.Sweep('gang', 'experiments/tiny.py', resolved, dropped=0))
   return store
@@ -81,11 +78,11 @@ def start():
   yield begin
   for process in started:
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate()
 
 
 def finish(gang) -> list[int]:
-  said = [process.communicate(timeout=300) for process in gang]
+  said = [process.communicate() for process in gang]
   print(*[err[-3000:] for _, err in said])
   return [process.returncode for process in gang]
 
@@ -93,7 +90,7 @@ def finish(gang) -> list[int]:
 def digests(store) -> dict[str, str]:
   found = {}
   for cell in store.cells():
-    path = pathlib.Path(store.folder(cell.id)) / metrics.RESULT
+    path = pathlib.Path(store.folder(cell.id)) / schema.RESULT
     if path.exists():
       found[cell.id] = json.loads(path.read_text())['params_digest']
   return found
@@ -105,7 +102,7 @@ def undisturbed(tmp_path_factory):
   store = make_ledger(tmp_path_factory.mktemp('one') / 'ledger', {})
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
   argv = [sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}']
-  assert subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, timeout=300).returncode == 0
+  assert subprocess.run(argv, cwd=ROOT, env=env, capture_output=True).returncode == 0
   return digests(store)
 
 
@@ -159,9 +156,9 @@ def test_disturbed_gang_ends_and_resumes_to_the_same_bits(
   store = make_ledger(tmp_path / 'ledger', {})
   gang = start(store, disturb=(rank, happens), **env)
   if 'SIGSTOP' in happens:
-    found = gang[1 - rank].wait(timeout=300)
+    found = gang[1 - rank].wait()
     gang[rank].kill()  # as engines do on the first exit other than 0
-    gang[rank].wait(timeout=60)
+    gang[rank].wait()
     found = {found}
   else:
     found = set(finish(gang))

@@ -3,19 +3,17 @@ import pathlib
 import fsspec
 import pytest
 
-from experiments import tiny
-from sae_jax import config, files, metrics
+from sae_jax import files, metrics
 from sae_jax.errors import UserError
-from sweeps import gc, grid, ledger
+from sweeps import gc, ledger
+from tests import cells
 
 
 @pytest.fixture(params=['local', 'memory'])
 def store(request, tmp_path):
   """Cells in every state but running, each with a checkpoint; the second of the finished ones has no sae/."""
-  cells = [{'sae.k': k} for k in (1, 2, 3, 4)]
-  resolved = tuple((o, config.resolve(config.override(tiny.get_config(), o))) for o in cells)
   store = ledger.Ledger(str(tmp_path / 'ledger') if request.param == 'local' else 'memory://gc')
-  store.register(grid.Sweep('four', 'experiments/tiny.py', resolved, dropped=0))
+  store.register(cells.sweep(*({'sae.k': k} for k in (1, 2, 3, 4))))
   done, bare, failed, _ = folders = [store.folder(cell.id) for cell in store.cells()]
   for folder in folders:
     files.create(files.join(folder, 'ckpt', '7', 'array'), b'x' * 1000)
@@ -23,8 +21,8 @@ def store(request, tmp_path):
     files.create(files.join(folder, 'claims', '1.json'), b'')
     if folder != bare:
       files.create(files.join(folder, 'sae', 'raw.safetensors'), b'x')
-  for folder in (done, bare):
-    metrics.commit_result(folder, {})
+  for cell, folder in zip(store.cells(), (done, bare), strict=False):
+    cells.finish(folder, cell.config)
   metrics.record_failure(failed, UserError('bad value'))
   yield store
   if request.param == 'memory':
@@ -54,12 +52,12 @@ def test_gc_does_not_follow_links(tmp_path):
   outside = tmp_path / 'precious'
   (outside / '7').mkdir(parents=True)
   (outside / '7' / 'array').write_text('x')
-  resolved = config.resolve(tiny.get_config())
   store = ledger.Ledger(str(tmp_path / 'ledger'))
-  store.register(grid.Sweep('one', 'experiments/tiny.py', (({}, resolved),), dropped=0))
-  folder = pathlib.Path(store.folder(resolved.id))
+  store.register(cells.sweep({}))
+  (cell,) = store.cells()
+  folder = pathlib.Path(store.folder(cell.id))
   files.create(str(folder / 'sae' / 'x'), b'')
-  metrics.commit_result(str(folder), {})
+  cells.finish(str(folder), cell.config)
   (folder / 'ckpt').symlink_to(outside)
   (garbage,) = gc.find(store)
   with pytest.raises(UserError, match='delete it by hand'):

@@ -12,22 +12,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import tiny
-from sae_jax import checkpoint, config, files, metrics
+from sae_jax import checkpoint, files, lease, metrics
 from sae_jax import train as training
 from sae_jax.errors import UserError
-from sweeps import grid, lease, ledger
-from tests import fake_gcs
+from sweeps import grid, ledger
+from tests import cells, fake_gcs
 from tests.test_ledger import Clock, finish, make_sweep
 
 pytest.importorskip('gcsfs', reason="needs gcsfs: pip install 'sae_jax[gcs]'")
 
 ROOT = pathlib.Path(__file__).parents[1]
-SMALL = {
-  'sae.n_latents': 61, 'sae.d_model': 13, 'sae.k': 3, 'train.batch_tokens': 64, 'train.tokens': 20 * 64,
-  'train.checkpoint_every': 5, 'eval.tokens': 101, 'eval.batch_tokens': 64, 'data.planted.n_features': 31,
-  'loss.aux_coefficient': 0.0,  # compiles sooner
-}  # fmt: skip
 
 
 @pytest.fixture(scope='module')
@@ -198,9 +192,9 @@ def test_damaged_step_is_set_aside_and_saved_again(store):
 
 @pytest.mark.chaos
 def test_cell_killed_in_the_middle_of_a_save_ends_with_the_bits_of_a_local_one(store, tmp_path):
-  cell = config.resolve(config.override(tiny.get_config(), SMALL))
+  cell = cells.cell()
   assert training.train(cell, str(tmp_path)) == 'done'
-  flags = [f'--config.{key}={value}' for key, value in SMALL.items()]
+  flags = [f'--config.{key}={value}' for key, value in cells.SHARED.items()]
   worker = subprocess.Popen(
     [sys.executable, '-m', 'sae_jax.train', '--config=experiments/tiny.py', '--workdir=gs://bucket/cell', *flags],
     cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8'}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -211,7 +205,7 @@ def test_cell_killed_in_the_middle_of_a_save_ends_with_the_bits_of_a_local_one(s
       worker.kill()
 
   store.after = kill_at_step_10
-  said, _ = worker.communicate(timeout=120)
+  said, _ = worker.communicate()
   store.after = lambda method, path: None
   assert worker.returncode == -signal.SIGKILL, said
   assert store.names('cell/ckpt/10/') and 'cell/ckpt/10/commit_success.txt' not in store.names()
@@ -226,7 +220,10 @@ def test_cell_killed_in_the_middle_of_a_save_ends_with_the_bits_of_a_local_one(s
     'metrics.0000.jsonl', 'metrics.0001.jsonl',
   ]  # fmt: skip
   curves = [
-    [{key: value for key, value in line.items() if key != 'wall_s'} for line in metrics.read_metrics(d)]
+    [
+      {key: value for key, value in line.items() if key != 'wall_s'}
+      for line in metrics.read_metrics(d, cell.id)
+    ]
     for d in ('gs://bucket/cell', str(tmp_path))
   ]
   assert curves[0] == curves[1]
@@ -234,12 +231,12 @@ def test_cell_killed_in_the_middle_of_a_save_ends_with_the_bits_of_a_local_one(s
 
 @pytest.mark.chaos
 def test_worker_trains_and_keeps_its_compiled_programs_in_the_bucket(store):
-  small = config.resolve(config.override(tiny.get_config(), SMALL))
-  sweep = grid.Sweep('small', 'experiments/tiny.py', ((SMALL, small),), dropped=0)
+  small = cells.cell()
+  sweep = grid.Sweep('small', 'experiments/tiny.py', ((cells.SHARED, small),), dropped=0)
   ledger.Ledger('gs://bucket/sweep').register(sweep)
   argv = [sys.executable, '-m', 'sweeps.work', '--ledger=gs://bucket/sweep']
   env = os.environ | {'JAX_COMPILATION_CACHE_DIR': ''}
-  assert subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, timeout=300).returncode == 0
+  assert subprocess.run(argv, cwd=ROOT, env=env, capture_output=True).returncode == 0
   names = list(store.names())
   assert any(name.endswith('/result.json') for name in names)
   assert any(name.startswith('sweep/compile_cache/jit_step') for name in names)

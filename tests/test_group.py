@@ -3,35 +3,25 @@
 import json
 import pathlib
 
-import jax
 import pytest
 
-from experiments import tiny
 from sae_jax import config
 from sae_jax import train as training
 from sae_jax.errors import UserError
+from tests.cells import STEPS, cell
 
-STEPS = 12
 # Members that differ in k, learning rate, seed, coefficient and n.
 DIFFERENCES = (
-  {'sae.k': 3},
+  {},
   {'sae.k': 5, 'optim.learning_rate': 3e-3},
-  {'sae.k': 3, 'train.seed': 7, 'loss.aux_coefficient': 0.5, 'loss.dead_tokens': 70},
+  {'train.seed': 7, 'loss.aux_coefficient': 0.5, 'loss.dead_tokens': 70},
   {'sae.k': 2, 'sae.n_latents': 37},
 )
 
 
-def cell(**overrides) -> config.Config:
-  small = {
-    'sae.n_latents': 61, 'sae.d_model': 13, 'sae.k_aux': 11, 'train.batch_tokens': 32, 'train.tokens': STEPS * 32,
-    'train.checkpoint_every': 5, 'eval.tokens': 53, 'eval.batch_tokens': 32, 'data.planted.n_features': 31,
-  }  # fmt: skip
-  return config.resolve(config.override(tiny.get_config(), small | overrides))
-
-
 def facts(workdir: pathlib.Path) -> dict:
   record = json.loads((workdir / 'result.json').read_text())
-  return {key: value for key, value in record.items() if key not in ('wall_s', 'git_commit')}
+  return {key: value for key, value in record.items() if key not in ('wall_s', 'git_commit', 'digest')}
 
 
 def stop_after(steps: int):
@@ -40,9 +30,10 @@ def stop_after(steps: int):
 
 
 @pytest.fixture(scope='module')
-def alone(tmp_path_factory):
+def alone(trained, tmp_path_factory):
   folder = tmp_path_factory.mktemp('alone')
-  for i, changes in enumerate(DIFFERENCES):
+  (folder / '0').symlink_to(trained / 'cells' / cell().id)
+  for i, changes in enumerate(DIFFERENCES[1:], 1):
     assert training.train(cell(**changes), str(folder / str(i))) == 'done'
   return folder
 
@@ -78,23 +69,11 @@ def test_group_member_that_diverges_harms_no_other(alone, tmp_path):
     assert facts(tmp_path / str(i)) == facts(alone / str(i))
 
 
-@pytest.mark.skipif(len(jax.devices()) < 8, reason='needs eight virtual devices')
-def test_group_is_dealt_out_over_devices(alone, tmp_path):
-  assert training.train_group(members(tmp_path, **{'mesh.member': 3})) == ['done'] * 4
-  for i in range(4):
-    assert facts(tmp_path / str(i)) == facts(alone / str(i))
-
-
 def test_group_of_two_streams_is_refused(tmp_path):
   cells = [(cell(), str(tmp_path / 'a')), (cell(**{'data.seed': 3}), str(tmp_path / 'b'))]
   with pytest.raises(UserError, match='must share data'):
     training.train_group(cells)
   assert not (tmp_path / 'a').exists()
-
-
-def test_group_on_too_few_devices_is_refused(tmp_path):
-  with pytest.raises(UserError, match='needs 99 devices'):
-    training.train_group(members(tmp_path, **{'mesh.member': 99}))
 
 
 def test_group_reads_each_batch_once(tmp_path, monkeypatch):
@@ -103,6 +82,7 @@ def test_group_reads_each_batch_once(tmp_path, monkeypatch):
   asked = []
   rows = planted.Planted.rows
   monkeypatch.setattr(planted.Planted, 'rows', lambda self, a, b: asked.append((a, b)) or rows(self, a, b))
-  training.train_group(members(tmp_path, **{'mesh.member': 2})[:2])
-  batches = [span for span in asked if span[1] - span[0] == 32]
-  assert sorted(batches) == [(i * 32, i * 32 + 32) for i in range(STEPS)]
+  training.train_group(members(tmp_path))
+  batch = cell().train.batch_tokens
+  batches = [span for span in asked if span[1] - span[0] == batch]
+  assert sorted(batches) == [(i * batch, (i + 1) * batch) for i in range(STEPS)]

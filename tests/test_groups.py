@@ -4,19 +4,15 @@ import pytest
 
 from experiments import tiny
 from sae_jax import config, files, metrics
-from sweeps import grid, groups, ledger, work
-
-
-def sweep(*overrides):
-  resolved = tuple((o, config.resolve(config.override(tiny.get_config(), o))) for o in overrides)
-  return grid.Sweep('mixed', 'experiments/tiny.py', resolved, dropped=0)
+from sweeps import groups, ledger, work
+from tests import cells
 
 
 @pytest.fixture
 def store(tmp_path):
   store = ledger.Ledger(str(tmp_path / 'ledger'))
   store.register(
-    sweep(
+    cells.sweep(
       {'sae.k': 2},
       {'sae.k': 3},
       {'sae.k': 5, 'train.seed': 1},
@@ -75,7 +71,6 @@ def test_most_follows_source_mesh_and_user():
 
   live = {'data.source': 'live', 'data.store_tokens': 10**6, 'sae.d_model': 6}
   assert groups.most(cell(), None) == 1
-  assert groups.most(cell(**{'mesh.member': 4}), None) == 4
   assert groups.most(cell(**live), None) > 1
   assert groups.most(cell(**live), 1) == 1 and groups.most(cell(), 20) == 20
 
@@ -91,8 +86,7 @@ def run(store, train_group, **more):
 
 
 def finish(config_, folder):
-  metrics.commit_result(folder, {'id': config_.id})
-  return 'done'
+  return cells.finish(folder, config_)
 
 
 def test_worker_trains_together_what_shares_a_stream(store):
@@ -131,12 +125,12 @@ def test_after_a_group_failed_its_cells_train_alone(store):
 
 
 def test_partition_does_not_depend_on_what_is_done(store):
-  cells = store.cells()
-  parts = groups.partition(cells, 2)
-  assert sorted(c.id for part in parts for c in part) == sorted(c.id for c in cells)
+  every = store.cells()
+  parts = groups.partition(every, 2)
+  assert sorted(c.id for part in parts for c in part) == sorted(c.id for c in every)
   assert sorted(map(len, parts)) == [1, 2, 2]
   assert all(len({c.config.stream for c in part}) == 1 for part in parts)
-  for cell in cells[:2]:
-    metrics.commit_result(store.folder(cell.id), {})
+  for cell in every[:2]:
+    finish(cell.config, store.folder(cell.id))
   assert groups.partition(store.cells(), 2) == parts
-  assert groups.partition(cells, None) == [[c] for c in cells]  # planted data: nothing is saved by a group
+  assert groups.partition(every, None) == [[c] for c in every]  # planted data: nothing is saved by a group

@@ -210,17 +210,14 @@ def test_harvest_of_the_real_model_survives_kill_9(tmp_path):
   environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
   out = tmp_path / 's'
   child = subprocess.Popen(command(out), cwd=tmp_path, env=environment | {'HANG_AFTER': '1'})
-  give_up = time.monotonic() + 60
-  while not list(out.glob('journal-train-000001*')) and time.monotonic() < give_up and child.poll() is None:
+  while not list(out.glob('journal-train-000001*')) and child.poll() is None:
     time.sleep(0.005)
   os.kill(child.pid, signal.SIGKILL)
   assert child.wait() == -signal.SIGKILL
   done = {path: path.stat().st_mtime_ns for path in out.glob('*/c/*/0')}
   assert len(done) == 3
   assert not (out / 'store.json').exists()
-  after = subprocess.run(
-    command(out), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90
-  )
+  after = subprocess.run(command(out), cwd=tmp_path, env=environment, capture_output=True, text=True)
   assert after.returncode == 0, after.stderr
   assert '1,500 training and 100 held-out tokens of width 576' in after.stdout
   assert all(path.stat().st_mtime_ns == written for path, written in done.items())
@@ -228,9 +225,7 @@ def test_harvest_of_the_real_model_survives_kill_9(tmp_path):
   assert meta['provenance']['subject_sha256'].startswith('b179c9523d0e')
   # Layer 1's residual, centred, away from the attention sink: a few tens, never thousands.
   assert 20 < meta['statistics']['train']['mean_norm'] < 200
-  again = subprocess.run(
-    command(out), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-  )
+  again = subprocess.run(command(out), cwd=tmp_path, env=environment, capture_output=True, text=True)
   assert (again.returncode, 'finished before' in again.stdout) == (0, True)
 
 

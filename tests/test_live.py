@@ -53,8 +53,8 @@ def test_live_on_a_mesh_gives_the_rows_of_the_host(toy, shape):  # noqa: F811
   source = open_source(cell('live', ''))
   mesh = sharding.make_mesh(config.MeshConfig(*shape))
   for start, stop in ((0, 20), (7, 13)):  # all blocks and both epochs; and from the middle, as a resumed run
-    got = list(live_mesh.batches(source, [mesh], 16, start, stop))
-    for step, (x_BD,) in enumerate(got, start):
+    got = list(live_mesh.batches(source, mesh, 16, start, stop))
+    for step, x_BD in enumerate(got, start):
       expected_BD = source.rows(step * 16, step * 16 + 16)
       np.testing.assert_allclose(np.asarray(x_BD), expected_BD, rtol=1e-4, atol=1e-5)  # rows have norm 1
       assert x_BD.sharding.is_equivalent_to(NamedSharding(mesh, sharding.BATCH), 2)
@@ -62,8 +62,8 @@ def test_live_on_a_mesh_gives_the_rows_of_the_host(toy, shape):  # noqa: F811
 
 def test_live_on_a_mesh_is_a_function_of_the_step(toy):  # noqa: F811
   source, mesh = open_source(cell('live', '')), sharding.make_mesh(config.MeshConfig(2, 4))
-  straight = [np.asarray(x) for (x,) in live_mesh.batches(source, [mesh], 16, 0, 20)]
-  resumed = [np.asarray(x) for (x,) in live_mesh.batches(source, [mesh], 16, 11, 20)]
+  straight = [np.asarray(x) for x in live_mesh.batches(source, mesh, 16, 0, 20)]
+  resumed = [np.asarray(x) for x in live_mesh.batches(source, mesh, 16, 11, 20)]
   np.testing.assert_array_equal(straight[11:], resumed)
 
 
@@ -90,7 +90,7 @@ def test_live_on_a_mesh_runs_every_block_once(toy, monkeypatch):  # noqa: F811
     calls.extend([block.order_B.size] * max(0, len(block.outputs) - before))
 
   monkeypatch.setattr(live_mesh._Feed, '_dispatch', counted)
-  list(live_mesh.batches(source, [mesh], 16, 0, 20))
+  list(live_mesh.batches(source, mesh, 16, 0, 20))
   stream = source.streams['train']
   assert (
     len(calls) <= 2 * stream.blocks

@@ -159,7 +159,7 @@ def browse(tmp_path_factory):
       f'--user-data-dir={folder / "profile"}',
       f'file://{path}',
     ]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return json.loads(re.search(r'<pre id="seen">(.*?)</pre>', dom).group(1))
 
   return run

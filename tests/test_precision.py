@@ -6,19 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import tiny
 from sae_jax import config, sae
 from sae_jax import train as training
+from tests import cells
 
 STEPS = 120
 
 
 def cell(**overrides) -> config.Config:
-  small = {
-    'sae.n_latents': 61, 'sae.d_model': 13, 'sae.k': 3, 'train.batch_tokens': 64, 'train.tokens': STEPS * 64,
-    'train.checkpoint_every': STEPS, 'eval.tokens': 509, 'eval.batch_tokens': 509, 'data.planted.n_features': 31,
-  }  # fmt: skip
-  return config.resolve(config.override(tiny.get_config(), small | overrides))
+  longer = {'train.tokens': STEPS * cells.cell().train.batch_tokens, 'train.checkpoint_every': STEPS}
+  return cells.cell(**longer | overrides)
 
 
 def test_bfloat16_inputs_do_not_move_the_final_nmse(tmp_path):
@@ -34,8 +31,8 @@ def test_bfloat16_inputs_do_not_move_the_final_nmse(tmp_path):
 
 
 def test_bfloat16_selection_reads_float32_products():
-  params = sae.init_params(jax.random.key(0), jnp.zeros(13), cell().sae)
-  x_BD = jax.random.normal(jax.random.key(1), (7, 13))
+  params = sae.init_params(jax.random.key(0), jnp.zeros(cell().sae.d_model), cell().sae)
+  x_BD = jax.random.normal(jax.random.key(1), (7, cell().sae.d_model))
   product_BF, codes, _ = sae.encode(params, x_BD, 3, sae.Axes(), jnp.bfloat16)
   assert product_BF.dtype == codes.z_BK.dtype == jnp.float32
   rounded = np.asarray(product_BF.astype(jnp.bfloat16).astype(jnp.float32))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from analysis import predict
-from sae_jax import flops
+from sae_jax import flops, schema
 from sae_jax.errors import UserError
 from tests import planted_ledger
 
@@ -23,7 +23,12 @@ def test_predict_finds_the_loss_of_a_larger_cell(ledger):
   assert found.fit.holdout['rule'] == 'n_latents>16384'
 
 
-def test_predict_counts_the_cost_at_the_tokens_of_the_ledger(ledger):
+def test_predict_counts_the_cost_at_the_tokens_of_the_ledger(tmp_path):
+  ledger = planted_ledger.write(tmp_path)
+  for path in tmp_path.glob('cells/*/result.json'):  # as before the FLOPs of the subject were recorded
+    record = schema.content(json.loads(path.read_text()))
+    del record['flops_subject']
+    path.write_text(json.dumps(record))
   found = predict.predict(ledger, {'n_latents': 3000, 'k': 7}, bootstrap=0)
   steps, batch, d = planted_ledger.STEPS, planted_ledger.BATCH, planted_ledger.D
   spent = flops.step_flops(3000, 7, d, batch)
@@ -132,7 +137,7 @@ def test_predict_names_the_cells_it_lacks(tmp_path):
     (tmp_path / 'cells' / name / 'result.json').unlink()
   found = predict.predict(str(tmp_path), {'n_latents': 65536, 'k': 7}, bootstrap=0)
   (warning,) = (w for w in found.warnings if w['code'] == 'cells_missing')
-  assert warning['message'] == f'2 unfinished cells are left out: {lacking[0]}, {lacking[1]}'
+  assert warning['message'] == f'2 waiting cells are left out: {lacking[0]}, {lacking[1]}'
 
 
 def test_predict_command_prints_the_held_out_error_and_writes_strict_json(ledger, tmp_path, capsys):

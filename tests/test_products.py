@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import tiny
 from sae_jax import config, sharding, sparse, sparse_tpu
 from sae_jax import step as stepping
 from sae_jax.checkpoint import Checkpoints
@@ -13,17 +12,15 @@ from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
 from sae_jax.evaluate import Evaluator
 from sae_jax.member import Member
+from tests import cells
 
-B, D, F, K = 26, 11, 62, 5
+SIZES = cells.cell()
+B, D, F, K = SIZES.train.batch_tokens, SIZES.sae.d_model, SIZES.sae.n_latents, SIZES.sae.k
 SHARD = (B, F, D, K)
 
 
 def cell(**overrides) -> config.Config:
-  sizes = {
-    'sae.d_model': D, 'sae.n_latents': F, 'sae.k': K, 'sae.k_aux': 0, 'train.batch_tokens': B,
-    'train.tokens': 23 * B, 'eval.tokens': 53, 'eval.batch_tokens': B, 'data.planted.n_features': 61,
-  }  # fmt: skip
-  return config.resolve(config.override(tiny.get_config(), sizes | overrides))
+  return cells.cell(**{'sae.k_aux': 0} | overrides)
 
 
 def some_params():

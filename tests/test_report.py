@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from analysis import report, table
-from sae_jax import files
+from sae_jax import files, metrics
 from sae_jax.errors import UserError
-from tests import full_ledger, planted_ledger
+from tests import cells, full_ledger, planted_ledger
 
 PLOTTED = dict(
   alpha=-0.42271827, beta_k=0.2397685, beta_n=-0.02708159, gamma=-0.03828648, zeta=-1.31862432, eta=-0.0964778
@@ -23,21 +23,15 @@ def law(n, k):
   return float(np.exp(reducible) + np.exp(p['zeta'] + p['eta'] * np.log(k)))
 
 
-def write_cell(ledger, cell_id, *, n, k, nmse, learning_rate=1e-3, lines=(), result=True, weights='ema'):
-  folder = files.join(ledger, 'cells', cell_id)
-  record = {
-    'id': cell_id, 'n_latents': n, 'k': k, 'd_model': 13, 'seed': 0, 'learning_rate': learning_rate, 'batch_tokens': 11,
-    'steps': 100, 'tokens': 1100, 'flops_useful': 2.0 * n * 13 * 1100, 'flops_dense': 12.0 * n * 13 * 1100, 'nmse': nmse,
-    'weights': weights, 'l0': float(k), 'git_commit': 'c',
-  }  # fmt: skip
-  config = {'sae': {'d_model': 13, 'n_latents': n, 'k': k}, 'optim': {'learning_rate': learning_rate}}
-  files.replace(files.join(folder, 'config.json'), json.dumps(config).encode())
-  files.replace(
-    files.join(folder, 'metrics.jsonl'), ''.join(json.dumps(line) + '\n' for line in lines).encode()
-  )
-  if result:
-    files.replace(files.join(folder, 'result.json'), json.dumps(record).encode())
-  return folder
+def cell(n, k, learning_rate=1e-3):
+  return cells.cell(**{
+    'sae.n_latents': n, 'sae.k': k, 'sae.d_model': 13, 'sae.k_aux': 0, 'optim.learning_rate': learning_rate,
+    'train.batch_tokens': 11, 'train.tokens': 1100,
+  })  # fmt: skip
+
+
+def spent(n, step):
+  return {'flops_useful': 2.0 * n * 13 * 11 * step, 'flops_dense': 12.0 * n * 13 * 11 * step}
 
 
 def write_ledger(path, sizes=SIZES, ks=KS, noise=0.001, rates=(1e-3,)):
@@ -46,14 +40,12 @@ def write_ledger(path, sizes=SIZES, ks=KS, noise=0.001, rates=(1e-3,)):
     for k in ks:
       for i, rate in enumerate(rates):
         nmse = law(n, k) * float(np.exp(noise * rng.normal())) * (1 + 0.1 * abs(i - len(rates) // 2))
+        c = cell(n, k, rate)
         lines = [
-          {
-            'step': int(step), 'tokens': 11 * int(step), 'flops_useful': 2.0 * n * 13 * 11 * step,
-            'flops_dense': 12.0 * n * 13 * 11 * step, 'eval/nmse': nmse * (1 + (n / 1024) ** 0.6 / step),
-          }
+          cells.line(c, step, nmse * (1 + (n / 1024) ** 0.6 / step), **spent(n, step))
           for step in np.unique(np.geomspace(3, 100, 13).astype(int)).tolist()
-        ]  # fmt: skip
-        write_cell(path, f'{n:05x}{k:03x}{i}', n=n, k=k, learning_rate=rate, nmse=nmse, lines=lines)
+        ]
+        cells.write(path, c, lines, nmse=nmse, **spent(n, 100))
 
 
 @pytest.fixture(scope='module')
@@ -62,19 +54,9 @@ def written(tmp_path_factory):
   folder = tmp_path_factory.mktemp('report')
   ledger = str(folder / 'ledger')
   write_ledger(ledger, rates=(5e-4, 1e-3, 2e-3))
-  failed = write_cell(ledger, 'ffff', n=1024, k=3, nmse=1, result=False)
-  files.replace(
-    files.join(failed, 'failure.json'), json.dumps({'error': '<script>alert("x")</script>'}).encode()
-  )
-  write_cell(
-    ledger,
-    'eeee',
-    n=1024,
-    k=3,
-    learning_rate=9e-3,
-    nmse=0.99,
-    weights='"><img src=x onerror=alert(1)>',
-  )
+  failed = cells.write(ledger, cell(1024, 3, 8e-3), finished=False)
+  metrics.record_failure(failed, ValueError('<script>alert("x")</script>'), permanent=True)
+  cells.write(ledger, cell(1024, 3, 9e-3), nmse=0.99, weights='"><img src=x onerror=alert(1)>')
   with pytest.raises(SystemExit) as code:
     report.main(['--ledger', ledger, '--out', str(folder / 'out'), '--bootstrap=20'])
   assert code.value.code == 0
@@ -133,10 +115,11 @@ def plain(tmp_path_factory):
 
 def test_report_names_cells_that_are_not_at_convergence(tmp_path):
   write_ledger(str(tmp_path), ks=[3])
-  write_cell(str(tmp_path), 'stale', n=65536, k=3, nmse=law(32768, 3) * 1.01)
+  stale = cell(65536, 3)
+  cells.write(str(tmp_path), stale, nmse=law(32768, 3) * 1.01, **spent(65536, 100))
   found = report.analyse(str(tmp_path), bootstrap=0)
   (warning,) = (w for w in found.warnings if w['code'] == 'not_at_convergence')
-  assert 'stale (k=3' in warning['message'] and 'n=32768' in warning['message']
+  assert f'{stale.id} (k=3' in warning['message'] and 'n=32768' in warning['message']
 
 
 def test_report_of_a_converged_ledger_names_none(plain):
@@ -156,7 +139,7 @@ def test_report_of_few_cells_says_which_law_is_missing_and_why(tmp_path, capsys)
 
 
 def test_report_of_an_empty_ledger_is_written(tmp_path):
-  write_cell(str(tmp_path / 'ledger'), 'a', n=1024, k=3, nmse=1, result=False)
+  cells.write(str(tmp_path / 'ledger'), cell(1024, 3), finished=False)
   found = report.analyse(str(tmp_path / 'ledger'))
   path = report.write(found, str(tmp_path / 'out'), 'empty')
   assert files.exists(path) and json.loads((tmp_path / 'out' / 'laws.json').read_text()) == []

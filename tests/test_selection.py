@@ -7,25 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import tiny
 from sae_jax import config, sae, sharding, topk
 from sae_jax.data.source import open_source
 from sae_jax.evaluate import Evaluator
 from sae_jax.member import Member
 from sae_jax.step import TrainState
+from tests import cells
 
-B, D, F, K, BINS = 40, 11, 96, 5, 12  # two columns a bin of a shard's 24
-TOKENS = 203
+SIZES = cells.cell()
+B, D, F, K = SIZES.train.batch_tokens, SIZES.sae.d_model, SIZES.sae.n_latents, 5
+BINS, TOKENS = 11, SIZES.eval.tokens  # two columns a bin of a shard's 22
 MESHES = [(1, 1), (2, 4)]
 
 
 def cell(data=1, latent=1, **overrides) -> config.Config:
-  sizes = {
-    'sae.d_model': D, 'sae.n_latents': F, 'sae.k': K, 'train.batch_tokens': B, 'train.tokens': 7 * B,
-    'eval.tokens': TOKENS, 'eval.batch_tokens': 64, 'data.planted.n_features': 61, 'mesh.data': data,
-    'mesh.latent': latent, 'sae.selection': 'approximate',
-  }  # fmt: skip
-  return config.resolve(config.override(tiny.get_config(), sizes | overrides))
+  return cells.cell(
+    **{'sae.k': K, 'mesh.data': data, 'mesh.latent': latent, 'sae.selection': 'approximate'} | overrides
+  )
 
 
 def binned(product_BF, bias_F, k, recall_target):

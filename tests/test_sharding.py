@@ -5,30 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import tiny
 from sae_jax import config, evaluate, hlo, optim, sharding
 from sae_jax import train as training
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
 from sae_jax.evaluate import Evaluator
 from sae_jax.sample import start_up_sample
+from tests import cells
 
-B, D, F, K = 40, 11, 88, 13  # k exceeds the 11 latents of a shard of the 1x8 mesh
+SIZES = cells.cell()
+B, D, F, K = SIZES.train.batch_tokens, SIZES.sae.d_model, SIZES.sae.n_latents, SIZES.sae.k
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4)]
 
 
 def cell(data=1, latent=1, **overrides) -> config.Config:
-  return config.resolve(
-    config.override(
-      tiny.get_config(),
-      {
-        'sae.d_model': D, 'sae.n_latents': F, 'sae.k': K, 'train.batch_tokens': B, 'train.tokens': 23 * B,
-        'eval.tokens': 203, 'eval.batch_tokens': 40, 'loss.dead_tokens': 3 * B,
-        'data.planted.n_features': 61, 'mesh.data': data, 'mesh.latent': latent,
-      }
-      | overrides,
-    )
-  )  # fmt: skip
+  return cells.cell(**{'mesh.data': data, 'mesh.latent': latent} | overrides)
 
 
 def run(config_: config.Config, steps: int, dtype):
@@ -285,7 +276,7 @@ def test_predicting_the_mean_scores_one():
 
 def test_nmse_equals_its_definition(one_evaluation):
   params, quality = one_evaluation
-  x_BD = open_source(cell()).held_out(0, 203).astype(np.float64)
+  x_BD = open_source(cell()).held_out(0, cell().eval.tokens).astype(np.float64)
   pre_BF = (x_BD - params['b_pre_D']) @ params['w_enc_FD'].T + params['b_enc_F']
   kept = np.argsort(-pre_BF, axis=1, kind='stable')[:, :K]
   z_BF = np.zeros_like(pre_BF)

@@ -104,7 +104,7 @@ def end(folder, codes, restarts=0, **asked):
   (folder / "it's a % folder").mkdir(exist_ok=True)
   env = os.environ | {'SLURM_JOB_ID': '7', 'SLURM_JOB_NODELIST': 'n1', 'SLURM_RESTART_COUNT': str(restarts)}
   (folder / 'requeued').unlink(missing_ok=True)
-  done = subprocess.run(['bash', '-s'], input=script, env=env, capture_output=True, text=True, timeout=30)
+  done = subprocess.run(['bash', '-s'], input=script, env=env, capture_output=True, text=True)
   assert f'run {restarts} on n1 ended with exit code {done.returncode}' in done.stdout, done.stderr
   return done.returncode, (folder / 'requeued').exists() and (
     folder / 'requeued'
@@ -139,7 +139,7 @@ def test_script_passes_arguments_and_environment_unchanged(fake):
   job = Job('j', ('bash', '-c', 'printf "%s\\n" "$1" "$ODD" > said', 'x', odd), {'ODD': odd})
   site = slurm.Site(setup=('export FROM_SETUP=1',), env={'ODD': 'replaced', 'FROM_SITE': '2'})
   text = slurm.Slurm(site, fake, 'sae-').script(job)
-  subprocess.run(['bash', '-s'], input=text, check=True, capture_output=True, text=True, timeout=30)
+  subprocess.run(['bash', '-s'], input=text, check=True, capture_output=True, text=True)
   assert (fake / 'said').read_text() == f'{odd}\n{odd}\n'
   assert 'export FROM_SITE=2' in text and text.index('FROM_SETUP') < text.index('srun ')
 

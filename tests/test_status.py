@@ -4,24 +4,23 @@ import pathlib
 
 import pytest
 
-from experiments import tiny
-from sae_jax import config, metrics
+from sae_jax import metrics, schema
 from sae_jax.errors import UserError
-from sweeps import grid, ledger, retry, status
+from sweeps import ledger, retry, status
+from tests import cells
 
 
 @pytest.fixture
 def store(tmp_path):
   """Four cells: done, failed for good, running at step 7, waiting."""
-  cells = [{'sae.k': k} for k in (2, 3, 5, 7)]
-  resolved = tuple((o, config.resolve(config.override(tiny.get_config(), o))) for o in cells)
   store = ledger.Ledger(str(tmp_path / 'ledger'))
-  store.register(grid.Sweep('primes', 'experiments/tiny.py', resolved, dropped=0))
+  store.register(cells.sweep(*({'sae.k': k} for k in (2, 3, 5, 7))))
   done, failed, running, _ = (store.folder(cell.id) for cell in store.cells())
-  metrics.commit_result(done, {'steps': 200, 'nmse': 0.125})
+  first, _, third, _ = store.cells()
+  cells.finish(done, first.config, nmse=0.125)
   metrics.record_failure(failed, UserError('no such \x1b[2J file'))
   spent = {'tokens': 7 * 256, 'wall_s': 14.0, 'flops_dense': 7.0}
-  metrics.MetricsFile(running).write(7, {'eval/nmse': 0.5} | spent)
+  metrics.MetricsFile(running, third.id).write(7, {'eval/nmse': 0.5} | spent)
   with store.claim(store.cells()[2].id):
     yield store
 
@@ -71,7 +70,9 @@ def test_screen_holds_what_fits():
 def test_status_json_has_the_same(store, capsys):
   assert run(status.main, f'--ledger={store.path}', '--json') == 0
   found = json.loads(capsys.readouterr().out)
-  assert found['counts'] == {'done': 1, 'running': 1, 'failed': 1, 'waiting': 1, 'cancelled': 0}
+  assert found['counts'] == dict.fromkeys(schema.STATES, 0) | dict.fromkeys(
+    ('done', 'running', 'failed', 'waiting'), 1
+  )
   assert [c['overrides'] for c in found['cells']] == [{'sae.k': k} for k in (2, 3, 5, 7)]
   assert [c.get('left_s') for c in found['cells']] == [None, None, 2.0 * 193, None]
   assert [c.get('nmse') for c in found['cells']] == [0.125, None, 0.5, None]
@@ -81,7 +82,7 @@ def test_watch_ends_when_nothing_is_left(store, capsys, monkeypatch):
   def finish(_):
     for s in store.states():
       if s.state in ('running', 'waiting'):
-        metrics.commit_result(store.folder(s.cell.id), {'steps': 200, 'nmse': 0.25})
+        cells.finish(store.folder(s.cell.id), s.cell.config)
 
   monkeypatch.setattr(status.time, 'sleep', finish)
   assert run(status.main, f'--ledger={store.path}', '--watch') == 0

@@ -7,53 +7,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import table
-from sae_jax import files
+from sae_jax import files, metrics, schema
 from sae_jax.errors import UserError
+from tests import cells
 
 
-def write_cell(
-  ledger, cell_id, *, n=64, k=3, learning_rate=1e-3, seed=0, nmse=0.5, lines=(), result=True, changes=()
-):
-  """One cell of a ledger as training leaves it; `changes` replace entries of result.json."""
-  folder = files.join(ledger, 'cells', cell_id)
-  config = {
-    'schema': 1, 'id': cell_id, 'recipe': {'name': 'gao2024', 'learning_rate_at_16k': learning_rate},
-    'sae': {'d_model': 13, 'n_latents': n, 'k': k}, 'optim': {'learning_rate': learning_rate, 'ema_decay': 0.9},
-    'train': {'batch_tokens': 11, 'tokens': 1100, 'seed': seed, 'checkpoint_every': 7},
-    'data': {'source': 'planted', 'subject': '', 'seed': 0, 'path': ''}, 'mesh': {'data': 1, 'latent': 1},
-  }  # fmt: skip
-  record = {
-    'id': cell_id, 'n_latents': n, 'k': k, 'd_model': 13, 'activation': 'topk', 'seed': seed,
-    'learning_rate': learning_rate, 'batch_tokens': 11, 'steps': 100, 'tokens': 1100, 'flops_useful': 2.0 * n * 13 * 1100,
-    'flops_dense': 12.0 * n * 13 * 1100, 'flops_subject': 0.0, 'nmse_raw': nmse * 1.01, 'nmse_ema': nmse, 'nmse': nmse,
-    'weights': 'ema', 'mse': nmse / 13, 'l0': float(k), 'dead_fraction': 0.0, 'params_digest': 'd', 'bit_exact': True,
-    'wall_s': 1.5, 'device_kind': 'cpu', 'n_devices': 1, 'mesh': [1, 1], 'versions': {'jax': '1'}, 'git_commit': 'c',
-  } | dict(changes)  # fmt: skip
-  files.replace(files.join(folder, 'config.json'), json.dumps(config).encode())
-  if lines:
-    files.replace(
-      files.join(folder, 'metrics.jsonl'), ''.join(json.dumps(line) + '\n' for line in lines).encode()
-    )
-  if result:
-    files.replace(files.join(folder, 'result.json'), json.dumps(record).encode())
-  return folder
+def cell(n=64, k=3, learning_rate=1e-3, seed=0):
+  return cells.cell(**{
+    'sae.n_latents': n, 'sae.k': k, 'sae.d_model': 13, 'sae.k_aux': 0, 'train.batch_tokens': 11, 'train.tokens': 1100,
+    'optim.learning_rate': learning_rate, 'recipe.learning_rate_at_16k': learning_rate, 'train.seed': seed,
+  })  # fmt: skip
+
+
+def result_of(ledger, c):
+  return files.join(ledger, 'cells', c.id, schema.RESULT)
 
 
 def test_load_ledger_keeps_finished_cells_only(tmp_path):
   ledger = str(tmp_path)
-  write_cell(ledger, 'a', n=64, nmse=0.4)
-  write_cell(ledger, 'b', result=False)
-  failed = write_cell(ledger, 'c', result=False)
-  files.replace(
-    files.join(failed, 'failure.json'), json.dumps({'error': 'out of memory', 'attempts': 2}).encode()
-  )
+  a, b, c = cell(), cell(seed=1), cell(seed=2)
+  cells.write(ledger, a, nmse=0.4, flops_useful=7.0)
+  cells.write(ledger, b, finished=False)
+  failed = cells.write(ledger, c, finished=False)
+  metrics.record_failure(failed, UserError('out of memory'))
   done = table.load_ledger(ledger)
-  assert done['id'].tolist() == ['a']
-  assert done['nmse'].tolist() == [0.4] and done['flops_useful'].tolist() == [2.0 * 64 * 13 * 1100]
-  assert {o['id']: o['state'] for o in done.attrs['not_done']} == {'b': 'unfinished', 'c': 'failed'}
-  cells = table.load_cells(ledger).set_index('id')
-  assert cells.loc['c', 'reason'] == 'out of memory'
-  assert pd.isna(cells.loc['b', 'nmse'])  # missing, not 0
+  assert done['id'].tolist() == [a.id]
+  assert done['nmse'].tolist() == [0.4] and done['flops_useful'].tolist() == [7.0]
+  assert {o['id']: o['state'] for o in done.attrs['not_done']} == {b.id: 'waiting', c.id: 'failed'}
+  every = table.load_cells(ledger).set_index('id')
+  assert every.loc[c.id, 'reason'] == 'UserError: out of memory (1 attempts)'
+  assert pd.isna(every.loc[b.id, 'nmse'])  # missing, not 0
   assert [w['code'] for w in done.attrs['warnings']] == ['cells_missing']
 
 
@@ -70,7 +53,7 @@ def test_load_ledger_keeps_finished_cells_only(tmp_path):
   ],
 )
 def test_load_cells_refuses_a_result_it_cannot_believe(tmp_path, changes):
-  write_cell(str(tmp_path), 'a', changes=changes)
+  cells.write(str(tmp_path), cell(), **changes)
   assert table.load_cells(str(tmp_path))['state'].tolist() == ['invalid']
   assert table.load_ledger(str(tmp_path)).empty
 
@@ -84,7 +67,7 @@ def test_load_cells_refuses_a_result_it_cannot_believe(tmp_path, changes):
 )
 def test_load_cells_survives_any_file(data):
   ledger = 'memory://fuzz'
-  folder = write_cell(ledger, 'a')
+  folder = cells.write(ledger, cell(), {1: 0.5})
   for name in ('result.json', 'config.json', 'metrics.jsonl'):
     files.replace(files.join(folder, name), data)
   assert table.load_cells(ledger)['state'].tolist() == ['invalid']
@@ -93,11 +76,12 @@ def test_load_cells_survives_any_file(data):
 
 @pytest.mark.parametrize('data', [b'{"error": "\\ud800"}', b'{"error": "\xed\xa0\x80"}'])
 def test_load_cells_lets_no_text_in_that_cannot_be_written(tmp_path, data):
-  folder = write_cell(str(tmp_path), 'a')
-  files.remove(files.join(folder, 'result.json'))
+  folder = cells.write(str(tmp_path), cell(), finished=False)
   files.replace(files.join(folder, 'failure.json'), data)
-  (cell,) = table.load_cells(str(tmp_path)).to_dict('records')
-  assert (cell['state'], cell['reason'].encode()) == ('failed', b'failure.json is broken')
+  (row,) = table.load_cells(str(tmp_path)).to_dict('records')
+  assert row['state'] == 'invalid' and row['reason'].encode().startswith(
+    b'failure.json: its text is not UTF-8'
+  )
 
 
 def test_load_ledger_says_where_none_is(tmp_path):
@@ -107,9 +91,8 @@ def test_load_ledger_says_where_none_is(tmp_path):
 
 def test_load_curves_takes_the_later_line_and_drops_a_torn_one(tmp_path):
   lines = [{'step': s, 'tokens': 11 * s, 'flops_useful': 5.0 * s, 'eval/nmse': 1.0 / s} for s in (1, 2, 3)]
-  folder = write_cell(
-    str(tmp_path), 'a', lines=[*lines, {'step': 2, 'tokens': 22, 'flops_useful': 10.0, 'eval/nmse': 0.7}]
-  )
+  again = {'step': 2, 'tokens': 22, 'flops_useful': 10.0, 'eval/nmse': 0.7}
+  folder = cells.write(str(tmp_path), cell(), [*lines, again])
   with open(files.join(folder, 'metrics.jsonl'), 'a') as f:
     f.write('{"step": 4, "eval/nm')
   curves = table.load_curves(str(tmp_path))
@@ -121,9 +104,9 @@ def test_load_curves_takes_the_later_line_and_drops_a_torn_one(tmp_path):
 
 def test_load_curves_merges_attempts_of_an_object_store():
   ledger = 'memory://attempts'
-  folder = write_cell(ledger, 'a')
+  folder = cells.write(ledger, cell())
   for attempt, loss in (('0009', 0.9), ('0010', 0.8)):
-    line = json.dumps({'step': 5, 'eval/nmse': loss}).encode() + b'\n'
+    line = schema.dump_line({'step': 5, 'eval/nmse': loss}, cell().id)
     files.replace(files.join(folder, f'metrics.{attempt}.jsonl'), line)
   assert table.load_curves(ledger)['nmse'].tolist() == [0.8]
 
@@ -134,9 +117,9 @@ def test_best_learning_rate_keeps_the_seeds_of_the_best_mean(tmp_path):
     2e-3: (0.52, 0.53),
     4e-3: (0.70, 0.40),
   }  # the lowest single loss is not the lowest mean
-  for i, (rate, pair) in enumerate(losses.items()):
+  for rate, pair in losses.items():
     for seed, nmse in enumerate(pair):
-      write_cell(str(tmp_path), f'{i}{seed}', learning_rate=rate, seed=seed, nmse=nmse)
+      cells.write(str(tmp_path), cell(learning_rate=rate, seed=seed), nmse=nmse)
   best = table.best_learning_rate(table.load_ledger(str(tmp_path)))
   assert sorted(best['nmse']) == [0.52, 0.53]
   assert best.attrs['warnings'] == []
@@ -145,13 +128,8 @@ def test_best_learning_rate_keeps_the_seeds_of_the_best_mean(tmp_path):
 def test_best_learning_rate_warns_at_the_edge_of_each_setting(tmp_path):
   for n in (64, 128):
     for i, rate in enumerate((1e-3, 2e-3, 4e-3)):
-      write_cell(
-        str(tmp_path),
-        f'{n}{i}',
-        n=n,
-        learning_rate=rate,
-        nmse=0.5 + (0.1 * i if n == 64 else 0.1 * abs(i - 1)),
-      )
+      nmse = 0.5 + (0.1 * i if n == 64 else 0.1 * abs(i - 1))
+      cells.write(str(tmp_path), cell(n=n, learning_rate=rate), nmse=nmse)
   best = table.best_learning_rate(table.load_ledger(str(tmp_path)))
   assert best.set_index('n_latents')['learning_rate'].to_dict() == {64: 1e-3, 128: 2e-3}
   (found,) = best.attrs['warnings']
@@ -159,10 +137,10 @@ def test_best_learning_rate_warns_at_the_edge_of_each_setting(tmp_path):
 
 
 def test_load_ledger_warns_of_mixed_versions(tmp_path):
-  write_cell(str(tmp_path), 'a')
-  write_cell(str(tmp_path), 'b', n=128)
+  cells.write(str(tmp_path), cell())
+  cells.write(str(tmp_path), cell(n=128))
   assert table.load_ledger(str(tmp_path)).attrs['warnings'] == []
-  write_cell(str(tmp_path), 'c', n=256, changes={'versions': {'jax': '2'}})
+  cells.write(str(tmp_path), cell(n=256), versions={'jax': '2'})
   assert [w['code'] for w in table.load_ledger(str(tmp_path)).attrs['warnings']] == ['mixed_versions']
 
 

@@ -46,7 +46,7 @@ def test_export_sends_every_line_once(store, monkeypatch):
   service = Service()
   monkeypatch.setitem(sys.modules, 'wandb', service)
   first = store.cells()[0]
-  file = metrics.MetricsFile(store.folder(first.id))
+  file = metrics.MetricsFile(store.folder(first.id), first.id)
   file.write(1, {'eval/nmse': 0.5})
   assert wandb.export(store, 'p', 'offline') == 1  # the other cell has no metrics: no empty run
   file.write(2, {'eval/nmse': 0.25})

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from experiments import tiny
-from sae_jax import config, files, metrics
+from sae_jax import files, lease
 from sae_jax.errors import UserError
-from sweeps import grid, lease, ledger, work
+from sweeps import ledger, work
+from tests import cells
 
 
 class Broken(Exception):
@@ -17,9 +17,7 @@ class Broken(Exception):
 
 
 def make_sweep(ks):
-  cells = [{'sae.k': k, 'sae.n_latents': 16 * k} for k in ks]
-  resolved = tuple((o, config.resolve(config.override(tiny.get_config(), o))) for o in cells)
-  return grid.Sweep('ks', 'experiments/tiny.py', resolved, dropped=0)
+  return cells.sweep(*({'sae.k': k, 'sae.n_latents': 16 * k} for k in ks))
 
 
 @pytest.fixture
@@ -41,8 +39,7 @@ class FakeTrain:
     assert not should_stop()
     if self.raises.get(cell.sae.k):
       raise self.raises[cell.sae.k].pop(0)
-    metrics.commit_result(folder, {'id': cell.id, 'label': label})
-    return 'done'
+    return cells.finish(folder, cell)
 
 
 def never():
@@ -128,7 +125,7 @@ def test_run_picks_up_the_cell_of_a_worker_that_dies(store):
     if len(naps) == 20:  # the other worker dies while this one is waiting for it
       other._stop.set()
       claim = files.join(store.folder(held), 'claims', '1.json')
-      files.replace(claim, json.dumps(json.loads(files.read(claim)) | {'started': 1}).encode())
+      cells.edit(claim, started=1)
     return False
 
   train = FakeTrain()
@@ -192,7 +189,7 @@ print('still here')
 
 
 def test_stop_asks_once_and_kills_the_second_time():
-  found = subprocess.run([sys.executable, '-c', SIGNALLED], capture_output=True, text=True, timeout=60)
+  found = subprocess.run([sys.executable, '-c', SIGNALLED], capture_output=True, text=True)
   assert (found.returncode, found.stdout, found.stderr) == (-15, '', '')
 
 

@@ -86,9 +86,7 @@ def test_shell_becomes_the_worker(tmp_path):
   site = dataclasses.replace(SITE, path=str(tmp_path / 'in the image'))
   line = as_kubernetes_expands(flags_of(xpk.command(job(), site, LEDGER))['command'])
   # exec: of the shell nothing is left that could swallow a signal, or go on.
-  ran = subprocess.run(
-    ['bash', '-c', f'{line}; exit 9'], env=stub_python(tmp_path, 'sys.exit(42)'), timeout=20
-  )
+  ran = subprocess.run(['bash', '-c', f'{line}; exit 9'], env=stub_python(tmp_path, 'sys.exit(42)'))
   assert ran.returncode == 42
   argv, cwd, xla_flags = json.loads((tmp_path / 'called').read_text())
   assert (argv, cwd) == (['-m', 'sweeps.work', *job().argv[3:]], site.path)
@@ -229,7 +227,7 @@ def test_the_real_xpk_makes_the_jobset_we_mean(tmp_path):
   command = xpk.command(job(grace_s=77, max_restarts=13), site, LEDGER)
   subprocess.run(
     [*command, '--dry-run', '--output-manifest-file=made.yaml'], cwd=tmp_path, env=os.environ | {'HOME': str(tmp_path)},
-    stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=True,
+    stdin=subprocess.DEVNULL, capture_output=True, check=True,
   )  # fmt: skip
   made = yaml.safe_load((tmp_path / 'made.yaml').read_text())
   labels = made['metadata']['labels']
@@ -257,8 +255,7 @@ def test_the_real_xpk_makes_the_jobset_we_mean(tmp_path):
   body = 'signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))\ntime.sleep(30)'
   words = [as_kubernetes_expands(word) for word in container['command']]
   ran = subprocess.Popen(words, env=stub_python(tmp_path, body), stdout=subprocess.DEVNULL)
-  until = time.monotonic() + 20
-  while not (tmp_path / 'called').exists() and time.monotonic() < until:
+  while not (tmp_path / 'called').exists():
     time.sleep(0.05)
   time.sleep(0.5)  # for its handler
   ran.send_signal(signal.SIGTERM)

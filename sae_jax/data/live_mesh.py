@@ -6,7 +6,7 @@ so no thread is used. The rows are those of `live.Live`, up to rounding.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,11 @@ from sae_jax.subjects import llama
 _ALL = ('data', 'latent')  # windows need no neighbour, so every device takes some
 
 
-def batches(
-  source: Live, meshes: Sequence[Mesh], batch: int, start: int, stop: int
-) -> Iterator[list[jax.Array]]:
-  """Training batches start..stop, one array a mesh; the subject runs on the first and the others get copies."""
-  feed = _Feed(source, meshes[0])
+def batches(source: Live, mesh: Mesh, batch: int, start: int, stop: int) -> Iterator[jax.Array]:
+  """Training batches start..stop."""
+  feed = _Feed(source, mesh)
   for step in range(start, stop):
-    x_BD = feed.take(step * batch, (step + 1) * batch)
-    yield [
-      x_BD if mesh is meshes[0] else jax.device_put(x_BD, NamedSharding(mesh, sharding.BATCH))
-      for mesh in meshes
-    ]
+    yield feed.take(step * batch, (step + 1) * batch)
     if step + 1 < stop:
       feed.run_ahead((step + 1) * batch, batch)
 

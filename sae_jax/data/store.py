@@ -15,7 +15,7 @@ import numpy as np
 import tensorstore
 from tqdm import tqdm
 
-from sae_jax import config
+from sae_jax import config, schema
 from sae_jax.data import order, store_import, store_writer
 from sae_jax.errors import UserError, one_line_errors
 
@@ -138,7 +138,7 @@ def read_meta(path: str) -> dict[str, Any]:
   meta = config.read_store_file(path)
   try:
     counts = [meta[key] for key in ('d_model', 'tokens', 'held_out_tokens', 'block_tokens')]
-    schema, settings = meta['schema'], meta['config']
+    number, settings = meta['schema'], meta['config']
     sound = (
       all(type(n) is int and n > 0 for n in counts)
       and type(settings['seed']) is int
@@ -153,16 +153,14 @@ def read_meta(path: str) -> dict[str, Any]:
     )
     found = store_writer.identity(meta)
   except (KeyError, TypeError, ValueError, OverflowError) as error:
+    raise UserError(f'{path}/{schema.STORE} is incomplete ({error!r}); harvest the store again') from None
+  if number != store_writer.SCHEMA:
     raise UserError(
-      f'{path}/{config.STORE_FILE} is incomplete ({error!r}); harvest the store again'
-    ) from None
-  if schema != store_writer.SCHEMA:
-    raise UserError(
-      f'{path} has store schema {schema}, not {store_writer.SCHEMA}; use the version that wrote it'
+      f'{path} has store schema {number}, not {store_writer.SCHEMA}; use the version that wrote it'
     )
   if not sound or found != meta['identity']:
     raise UserError(
-      f'{path}/{config.STORE_FILE} contradicts itself; it was changed: copy or harvest the store again'
+      f'{path}/{schema.STORE} contradicts itself; it was changed: copy or harvest the store again'
     )
   return meta
 

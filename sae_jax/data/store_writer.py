@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from sae_jax import config, files
+from sae_jax import config, files, schema
 from sae_jax.data import order
 from sae_jax.data.normalize import normalize
 from sae_jax.errors import UserError
@@ -27,7 +27,7 @@ def finished(path: str, settings: dict[str, Any], provenance: dict[str, Any]) ->
   Raises `UserError` when it holds a finished store made from something else.
   """
   check_place(path)
-  if not files.exists(files.join(path, config.STORE_FILE)):
+  if not files.exists(files.join(path, schema.STORE)):
     return False
   meta = config.read_store_file(path)
   _same(path, 'a store', settings | provenance, meta['config'] | meta['provenance'])
@@ -132,7 +132,7 @@ class StoreWriter:
     meta['identity'] = identity(meta)
     text = json.dumps(meta, indent=1, allow_nan=False)
     try:
-      files.create(files.join(self.path, config.STORE_FILE), text.encode())
+      files.create(files.join(self.path, schema.STORE), text.encode())
     except FileExistsError:  # another process filled the same store with the same plan
       pass
     except OSError as error:
@@ -147,7 +147,7 @@ class StoreWriter:
 
   def _claim_folder(self) -> None:
     check_place(self.path)
-    if files.exists(files.join(self.path, config.STORE_FILE)):
+    if files.exists(files.join(self.path, schema.STORE)):
       raise UserError(f'{self.path} holds a finished store; name an empty folder')
     plan_path = files.join(self.path, _PLAN)
     try:

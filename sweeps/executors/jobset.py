@@ -12,9 +12,9 @@ import time
 from typing import Any
 
 from sae_jax import files
+from sae_jax.cell_state import printable
 from sae_jax.errors import PREEMPTED, UserError
 from sweeps import executors
-from sweeps import ledger as ledgers
 from sweeps.executors.jobset_site import Site, check_no_secrets
 
 KIND = 'jobsets.jobset.x-k8s.io'
@@ -303,4 +303,4 @@ def literal(text: str) -> str:
 
 
 def said(stderr: str) -> str:
-  return ledgers.printable(stderr)[:500] or 'no message'
+  return printable(stderr) or 'no message'

@@ -4,18 +4,18 @@ No clock of another machine is ever read. A lease is taken over by creating the 
 two observers who both find it stale cannot both win, and nobody needs compare-and-swap.
 """
 
-import json
 import os
 import pathlib
+import re
 import secrets
 import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from sae_jax import files
+from sae_jax import files, schema
 
-CANCEL = 'cancel.json'  # beside the claims: the cell is to be left alone
+_CLAIM = re.compile(r'([1-9][0-9]{0,8})\.json')
 
 
 class LeaseLost(Exception):
@@ -39,10 +39,10 @@ class Lease:
   def __init__(
     self, cell_folder: str, generation: int, *, refresh_s: float, stale_s: float, clock: Callable[[], float]
   ):
-    claims = files.join(cell_folder, 'claims')
+    claims = files.join(cell_folder, schema.CLAIMS)
     self._path = files.join(claims, f'{generation}.json')
     self._next = files.join(claims, f'{generation + 1}.json')
-    self._cancel = files.join(cell_folder, CANCEL)
+    self._cancel = files.join(cell_folder, schema.CANCEL)
     self._refresh_s, self._stale_s, self._clock = refresh_s, stale_s, clock
     self._record = {
       'pid': os.getpid(), 'started': process_start(os.getpid()), 'pid_space': pid_space(),
@@ -59,7 +59,7 @@ class Lease:
   def acquire(self) -> None:
     """Raises FileExistsError when this generation is taken."""
     self._refreshed = self._clock()
-    files.create(self._path, _dump(self._record))
+    files.create(self._path, schema.dump(self._record))
     self._thread.start()
 
   def check(self) -> None:
@@ -81,7 +81,7 @@ class Lease:
         return
       try:
         if not files.exists(self._next):
-          files.replace(self._path, _dump(self._record | {'released': True}))
+          files.replace(self._path, schema.dump(self._record | {'released': True}))
       except OSError as error:  # it ends by itself when it is stale; the error that led here matters more
         print(f'{self._path} could not be released ({error.strerror})', file=sys.stderr, flush=True)
 
@@ -106,7 +106,7 @@ class Lease:
       self._lost = self._lost or files.exists(self._next)
       if not self._lost:
         self._record['refreshed'] += 1
-        files.replace(self._path, _dump(self._record))
+        files.replace(self._path, schema.dump(self._record))
         self._lost = files.exists(self._next)
       if self._lost:
         raise LeaseLost(f'{self._next} exists: another worker took this cell over')
@@ -114,16 +114,33 @@ class Lease:
       self.cancelled = files.exists(self._cancel)
 
 
+def last_claim(cell_folder: str) -> tuple[int, bytes]:
+  """Generation and bytes of the newest claim of a cell; (0, b'') when it was never claimed."""
+  folder = files.join(cell_folder, schema.CLAIMS)
+  generations = [int(m[1]) for m in map(_CLAIM.fullmatch, files.listdir(folder)) if m]
+  if not generations:
+    return 0, b''
+  return max(generations), files.read(files.join(folder, f'{max(generations)}.json'))
+
+
+def last_holder(cell_folder: str) -> dict[str, Any] | None:
+  """Who claimed a cell last, unless they let go or are known to be dead. One look cannot tell a stale lease."""
+  record = holder_of(last_claim(cell_folder)[1])
+  return None if record is None or is_dead_here(record) else record
+
+
 def holder_of(data: bytes) -> dict[str, Any] | None:
   """A claim that is not released, or None. One that cannot be read counts as held, until it is stale."""
   if not data:
     return None
   try:
-    record = json.loads(data)
-    claim = {key: record[key] for key in ('host', 'pid', 'started', 'pid_space')}
-    return None if record['released'] else claim
-  except (ValueError, KeyError, TypeError):
+    record = schema.parse(data)
+    schema.check(record, schema.CLAIM)
+  except schema.Broken:
     return {'host': 'an unreadable lease', 'pid': 0, 'started': 0, 'pid_space': ''}
+  if any(not schema.is_kind(record.get(f.name), f.kind) for f in schema.CLAIM if f.name != 'nonce'):
+    return {'host': 'an unreadable lease', 'pid': 0, 'started': 0, 'pid_space': ''}
+  return None if record['released'] else record
 
 
 def is_dead_here(record: dict[str, Any]) -> bool:
@@ -154,7 +171,3 @@ def process_start(pid: int) -> int:
   except (OSError, ValueError, TypeError, OverflowError):
     return -1
   return -1 if state in 'ZX' else int(fields[18])
-
-
-def _dump(record: dict[str, Any]) -> bytes:
-  return json.dumps(record, indent=1).encode() + b'\n'

@@ -1,0 +1,145 @@
+"""What the files of one cell's folder say of it: its state, the reason, its result. The same for every reader."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from sae_jax import cell, files, lease, schema
+
+MAX_FAILURES = 3  # attempts of a cell before it has failed for good
+_REASON = 200  # characters of a reason shown to people
+
+# What a result repeats of the configuration it belongs to.
+_REPEATED = {
+  'sae.n_latents': 'n_latents', 'sae.k': 'k', 'sae.d_model': 'd_model', 'optim.learning_rate': 'learning_rate',
+  'train.seed': 'seed', 'train.batch_tokens': 'batch_tokens', 'train.tokens': 'tokens_asked',
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class CellState:
+  """A cell as its files have it.
+
+  Attributes:
+    state: one of `schema.STATES`.
+    reason: one line: the last error, who holds the lease, which file cannot be believed; empty where all is well.
+    attempts: that failed.
+    result: result.json of a cell that is done.
+    verified: whether the result was covered by a digest; those of earlier versions were not.
+    config: config.json as a dict, where it could be read.
+  """
+
+  state: str
+  reason: str = ''
+  attempts: int = 0
+  result: dict[str, Any] | None = None
+  verified: bool = True
+  config: dict[str, Any] | None = None
+
+
+Holder = Callable[[], dict[str, Any] | None]
+
+
+def read(
+  folder: str, cell_id: str, *, max_failures: int = MAX_FAILURES, holder: Holder | None = None
+) -> CellState:
+  """The state of the cell in `folder`.
+
+  Args:
+    folder: of the cell; it need not exist.
+    cell_id: what the folder is for. A file that belongs to another cell makes it invalid.
+    max_failures: attempts after which a cell has failed for good.
+    holder: who holds its lease, for an observer that has looked before; by default whoever claimed it last and is not
+      known to be dead.
+  """
+  names = set(files.listdir(folder))
+  config, wrong = None, ''
+  if schema.CONFIG in names:
+    try:
+      config = schema.parse(files.read(files.join(folder, schema.CONFIG)))
+      wrong = _wrong_config(config, cell_id)
+    except (schema.Broken, OSError) as error:
+      wrong = printable(f'{schema.CONFIG}: {error}')
+    if wrong:
+      return CellState(schema.INVALID, wrong)
+  if schema.RESULT in names:
+    try:
+      result = _result(folder, cell_id, config)
+    except (schema.Broken, OSError) as error:
+      return CellState(schema.INVALID, printable(f'{schema.RESULT}: {error}'), config=config)
+    return CellState(
+      schema.DONE, result=schema.content(result), verified=schema.verified(result), config=config
+    )
+  if _is_imported(folder, names):
+    return CellState(schema.IMPORTED, config=config)
+  return dataclasses.replace(_unfinished(folder, names, max_failures, holder), config=config)
+
+
+def printable(text: str) -> str:
+  """One line of at most 200 characters without control characters: what comes from files is shown in a terminal."""
+  line = ''.join(c if c.isprintable() else '?' for c in ' '.join(text.split()))
+  return line if len(line) <= _REASON else line[: _REASON - 3] + '...'
+
+
+def _wrong_config(config: dict[str, Any], cell_id: str) -> str:
+  """Why a config.json cannot be believed; empty when it can."""
+  schema.check_digest(config)
+  if config.get('id') != cell_id:
+    return printable(f'{schema.CONFIG} is of cell {config.get("id")!r}')
+  try:
+    own = cell.id_of(config)
+  except (TypeError, ValueError) as error:
+    return printable(f'{schema.CONFIG}: {error}')
+  return '' if own == cell_id else f'{schema.CONFIG} was changed: it hashes to {own}'
+
+
+def _result(folder: str, cell_id: str, config: dict[str, Any] | None) -> dict[str, Any]:
+  """result.json of a cell. Raises `schema.Broken` when it cannot be believed."""
+  result = schema.parse(files.read(files.join(folder, schema.RESULT)))
+  schema.check(result, schema.RESULTS)
+  if result.get('id') != cell_id:
+    raise schema.Broken(f'it is of cell {result.get("id")!r}')
+  flat = cell.flatten(config or {})
+  for key, name in _REPEATED.items():
+    if key in flat and name in result and flat[key] != result[name]:
+      raise schema.Broken(f'{name}={result[name]!r}, and {flat[key]!r} in {schema.CONFIG}')
+  return result
+
+
+def _is_imported(folder: str, names: set[str]) -> bool:
+  if schema.ARTIFACT not in names:
+    return False
+  try:
+    info = schema.parse(files.read(files.join(folder, schema.ARTIFACT, schema.ARTIFACT_INFO)))
+  except (schema.Broken, OSError):
+    return False
+  return bool(info.get('imported_from'))
+
+
+def _unfinished(folder: str, names: set[str], max_failures: int, holder: Holder | None) -> CellState:
+  failure: dict[str, Any] | None = None
+  if schema.FAILURE in names:
+    try:
+      failure = schema.parse(files.read(files.join(folder, schema.FAILURE)))
+      schema.check(failure, schema.FAILURES)
+    except FileNotFoundError:  # cleared since the folder was listed
+      failure = None
+    except (schema.Broken, OSError) as error:
+      return CellState(schema.INVALID, printable(f'{schema.FAILURE}: {error}'))
+  attempts = failure['attempts'] if failure else 0
+  found = (holder or (lambda: lease.last_holder(folder)))() if schema.CLAIMS in names else None
+  cancelled = schema.CANCEL in names
+  if found is not None:
+    leaving = ', asked by sweeps.cancel to save and stop' if cancelled else ''
+    where = f'process {found["pid"]} on {found["host"]}{leaving}'
+    return CellState(schema.RUNNING, printable(where), attempts)
+  if cancelled:
+    return CellState(schema.CANCELLED, 'sweeps.cancel --undo takes it up again', attempts)
+  if failure is None:
+    return CellState(schema.WAITING)
+  said = printable(f'{failure.get("kind", "")}: {failure.get("error", "")}')
+  if failure.get('permanent') or attempts >= max_failures:
+    return CellState(schema.FAILED, printable(f'{said[:170]} ({attempts} attempts)'), attempts)
+  return CellState(
+    schema.WAITING, printable(f'attempt {attempts} of {max_failures} failed: {said}'), attempts
+  )

@@ -1,0 +1,104 @@
+"""The cells that tests share, and the records of cells that were never trained.
+
+Tracing and compiling a distinct step costs seconds, and a compiled program is kept for all tests. So tests that train
+take `cell`, and change nothing of it that is compiled in unless that is what they are about: sizes, k, batch, mesh,
+learning rate, coefficients. The number of steps, seeds, checkpoints and evaluations are free.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments import tiny
+from sae_jax import config, files, flops, metrics, schema
+from sweeps import grid
+
+STEPS = 20
+# Latents and batch divide over eight devices, whose 11 latents are fewer than k. No two sizes are equal, so that swapped
+# axes show.
+SHARED = {
+  'sae.n_latents': 88, 'sae.d_model': 11, 'sae.k': 13, 'train.batch_tokens': 40,
+  'train.tokens': 40 * STEPS + 5, 'train.checkpoint_every': 5, 'eval.tokens': 101, 'eval.batch_tokens': 40,
+  'data.planted.n_features': 61,
+  # By default the recipe derives these from the tokens, and a run of another length would be another program.
+  'optim.ema_decay': 0.5, 'loss.dead_tokens': 120,
+}  # fmt: skip
+
+
+def cell(**overrides: Any) -> config.Config:
+  """The shared cell with dotted keys replaced."""
+  return config.resolve(config.override(tiny.get_config(), SHARED | overrides))
+
+
+def sweep(
+  *overrides: Mapping[str, Any], name: str = 'primes', base: Mapping[str, Any] | None = None
+) -> grid.Sweep:
+  """A sweep of the tiny experiment; `base` changes all of its cells and stays out of the overrides."""
+  cells = tuple(
+    (dict(o), config.resolve(config.override(tiny.get_config(), {**(base or {}), **o}))) for o in overrides
+  )
+  return grid.Sweep(name, 'experiments/tiny.py', cells, dropped=0)
+
+
+def line(c: config.Config, step: int, nmse: float, **changes: Any) -> dict[str, Any]:
+  """What an evaluation writes, by the names in metrics.jsonl."""
+  spent = flops.spent(c, step, 0)
+  values = {
+    'tokens': step * c.train.batch_tokens, 'flops_useful': spent['useful'], 'flops_dense': spent['dense'],
+    'flops_subject': 0.0, 'wall_s': 0.01 * step, 'nmse': nmse, 'nmse_raw': 1.01 * nmse, 'nmse_ema': nmse,
+    'weights': 'ema', 'mse': nmse / c.sae.d_model, 'l0': float(c.sae.k), 'dead_fraction': 0.0,
+    'train_loss': nmse, 'train_nmse': nmse, 'train_aux_loss': 0.0, 'train_l0': float(c.sae.k),
+  } | changes  # fmt: skip
+  in_line = {name: key for key, name in schema.line_names(schema.CURVES).items()}
+  return {'step': step} | {in_line[name]: value for name, value in values.items()}
+
+
+def result(c: config.Config, **changes: Any) -> dict[str, Any]:
+  """A complete result.json of a cell."""
+  last = line(c, c.train.steps, 0.25)
+  measured = {name: last[key] for key, name in schema.line_names(schema.MEASURED).items() if key in last}
+  return measured | {
+    'id': c.id, 'n_latents': c.sae.n_latents, 'k': c.sae.k, 'd_model': c.sae.d_model, 'activation': c.sae.activation,
+    'seed': c.train.seed, 'learning_rate': c.optim.learning_rate, 'batch_tokens': c.train.batch_tokens,
+    'steps': c.train.steps, 'tokens_asked': c.train.tokens, 'aux_steps': 0, 'params_digest': 'd', 'bit_exact': True,
+    'device_kind': 'cpu', 'n_devices': 1, 'mesh': [1, 1], 'versions': {'jax': '1'}, 'git_commit': 'c',
+  } | changes  # fmt: skip
+
+
+def finish(folder: str, c: config.Config, **changes: Any) -> str:
+  """Commits a cell as its worker would; returns 'done'."""
+  metrics.commit_result(folder, result(c, **changes))
+  return 'done'
+
+
+def write(
+  ledger: str,
+  c: config.Config,
+  curve: Mapping[int, float] | Sequence[Mapping[str, Any]] = (),
+  *,
+  finished: bool = True,
+  **changes: Any,
+) -> str:
+  """A cell's folder as training leaves it, and its path.
+
+  Args:
+    ledger: the folder of the sweep.
+    c: the cell.
+    curve: NMSE by step, or whole lines of metrics.jsonl.
+    finished: whether it has a result.
+    changes: entries of the result that differ from `result`.
+  """
+  folder = files.join(str(ledger), schema.CELLS, c.id)
+  files.replace(files.join(folder, schema.CONFIG), c.to_json())
+  lines = [line(c, *pair) for pair in curve.items()] if isinstance(curve, Mapping) else curve
+  data = b''.join(schema.dump_line(dict(one), c.id) for one in lines)
+  if data:
+    files.replace(files.join(folder, schema.METRICS), data)
+  if finished:
+    files.replace(files.join(folder, schema.RESULT), schema.dump(result(c, **changes)))
+  return folder
+
+
+def edit(path: str, **changes: Any) -> None:
+  """Changes entries of a sealed record, and seals it again: what only another writer could have done."""
+  files.replace(path, schema.dump(schema.content(json.loads(files.read(path))) | changes))
