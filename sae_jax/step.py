@@ -50,8 +50,8 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
     P(),
   )
 
-  def init(b_pre_D, scale):
-    key, probe_key = jax.random.split(jax.random.key(config.train.seed))
+  def init_from(key_data: jax.Array, b_pre_D: jax.Array, scale: jax.Array) -> TrainState:
+    key, probe_key = jax.random.split(jax.random.wrap_key_data(key_data))
     params = sae.init_params(key, b_pre_D, config.sae)
     probe_BD = jax.random.normal(probe_key, (_PROBES, width), b_pre_D.dtype)
     probe_BD = probe_BD / jnp.linalg.norm(probe_BD, axis=-1, keepdims=True)
@@ -66,8 +66,10 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
       scale=scale,
     )
 
+  # The seed goes in as a value, so that cells which differ in it share one compiled program.
+  key_data = np.asarray(jax.random.key_data(jax.random.key(config.train.seed)))
   abstract = jax.eval_shape(
-    init, jax.ShapeDtypeStruct((width,), np.float32), jax.ShapeDtypeStruct((), np.float32)
+    init_from, key_data, jax.ShapeDtypeStruct((width,), np.float32), jax.ShapeDtypeStruct((), np.float32)
   )
   state_shardings = sharding.shardings(mesh, abstract)
   loss_and_grads = on_shards(
@@ -112,7 +114,11 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
     }
 
   replicated = NamedSharding(mesh, P())
-  init = jax.jit(init, in_shardings=(replicated, replicated), out_shardings=state_shardings)
+  compiled_init = jax.jit(init_from, in_shardings=(replicated,) * 3, out_shardings=state_shardings)
+
+  def init(b_pre_D: jax.Array, scale: jax.Array) -> TrainState:
+    return compiled_init(key_data, b_pre_D, scale)
+
   step = jax.jit(
     step,
     in_shardings=(state_shardings, NamedSharding(mesh, sharding.BATCH)),

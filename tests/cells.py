@@ -17,7 +17,7 @@ STEPS = 20
 # Latents and batch divide over eight devices, whose 11 latents are fewer than k. No two sizes are equal, so that swapped
 # axes show.
 SHARED = {
-  'sae.n_latents': 88, 'sae.d_model': 11, 'sae.k': 13, 'train.batch_tokens': 40,
+  'sae.n_latents': 88, 'sae.d_model': 24, 'sae.k': 13, 'train.batch_tokens': 40,
   'train.tokens': 40 * STEPS + 5, 'train.checkpoint_every': 5, 'eval.tokens': 101, 'eval.batch_tokens': 40,
   'data.planted.n_features': 61,
   # By default the recipe derives these from the tokens, and a run of another length would be another program.

@@ -26,13 +26,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 GRID = """
 from experiments import tiny
 from sweeps import grid
+from tests import cells
 EXPERIMENT = tiny
 def sweep():
-  return grid.product(
-    grid.param('sae.k', [2, 3, 5, 7]), grid.param('sae.n_latents', [64]), grid.param('sae.d_model', [13]),
-    grid.param('train.batch_tokens', [64]), grid.param('train.tokens', [64 * 150]), grid.param('eval.tokens', [101]),
-    grid.param('eval.per_decade', [2]), grid.param('train.checkpoint_every', [3]),
-  )
+  steps = {'train.tokens': 40 * 150, 'eval.per_decade': 2, 'train.checkpoint_every': 3}
+  return grid.product([cells.SHARED | steps], grid.param('train.seed', range(4)))
 """
 WHOM = ('worker', 'worker', 'driver', 'all')
 

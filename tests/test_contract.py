@@ -11,7 +11,7 @@ from sweeps import ledger, status
 from tests import cells
 
 # The NMSE of the shared cell, to four digits. Every path of the step may change together, so parity tests cannot see it.
-GOLDEN = '0.0916'
+GOLDEN = '0.2498'
 
 
 def numeric(fields) -> list[str]:

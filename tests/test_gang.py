@@ -16,7 +16,12 @@ from sweeps import cancel, grid, ledger
 from tests import cells
 
 ROOT = pathlib.Path(__file__).parents[1]
-CELL = {'mesh.data': 2, 'train.tokens': 30 * cells.cell().train.batch_tokens, 'train.checkpoint_every': 7}
+CELL = {
+  'mesh.data': 2,
+  'mesh.latent': 4,
+  'train.tokens': 30 * cells.cell().train.batch_tokens,
+  'train.checkpoint_every': 7,
+}
 # A worker in whose 11th step something happens.
 DISTURBED = """
 import os, signal, sys, time
@@ -61,7 +66,7 @@ def start():
       argv = [sys.executable, *code, f'--ledger={store.path}', *flags]
       if ranks > 1:
         argv += [f'--coordinator=127.0.0.1:{port}', f'--num_processes={ranks}', f'--process_id={rank}']
-      devices = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(2 // ranks)}
+      devices = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(8 // ranks)}
       gang.append(
         subprocess.Popen(
           argv,
@@ -100,7 +105,7 @@ def digests(store) -> dict[str, str]:
 def undisturbed(tmp_path_factory):
   """The cell as one process trains it on the same mesh."""
   store = make_ledger(tmp_path_factory.mktemp('one') / 'ledger', {})
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8'}
   argv = [sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}']
   assert subprocess.run(argv, cwd=ROOT, env=env, capture_output=True).returncode == 0
   return digests(store)
@@ -108,7 +113,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.chaos
 def test_gang_leaves_a_diverging_cell_and_finishes_the_other(undisturbed, start, tmp_path):
-  store = make_ledger(tmp_path / 'ledger', {}, {'optim.learning_rate': 1e30, 'sae.n_latents': 128})
+  store = make_ledger(tmp_path / 'ledger', {}, {'optim.learning_rate': 1e30})
   assert finish(start(store)) == [1, 1]
   good, bad = store.states()
   assert digests(store) == undisturbed and good.cell.id in undisturbed

@@ -1,5 +1,8 @@
 """The same answer on every mesh, and a compiled step that sends only what it must."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +25,25 @@ def cell(data=1, latent=1, **overrides) -> config.Config:
   return cells.cell(**{'mesh.data': data, 'mesh.latent': latent} | overrides)
 
 
+def dying(data=1, latent=1, **overrides) -> config.Config:
+  """Some latents are dead after one batch without firing, so that AuxK is active."""
+  return cell(data, latent, **{'loss.dead_tokens': B} | overrides)
+
+
+@functools.cache
+def first_state(one_device: config.Config, dtype):
+  """The fresh state, made on one device: `init` on a mesh gives the same, as a test says, and takes a compilation."""
+  init, _ = training.make_step(one_device, sharding.make_mesh(one_device.mesh))
+  b_pre_D, scale = start_up_sample(open_source(one_device), one_device.train.tokens)
+  return jax.device_get(init(b_pre_D.astype(dtype), scale.astype(dtype)))
+
+
 def run(config_: config.Config, steps: int, dtype):
   mesh = sharding.make_mesh(config_.mesh)
   source = open_source(config_)
-  init, step = training.make_step(config_, mesh)
-  b_pre_D, scale = start_up_sample(source, config_.train.tokens)
-  state = init(b_pre_D.astype(dtype), scale.astype(dtype))
+  _, step = training.make_step(config_, mesh)
+  fresh = first_state(dataclasses.replace(config_, mesh=config.MeshConfig(1, 1)), dtype)
+  state = jax.device_put(fresh, sharding.shardings(mesh, fresh))
   losses = []
   for i in range(steps):
     x_BD = sharding.place_rows(
@@ -41,7 +57,7 @@ def run(config_: config.Config, steps: int, dtype):
 @pytest.fixture(scope='module')
 def float64_runs():
   with jax.enable_x64(True):
-    yield {mesh: jax.device_get(run(cell(*mesh), 17, np.float64)) for mesh in MESHES}
+    yield {mesh: jax.device_get(run(dying(*mesh), 17, np.float64)) for mesh in MESHES}
 
 
 @pytest.mark.parametrize('mesh', MESHES[1:])
@@ -78,7 +94,7 @@ def float32_losses():
 def test_row_chunks_and_exchange_do_not_change_parameters_in_float64(float64_runs, mesh, overrides):
   expected, expected_losses = float64_runs[1, 1]
   with jax.enable_x64(True):
-    got, losses = jax.device_get(run(cell(*mesh, **overrides), 17, np.float64))
+    got, losses = jax.device_get(run(dying(*mesh, **overrides), 17, np.float64))
   for name in expected.params:
     np.testing.assert_allclose(got.params[name], expected.params[name], rtol=0, atol=1e-9, err_msg=name)
   np.testing.assert_array_equal(got.idle_F, expected.idle_F)
@@ -133,13 +149,13 @@ def test_compiled_step_has_no_collective_in_a_loop_but_the_rounds_of_counting(co
 def test_compiled_step_gathers_nothing_of_batch_by_latents(compiled_step):
   config_, found = compiled_step
   data, latent = config_.mesh.data, config_.mesh.latent
-  local, per_shard = B // data, F // latent
+  local, per_shard, most = B // data, F // latent, max(K, config_.sae.k_aux)
   for c in found:
     for shape in c.shapes:
       size = int(np.prod(hlo.elements(shape), dtype=int))
       weights = c.axis == 'data' and size in (per_shard * D, per_shard * D // data)
       # Candidates (k, and k_aux of AuxK, from every shard) are the largest thing that may move besides.
-      assert weights or size <= max(local * latent * min(K, per_shard), local * D, F), c
+      assert weights or size <= max(local * latent * min(most, per_shard), local * D, F), c
       assert not (size >= local * F and local * F > per_shard * D), c
 
 
@@ -193,15 +209,18 @@ def test_decoder_rows_have_unit_norm_after_every_step(float64_runs):
   np.testing.assert_allclose(np.linalg.norm(state.params['w_dec_FD'], axis=1), 1, rtol=1e-12)
 
 
-def test_sharded_init_builds_each_shard_on_its_device():
-  config_ = cell(1, 8)
+@pytest.mark.parametrize('mesh', [(1, 8), (2, 4)])
+def test_sharded_init_builds_each_shard_on_its_device(mesh):
+  config_ = cell(*mesh)
   init, _ = training.make_step(config_, sharding.make_mesh(config_.mesh))
   one, _ = training.make_step(cell(), sharding.make_mesh(cell().mesh))
   sharded, plain = init(jnp.zeros(D), jnp.float32(1)), one(jnp.zeros(D), jnp.float32(1))
   shapes = {s.data.shape for s in sharded.params['w_enc_FD'].addressable_shards}
   assert shapes == {(F // 8, D)}
+  sharded, plain = jax.device_get((sharded, plain))
   np.testing.assert_array_equal(sharded.params['w_dec_FD'], plain.params['w_dec_FD'])
   np.testing.assert_allclose(sharded.params['w_enc_FD'], plain.params['w_enc_FD'], rtol=1e-6)
+  jax.tree.map(np.testing.assert_array_equal, sharded.replace(params={}), plain.replace(params={}))
 
 
 def test_host_rows_are_read_only_for_the_devices_that_hold_them():

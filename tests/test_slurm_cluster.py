@@ -26,19 +26,19 @@ pytestmark = [
 GANG = """
 from experiments import tiny
 from sweeps import grid
+from tests import cells
 EXPERIMENT = tiny
 def sweep():
-  return grid.product(
-    grid.param('sae.k', [3]), grid.param('mesh.data', [2]), grid.param('train.batch_tokens', [64]),
-    grid.param('train.tokens', [64 * STEPS]), grid.param('train.checkpoint_every', [20]), grid.param('eval.per_decade', [1]),
-  )
+  more = {'mesh.data': 2, 'train.tokens': 40 * STEPS, 'train.checkpoint_every': 20, 'eval.per_decade': 1}
+  return [cells.SHARED | more]
 """.replace('STEPS', '800')
 SHORT = """
 from experiments import tiny
 from sweeps import grid
+from tests import cells
 EXPERIMENT = tiny
 def sweep():
-  return grid.product(grid.param('sae.k', [2, 3, 5]), grid.param('train.tokens', [256 * 11]))
+  return grid.product([cells.SHARED], grid.param('train.seed', [2, 3, 5]))
 """
 SITE = 'poll_s = 1\ngrace_s = 30\n[env]\nJAX_PLATFORMS = "cpu"\n'
 

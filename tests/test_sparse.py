@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import Phase, example, given, settings
-from hypothesis import strategies as st
 
 from sae_jax import sparse, sparse_gpu, sparse_tpu
 
@@ -97,21 +95,14 @@ def assert_close(got, expected, tolerance: float):
     np.testing.assert_allclose(got[name], expected[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-@given(
-  st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 19), st.integers(1, 300), st.integers(1, 4)
-)
-@example(0, 5, 3, 1, 1)
-@example(1, 7, 17, 129, 1)
-@settings(
-  max_examples=4, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate)
-)  # every shape is a compile, too dear to shrink
-def check(seed, rows, width, n_latents, k):
-  c = case(seed, rows, width, n_latents, k)
+# Few shapes, since each is a compilation: the smallest, sizes that divide nothing, one latent, many latents.
+SHAPES = [(1, 1, 1, 1), (5, 3, 1, 1), (7, 17, 129, 1), (9, 19, 300, 4), (2, 5, 31, 3)]
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_products_equal_the_reference_on_any_shape(path, shape):
+  c = case(sum(shape), *shape)
   assert_close(products(c), reference(c), 1e-9)
-
-
-def test_products_equal_the_reference_on_any_shape(path):
-  check()
 
 
 @pytest.mark.parametrize('slots', [3, 35])

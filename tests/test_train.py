@@ -17,6 +17,7 @@ from sae_jax import checkpoint, config, files, metrics
 from sae_jax import train as training
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
+from tests import cells
 from tests.cells import STEPS, cell
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -173,11 +174,8 @@ def test_torn_metrics_line_is_dropped_on_resume(straight, tmp_path):
   assert all(json.loads(line) for line in lines)
 
 
-def command(workdir, *overrides) -> list[str]:
-  flags = [
-    f'--config.{k}'
-    for k in ('train.tokens=4000000', 'train.checkpoint_every=400', 'eval.tokens=64', *overrides)
-  ]
+def command(workdir, **overrides) -> list[str]:
+  flags = [f'--config.{key}={value}' for key, value in (cells.SHARED | overrides).items()]
   return [
     sys.executable,
     '-m',
@@ -189,7 +187,12 @@ def command(workdir, *overrides) -> list[str]:
 
 
 def test_sigterm_saves_and_exits_42(tmp_path):
-  process = subprocess.Popen(command(tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen(
+    command(tmp_path, **{'train.tokens': 4_000_000, 'train.checkpoint_every': 400}),
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   while not (tmp_path / 'metrics.jsonl').exists() and process.poll() is None:
     time.sleep(0.05)
   process.send_signal(signal.SIGTERM)
@@ -219,23 +222,14 @@ def test_bad_flag_is_one_line(tmp_path, capsys, flag, message):
 
 
 def test_full_disk_is_one_line(tmp_path):
-  """A filesystem of 400 KB where the checkpoint does not fit."""
+  """A filesystem where the checkpoint does not fit."""
   mount = tmp_path / 'small'
   mount.mkdir()
-  mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=400k', 'tmpfs', mount], capture_output=True)
+  mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=48k', 'tmpfs', mount], capture_output=True)
   if mounted.returncode:
     pytest.skip('needs the right to mount')
   try:
-    flags = [f'--config.{k}' for k in ('sae.n_latents=4001', 'train.checkpoint_every=5', 'eval.tokens=64')]
-    command_line = [
-      sys.executable,
-      '-m',
-      'sae_jax.train',
-      '--config=experiments/tiny.py',
-      f'--workdir={mount}',
-      *flags,
-    ]
-    ended = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(command(mount), cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2 and 'Traceback' not in ended.stderr
     assert 'no space left' in ended.stderr.lower().splitlines()[-1]
     assert not (mount / 'result.json').exists()
