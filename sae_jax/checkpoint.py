@@ -20,7 +20,7 @@ from sae_jax.errors import UserError
 
 _BLOCK = 1024  # rows of a hashed block; a power of two, so that power-of-two shards hold whole blocks
 _COMMITTED = 'commit_success.txt'  # orbax writes it last, into every finished step
-_unclosed: dict[str, Any] = {}  # by folder, the checkpointers of this process that may still be writing
+_unclosed: dict[str, '_Open'] = {}  # by folder, the checkpointers of this process that may still be writing
 
 
 def array_digest(array: jax.Array) -> str:
@@ -66,15 +66,11 @@ class Checkpoints:
     workdir = str(files.local(workdir)) if files.is_local(workdir) else str(workdir)
     self._folder, self._corrupt = files.join(workdir, schema.CHECKPOINTS), files.join(workdir, schema.CORRUPT)
     self._cell = cell_id
-    if abandoned := _unclosed.pop(self._folder, None):
-      # An attempt in this process ended with an exception. Its save must end before unfinished steps are cleaned up.
-      try:
-        abandoned.close()
-      except Exception as error:
-        print(f'{self._folder}: the save of the attempt before failed ({error})', file=sys.stderr)
+    # Before unfinished steps are cleaned up: an attempt in this process that ended with an exception may be saving.
+    _close_abandoned(self._folder)
     if not files.is_local(workdir):
       self._remove_unfinished()
-    self._checkpointer = self._open()
+    self._open = self._opened()
 
   def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
     """Starts saving; the state may be donated at once. `facts` are JSON-able and come back from `restore`.
@@ -82,11 +78,11 @@ class Checkpoints:
     Errors of the previous save (a full disk, say) surface here or in `wait`.
     """
     self.wait()
-    if any(c.step == step for c in self._checkpointer.checkpoints):
+    if any(c.step == step for c in self._open.checkpointer.checkpoints):
       return  # saved by the interval just before the preemption
     metadata = {'cell': self._cell, 'digests': tree_digests(state), 'facts': facts}
     with _disk_full_is_user_error(self._folder):
-      self._checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
+      self._open.save(step, state, metadata)
 
   def wait(self) -> None:
     """Until the last save is on disk. Among several processes, that of every cell in training.
@@ -94,17 +90,17 @@ class Checkpoints:
     The barriers of orbax are not named after the folder: one rank's next save walked into another cell's last
     ("Barrier ThreadSaveMultiHostValueHolder:set_value_start is already ongoing").
     """
-    waited_for = list(_unclosed.values()) if jax.process_count() > 1 else [self._checkpointer]
+    waited_for = list(_unclosed.values()) if jax.process_count() > 1 else [self._open]
     with _disk_full_is_user_error(self._folder):
-      for checkpointer in waited_for:
-        checkpointer.wait()
+      for opened in waited_for:
+        opened.wait()
 
   def close(self) -> None:
     """Waits for the last save and lets go of the folder."""
     self.wait()
     _unclosed.pop(self._folder, None)
     with _disk_full_is_user_error(self._folder):
-      self._checkpointer.close()
+      self._open.close()
 
   def restore(self, abstract_state: Any, note) -> tuple[Any, dict[str, Any]] | None:
     """The newest undamaged state, placed as `abstract_state` says, and its facts; None when there is none.
@@ -116,13 +112,13 @@ class Checkpoints:
       problem = self._problem_of_folder(step)
       if problem is None:
         try:
-          metadata = self._checkpointer.metadata(step).custom_metadata
+          metadata = self._open.checkpointer.metadata(step).custom_metadata
           if metadata['cell'] != self._cell:
             raise UserError(
               f'checkpoint {files.join(self._folder, str(step))} is of cell {metadata["cell"]}, not {self._cell}; '
               'use another workdir or the configuration it was made with'
             )
-          state = self._checkpointer.load(step, abstract_state)
+          state = self._open.checkpointer.load(step, abstract_state)
           if tree_digests(state) == metadata['digests']:
             return state, metadata['facts']
           problem = 'an array differs from its digest'
@@ -153,21 +149,75 @@ class Checkpoints:
     multihost_utils.sync_global_devices(f'{self._folder} holds finished steps only')
 
   def _set_aside(self, step: int) -> None:
-    self._checkpointer.close()
+    self._open.close()
     if jax.process_index() == 0:
       taken = len(files.listdir(self._corrupt))
       files.move_tree(files.join(self._folder, str(step)), files.join(self._corrupt, f'{step}-{taken}'))
     multihost_utils.sync_global_devices(f'set aside {step}')
     # A checkpointer remembers the steps it has seen, so one that saw the damaged step is not reused.
-    self._checkpointer = self._open()
+    self._open = self._opened()
 
-  def _open(self) -> ocp.training.Checkpointer:
-    opened = _unclosed[self._folder] = ocp.training.Checkpointer(
-      self._folder,
-      preservation_policy=ocp.training.preservation_policies.LatestN(2),
-      cleanup_tmp_directories=files.is_local(self._folder),
+  def _opened(self) -> '_Open':
+    opened = _unclosed[self._folder] = _Open(
+      ocp.training.Checkpointer(
+        self._folder,
+        preservation_policy=ocp.training.preservation_policies.LatestN(2),
+        cleanup_tmp_directories=files.is_local(self._folder),
+      )
     )
     return opened
+
+
+def close_abandoned() -> None:
+  """Ends what attempts of this process left open when they ended with an exception; call while no cell is in training.
+
+  Their cells may be tried again elsewhere, and their threads and descriptors would stay.
+  """
+  for folder in list(_unclosed):
+    _close_abandoned(folder)
+
+
+class _Open:
+  """A checkpointer of orbax and its save in flight.
+
+  Orbax makes an event loop with a thread for every save, and frees them only when the result is asked for. Left alone
+  they took three descriptors and a thread a checkpoint.
+  """
+
+  def __init__(self, checkpointer: ocp.training.Checkpointer):
+    self.checkpointer = checkpointer
+    self._saving: Any = None
+
+  def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+    """Starts a save after the end of the one before."""
+    self.wait()
+    self._saving = self.checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
+
+  def wait(self) -> None:
+    """Until the save in flight has ended. Raises what it failed with, once."""
+    saving, self._saving = self._saving, None
+    try:
+      if saving is not None:
+        saving.result()
+    finally:
+      # Also after an error: orbax raises it once in each thread, and would raise it here in the middle of closing.
+      self.checkpointer.wait()
+
+  def close(self) -> None:
+    """Ends the save in flight and lets go of the folder, also when the save failed."""
+    try:
+      self.wait()
+    finally:
+      self.checkpointer.close()
+
+
+def _close_abandoned(folder: str) -> None:
+  abandoned = _unclosed.pop(folder, None)
+  if abandoned is not None:
+    try:
+      abandoned.close()
+    except Exception as error:
+      print(f'{folder}: the save of the attempt before failed ({error})', file=sys.stderr)
 
 
 class _disk_full_is_user_error:

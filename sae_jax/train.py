@@ -17,7 +17,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sae_jax import config_flags, distributed, files, flops, metrics, schema, sharding, sparse, watchdog
+from sae_jax import (
+  checkpoint,
+  config_flags,
+  distributed,
+  files,
+  flops,
+  metrics,
+  schema,
+  sharding,
+  sparse,
+  watchdog,
+)
 from sae_jax.config import Config, resolve
 from sae_jax.data.source import Source, open_source
 from sae_jax.errors import PREEMPTED, UserError, one_line_errors
@@ -82,6 +93,7 @@ def train_group(
   todo = [i for i, (_, workdir) in enumerate(cells) if not files.exists(files.join(workdir, schema.RESULT))]
   if not todo:
     return outcomes
+  checkpoint.close_abandoned()
   first = cells[0][0]
   source, mesh = open_source(first), sharding.make_mesh(first.mesh)
   sample = functools.cache(lambda: start_up_sample(source, first.train.tokens))

@@ -146,6 +146,13 @@ def test_another_mesh_resumes_and_says_bits_may_differ(straight, tmp_path):
   assert result(tmp_path)['bit_exact'] is False and result(tmp_path)['mesh'] == [2, 4]
 
 
+def test_next_training_ends_what_a_failed_one_left(tmp_path):
+  with pytest.raises(ZeroDivisionError):
+    training.train(cell(), str(tmp_path / 'a'), should_stop=lambda: bool(1 / 0))
+  assert training.train(cell(), str(tmp_path / 'b'), should_stop=stop_after(2)) == 'preempted'
+  assert not checkpoint._unclosed
+
+
 def test_folder_of_another_cell_is_refused(straight):
   with pytest.raises(UserError, match='use another workdir'):
     training.train(cell(**{'sae.k': 5}), str(straight))
