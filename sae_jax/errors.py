@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 USER_ERROR_EXIT = 2
 PREEMPTED = 42  # exit code: a checkpoint is saved and a restart is free
+# Exit code after an error of the machine: no cell is charged. 128 + the signal of a failing memory or disk: engines
+# restart it, as they would a dead node, but within a budget, for the machine may stay broken.
+HOST_BROKEN = 128 + signal.SIGBUS
 
 
 class UserError(Exception):

@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from sae_jax import (
+  cell_state,
   checkpoint,
   config_flags,
   distributed,
@@ -31,7 +32,7 @@ from sae_jax import (
 )
 from sae_jax.config import Config, resolve
 from sae_jax.data.source import Source, open_source
-from sae_jax.errors import PREEMPTED, UserError, one_line_errors
+from sae_jax.errors import HOST_BROKEN, PREEMPTED, UserError, one_line_errors
 from sae_jax.member import Diverged, Member, check_finite, claim_folder
 from sae_jax.sample import start_up_sample
 from sae_jax.step import abstract_state, make_group_step, make_step
@@ -256,14 +257,23 @@ def main(argv: list[str]) -> int:
     with watchdog.Watchdog() as alive:
       outcome = train(config, workdir, should_stop=alive.beating(distributed.stop_flag()))
   except Exception as error:
+    of_host = not files.is_disk_full(error) and files.is_host_error(error)
     known = not isinstance(error, UserError) or files.exists(files.join(workdir, schema.CONFIG))
     # One attempt, however many processes, and none when another rank died.
-    if known and jax.process_index() == 0 and not distributed.lost_peer(error):
+    if known and jax.process_index() == 0 and not distributed.lost_peer(error) and not of_host:
       metrics.record_failure(workdir, error, permanent=isinstance(error, Diverged))
     if isinstance(error, Diverged):
       raise UserError(str(error)) from error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
       raise UserError(f'{workdir}: {error.strerror}; free some space and start again: it resumes') from error
+    if of_host:
+      what = cell_state.printable(f'{type(error).__name__}: {error}')
+      print(
+        f'error: this machine cannot go on ({what}); mend it and start again: it resumes', file=sys.stderr
+      )
+      sys.stderr.flush()
+      # Not sys.exit: what waits for a thread or a descriptor at the end might wait for ever.
+      os._exit(HOST_BROKEN)
     raise
   if outcome == 'preempted':
     print(f'{config.id}: preempted, checkpoint saved; the same command resumes', file=sys.stderr)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from sae_jax import cell_state, files, lease, metrics, watchdog
-from sae_jax.errors import PREEMPTED, USER_ERROR_EXIT, UserError
+from sae_jax.errors import HOST_BROKEN, PREEMPTED, USER_ERROR_EXIT, UserError
 from sweeps import grid, ledger
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def attempt(
     Whether there was such an error. A gang (`leader`) has to be ended then: its ranks may be anywhere.
 
   Raises:
-    LeaseLost: another worker took over. UserError: the disk is full, which is no fault of the cells.
+    LeaseLost: another worker took over. UserError: the disk is full, which is no fault of the cells. An error of the
+      machine (`files.is_host_error`) comes out as it is, and no cell is charged: this process must end.
   """
   group = f' in a group of {len(held)}' if len(held) > 1 else ''
   label = f'{len(held)} cells' if group else grid.label(held[0][0].overrides)
@@ -60,6 +61,11 @@ def attempt(
     if files.is_disk_full(error):
       print(f'error: {_disk_full(store)}', file=sys.stderr, flush=True)
       return USER_ERROR_EXIT
+    if files.is_host_error(error):
+      say_host_broken(store, error)
+      for _, lease_ in held:
+        lease_.release()
+      return HOST_BROKEN
     try:
       for cell, lease_ in held:
         record(cell, lease_, error)
@@ -106,6 +112,8 @@ def attempt(
         leader.outlive(error)
       if files.is_disk_full(error):
         raise UserError(_disk_full(store)) from error
+      if files.is_host_error(error):
+        raise
       for cell, lease_ in held:
         record(cell, lease_, error)
       return True
@@ -115,6 +123,17 @@ def attempt(
       else:
         say(cell, f'{outcome}, cancelled' if lease_.cancelled and outcome == 'preempted' else outcome)
   return False
+
+
+def say_host_broken(store: ledger.Ledger, error: BaseException) -> None:
+  """The last line of a worker that ends after an error of its machine."""
+  what = cell_state.printable(f'{type(error).__name__}: {error}')
+  print(
+    f'{store.path}: this worker ends after an error of its machine, which no cell is charged for ({what}); ended with '
+    f'exit code {HOST_BROKEN} for a fresh start',
+    file=sys.stderr,
+    flush=True,
+  )
 
 
 def _disk_full(store: ledger.Ledger) -> str:

@@ -38,7 +38,7 @@ def outlive(error: Exception) -> None:
   A collective whose peer died raises what it likes; the coordination service then ends this process within its
   heartbeat (exit code 134), before a failure is written down. What is known to be the rank's own needs no wait.
   """
-  if not isinstance(error, UserError) and not files.is_disk_full(error):
+  if not (isinstance(error, UserError) or files.is_disk_full(error) or files.is_host_error(error)):
     time.sleep(1.5 * distributed.heartbeat_s() + GRACE_S)
 
 
@@ -172,6 +172,7 @@ def _report(error: Exception) -> NoReturn:
     'error': f'{type(error).__name__} on {socket.gethostname()}: {error}'[:2000],
     'traceback': ''.join(traceback.format_exception(error))[-6000:],
     'disk_full': files.is_disk_full(error),
+    'of_host': files.is_host_error(error),
   }
   # The first rank to fail is the one that counts, and rank 0 may be gone.
   with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -187,4 +188,6 @@ def _as_told(trouble: str) -> RankFailed:
   error.add_note(told['traceback'])
   if told['disk_full']:
     error.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  elif told['of_host']:
+    error.__cause__ = OSError(errno.EIO, os.strerror(errno.EIO))
   return error

@@ -13,11 +13,12 @@ import tempfile
 import time
 
 from sae_jax import arguments, cell_state, files, metrics, schema, watchdog
-from sae_jax.errors import UserError, one_line_errors
+from sae_jax.errors import HOST_BROKEN, UserError, one_line_errors
 from sweeps import board, engines, grid, ledger, preview, status, work
 from sweeps.executors import Executor, Job, local
 
 MAX_STRAYS = 3  # ends of workers that held no cell: a broken installation rather than a bad cell
+MAX_HOST_ENDS = 3  # ends by errors of this machine, one after another, between which nothing was gained
 
 
 class WorkerDied(Exception):
@@ -130,33 +131,64 @@ def _verdict(store: ledger.Ledger, ids: set[str], max_failures: int) -> int:
   return 0 if all(s.state in (schema.DONE, schema.IMPORTED) for s in states) else work.SOME_FAILED
 
 
+class Restarts:
+  """Asked with (pid, exit code) whether a local worker that ended may be restarted; charges its cells for its death."""
+
+  def __init__(self, store: ledger.Ledger, max_failures: int, logs: pathlib.Path):
+    self._store, self._max_failures, self._logs = store, max_failures, logs
+    self._strays = self._host_ends = 0
+    self._gained: list[tuple[bool, list[str]]] = []
+
+  @property
+  def host_broken(self) -> bool:
+    """Whether this machine ended worker after worker."""
+    return self._host_ends >= MAX_HOST_ENDS
+
+  def __call__(self, pid: int, code: int) -> bool:
+    exit_code = 128 - code if code < 0 else code
+    states = self._store.states(self._max_failures)
+    if not any(s.state in schema.UNFINISHED for s in states):
+      return False
+    if code == HOST_BROKEN:
+      # Whatever it still held: no cell is charged.
+      gained = [(s.state == schema.DONE, self._saved(s.cell.id)) for s in states]
+      self._host_ends = self._host_ends + 1 if gained == self._gained else 1
+      self._gained = gained
+      return not self.host_broken
+    held = self._store.held_by(pid)
+    if not held and code == watchdog.STALLED_EXIT:
+      return True  # it has charged its cells itself
+    if not held:
+      self._strays += 1
+      return self._strays < MAX_STRAYS
+    died = WorkerDied(f'the worker ended with exit code {exit_code}; its output is in {self._logs}')
+    for cell_id in held:
+      metrics.record_failure(self._store.folder(cell_id), died, exit_code=exit_code)
+    return True
+
+  def _saved(self, cell_id: str) -> list[str]:
+    """The steps of a cell's checkpoints."""
+    names = files.listdir(files.join(self._store.folder(cell_id), schema.CHECKPOINTS))
+    return [name for name in names if name.isdigit()]
+
+
 def _work_here(
   store: ledger.Ledger, workers: int, max_failures: int, logs: pathlib.Path, group: int | None
 ) -> list[int]:
   """Trains with processes of this machine; returns the signals received."""
   received = _catch_signals()
-  strays = 0
-
-  def may_restart(pid: int, code: int) -> bool:
-    nonlocal strays
-    exit_code = 128 - code if code < 0 else code
-    if not any(s.state in schema.UNFINISHED for s in store.states(max_failures)):
-      return False
-    held = store.held_by(pid)
-    if not held and code == watchdog.STALLED_EXIT:
-      return True  # it has charged its cells itself
-    if not held:
-      strays += 1
-      return strays < MAX_STRAYS
-    died = WorkerDied(f'the worker ended with exit code {exit_code}; its output is in {logs}')
-    for cell_id in held:
-      metrics.record_failure(store.folder(cell_id), died, exit_code=exit_code)
-    return True
-
+  restarts = Restarts(store, max_failures, logs)
   argv = (sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}', f'--max_failures={max_failures}')
   argv += () if group is None else (f'--group={group}',)
   jobs = [Job(f'worker-{i}', argv, local.device_env(i, workers)) for i in range(workers)]
-  drive(store, local.Local(logs, may_restart), jobs, received, max_failures)
+  drive(store, local.Local(logs, restarts), jobs, received, max_failures)
+  if restarts.host_broken:
+    print(
+      f'error: {MAX_HOST_ENDS} workers in a row ended by errors of this machine and gained nothing; mend it (their '
+      f'output is in {logs}) and start again: it resumes',
+      file=sys.stderr,
+      flush=True,
+    )
   return received
 
 

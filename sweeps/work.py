@@ -15,9 +15,9 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from sae_jax import arguments, files, flops, lease, schema
-from sae_jax.errors import PREEMPTED, USER_ERROR_EXIT, UserError, one_line_errors
+from sae_jax.errors import HOST_BROKEN, PREEMPTED, USER_ERROR_EXIT, UserError, one_line_errors
 from sweeps import groups, ledger
-from sweeps.attempt import Held, TrainGroup, attempt
+from sweeps.attempt import Held, TrainGroup, attempt, say_host_broken
 
 if TYPE_CHECKING:
   from sweeps import gang  # loads jax, which drivers and status do without
@@ -75,7 +75,8 @@ def run(
   is recorded in its cells and leaves the others alone; after a `UserError` or one of `permanent` a cell is not tried
   again. With a `leader` such an exception also ends the whole gang, for a fresh start. Raises `LeaseLost` when another
   worker took over a cell in training: this process must end without touching it again. Raises `UserError` when the disk
-  is full, which is no fault of the cell, and for an unknown `only`.
+  is full, which is no fault of the cell, and for an unknown `only`. An error of the machine (`files.is_host_error`) comes
+  out as it is and is no fault of the cell either: this process must end for a fresh start.
   """
   if unknown := sorted(set(only) - {cell.id for cell in store.cells()}):
     raise UserError(f'no cell {unknown[0]!r} in {store.path}; python -m sweeps.status lists the ids')
@@ -143,7 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     description='Claim and train the unfinished cells of a ledger until none is left. Started with the same command '
     'on every host of a Slurm step, a JobSet or a TPU slice, the processes train each cell together.',
     epilog='Exit codes: 0 all done, 1 some failed for good or were cancelled, 42 stopped by SIGTERM with a checkpoint '
-    '(start it again), 130 by Ctrl-C, 142 no progress (SAE_JAX_STALL_S, 600 s), 128+n another signal.',
+    '(start it again), 130 by Ctrl-C, 142 no progress (SAE_JAX_STALL_S, 600 s), 135 an error of the machine such as too many open files, 128+n another '
+    'signal.',
   )
   parser.add_argument('--ledger', required=True, help='folder or fsspec URL that sweeps.launch has filled')
   parser.add_argument('--cell', metavar='ID[,ID...]', default='', help='train these cells only')
@@ -224,8 +226,14 @@ def main(argv: list[str]) -> int:
       leader.disband(PREEMPTED)
     # Not sys.exit: a checkpoint still being written belongs to a cell that is no longer ours.
     os._exit(PREEMPTED)
-  except UserError as error:
-    if leader is None:
+  except Exception as error:
+    if not files.is_disk_full(error) and files.is_host_error(error):
+      say_host_broken(store, error)
+      if leader is not None:
+        leader.disband(HOST_BROKEN)
+      # Not sys.exit: what waits for a thread or a descriptor at the end might wait for ever.
+      os._exit(HOST_BROKEN)
+    if leader is None or not isinstance(error, UserError):
       raise
     print(f'error: {error}', file=sys.stderr, flush=True)
     leader.disband(USER_ERROR_EXIT)

@@ -82,3 +82,52 @@ def test_failed_write_leaves_the_old_file_and_no_rest(folder, monkeypatch):
     with pytest.raises(OSError, match='No space'):
       write(path, b'new')
   assert files.read(path) == b'old' and files.listdir(folder) == ['sweep.json']
+
+
+def wrapped(cause: BaseException) -> Exception:
+  """As a library that catches an error and raises its own."""
+  try:
+    try:
+      raise cause
+    except BaseException:
+      raise RuntimeError('cannot save')  # noqa: B904 (the context is what is tested)
+  except RuntimeError as error:
+    return error
+
+
+def told(cause: BaseException) -> Exception:
+  error = UserError(f'config.json cannot be written ({cause})')
+  error.__cause__ = cause
+  return error
+
+
+HOST = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO, errno.ESTALE)
+
+
+@pytest.mark.parametrize('number', HOST, ids=errno.errorcode.get)
+def test_error_of_the_host_is_known_also_when_it_is_wrapped(number):
+  error = OSError(number, os.strerror(number))
+  assert all(map(files.is_host_error, (error, wrapped(error), told(error), wrapped(told(wrapped(error))))))
+
+
+def test_error_of_the_host_is_known_by_its_text():
+  tensorstore = 'RESOURCE_EXHAUSTED: Error opening "x": Too many open files [os_error_code=\'24\']'
+  for text in (tensorstore, 'Stale file handle', "can't start new thread", 'Cannot allocate memory'):
+    assert files.is_host_error(ValueError(text)) and files.is_host_error(wrapped(ValueError(text)))
+
+
+def test_other_errors_are_not_of_the_host():
+  loop = ValueError('a')
+  loop.__cause__ = loop
+  hidden = wrapped(OSError(errno.EIO, 'x'))
+  hidden.__suppress_context__ = True
+  others = [OSError(n, os.strerror(n)) for n in (errno.ENOSPC, errno.EACCES, errno.ENOENT, errno.EEXIST)]
+  for error in (
+    *others,
+    *map(wrapped, others),
+    loop,
+    hidden,
+    UserError('k=3 is odd'),
+    MemoryError('of the model'),
+  ):
+    assert not files.is_host_error(error)

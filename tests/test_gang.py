@@ -152,6 +152,8 @@ def hurt(rank, happens, codes, default=False, **env):
     hurt(0, 'os.kill(os.getpid(), signal.SIGKILL)', {-9, 134, -6}, SAE_JAX_HEARTBEAT_S='3'),
     hurt(1, 'raise ValueError("in one rank")', {42}, SAE_JAX_HEARTBEAT_S='3'),
     hurt(1, 'raise OSError(28, "No space left on device")', {2}, SAE_JAX_HEARTBEAT_S='3'),
+    hurt(1, 'raise OSError(24, "Too many open files")', {135}, SAE_JAX_HEARTBEAT_S='3'),
+    hurt(0, 'raise OSError(24, "Too many open files")', {135}, SAE_JAX_HEARTBEAT_S='3'),
     hurt(0, 'raise work.lease.LeaseLost("taken")', {42}),
   ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import time
 import pytest
 
 from sae_jax import flops, lease, metrics, schema
+from sae_jax.errors import HOST_BROKEN
 from sweeps import grid, launch, ledger, preview, status
 from sweeps.executors import Job, local
+from tests import cells
 
 SHORT = """
 from experiments import tiny
@@ -297,6 +300,56 @@ def test_device_env_shares_the_gpus_out(monkeypatch, gpus, workers, seen):
   assert [env.get('CUDA_VISIBLE_DEVICES') for env in envs] == seen
   shared = [e for e in envs if 'XLA_PYTHON_CLIENT_MEM_FRACTION' in e]
   assert len(shared) == (workers if workers > max(1, len(gpus.split(','))) and gpus else 0)
+
+
+# ----- a machine at fault
+
+
+def test_worker_that_its_machine_ends_is_restarted_while_something_is_gained(tmp_path):
+  store = ledger.Ledger(str(tmp_path / 'ledger'))
+  store.register(cells.sweep({'sae.k': 4}, {'sae.k': 5}))
+  restarts = launch.Restarts(store, 3, tmp_path)
+  first, second = (s.cell for s in store.states())
+  held = store.claim(first.id)  # what a worker may leave that could not even release its lease
+  assert restarts(os.getpid(), HOST_BROKEN) and restarts(os.getpid(), HOST_BROKEN)
+  (tmp_path / 'ledger/cells' / first.id / 'ckpt/5').mkdir(parents=True)
+  assert restarts(os.getpid(), HOST_BROKEN) and restarts(os.getpid(), HOST_BROKEN)
+  cells.finish(store.folder(second.id), second.config)
+  assert restarts(os.getpid(), HOST_BROKEN) and restarts(os.getpid(), HOST_BROKEN)
+  assert not restarts.host_broken
+  assert not restarts(os.getpid(), HOST_BROKEN) and restarts.host_broken
+  assert [s.attempts for s in store.states()] == [0, 0]
+  held.release()
+
+
+def test_launch_gives_up_on_a_machine_that_stays_broken(tmp_path, monkeypatch, capsys):
+  # sitecustomize is run before the worker, and stands for a machine that cannot even start it.
+  (tmp_path / 'sitecustomize.py').write_text(f'import os\nos._exit({HOST_BROKEN})\n')
+  store = ledger.Ledger(str(tmp_path / 'ledger'))
+  store.register(cells.sweep({'sae.k': 4}))
+  monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+  monkeypatch.setattr(launch, '_catch_signals', list)
+  launch._work_here(store, 1, 3, tmp_path / 'logs', None)
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert said.startswith('error: 3 workers in a row ended by errors of this machine')
+  assert [(s.state, s.attempts) for s in store.states()] == [('waiting', 0)]
+
+
+def test_sweep_of_many_checkpoints_ends_clean_under_a_low_limit_of_open_files(tmp_path):
+  text = SHARED.replace('MORE', "{'train.checkpoint_every': 1, 'eval.per_decade': 1}").replace(
+    'VARIES', "'train.seed', range(2)"
+  )
+  limited = subprocess.run(
+    command(tmp_path, text=text),
+    env=ENV,
+    capture_output=True,
+    text=True,
+    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100)),
+  )
+  assert limited.returncode == 0, limited.stdout + limited.stderr
+  states = ledger.Ledger(str(tmp_path / 'ledger')).states()
+  assert [(s.state, s.attempts) for s in states] == [('done', 0)] * 2
+  assert 'ends after' not in (tmp_path / 'ledger/logs/worker-0.log').read_text()
 
 
 # ----- mistakes

@@ -1,8 +1,10 @@
 import errno
 import json
+import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
@@ -174,6 +176,70 @@ def test_full_disk_stops_the_worker_and_is_no_fault_of_the_cell(store, wrapped):
   assert states(store)[5].state == 'waiting' and states(store)[5].attempts == 0
   assert run(store, train, stop=never) == 0
   assert train.order == [5, 5, 4, 3]
+
+
+def of_host(wrapped: bool) -> Exception:
+  error: Exception = OSError(errno.EMFILE, 'Too many open files')
+  if wrapped:
+    cause, error = error, RuntimeError('cannot save')
+    error.__cause__ = cause
+  return error
+
+
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_error_of_the_host_ends_the_worker_and_is_no_fault_of_the_cell(store, wrapped):
+  train = FakeTrain({5: [of_host(wrapped)]})
+  with pytest.raises((OSError, RuntimeError)) as ended:
+    run(store, train, stop=never)
+  assert files.is_host_error(ended.value) and train.order == [5]
+  five = states(store)[5]
+  assert (five.state, five.attempts) == ('waiting', 0)
+  assert not files.exists(files.join(store.folder(five.cell.id), 'failure.json'))
+  assert not store.held_by(os.getpid())  # the lease is released
+  assert run(store, train, stop=never) == 0
+  assert train.order == [5, 5, 4, 3]
+
+
+def test_worker_says_why_it_ends_after_an_error_of_the_host(store, monkeypatch, capsys):
+  from sae_jax import train as training
+
+  def exit_(code):
+    raise SystemExit(code)
+
+  def broken(cells, **_):
+    raise of_host(wrapped=True)
+
+  monkeypatch.setattr(work, 'Stop', lambda: mock.Mock(return_value=False, signum=None))
+  monkeypatch.setattr(training.distributed, 'initialize', lambda *_: None)
+  monkeypatch.setattr(training, 'train_group', broken)
+  monkeypatch.setattr(os, '_exit', exit_)
+  with pytest.raises(SystemExit) as ended:
+    work.main([f'--ledger={store.path}'])
+  assert ended.value.code == 135
+  (said,) = capsys.readouterr().err.splitlines()
+  assert 'an error of its machine' in said and 'cannot save' in said and '135' in said
+  assert [s.attempts for s in store.states()] == [0, 0, 0]
+
+
+def test_single_run_is_not_charged_for_its_host(tmp_path, monkeypatch, capsys):
+  from sae_jax import train as training
+
+  def exit_(code):
+    raise SystemExit(code)
+
+  def broken(config, workdir, **_):
+    files.create(files.join(workdir, 'config.json'), config.to_json())
+    raise of_host(wrapped=True)
+
+  monkeypatch.setattr(training, 'train', broken)
+  monkeypatch.setattr(training.distributed, 'initialize', lambda: None)
+  monkeypatch.setattr(training.distributed, 'stop_flag', lambda: never)
+  monkeypatch.setattr(os, '_exit', exit_)
+  with pytest.raises(SystemExit) as ended:
+    training.main(['--config=experiments/tiny.py', f'--workdir={tmp_path}'])
+  assert ended.value.code == 135 and os.listdir(tmp_path) == ['config.json']
+  (said,) = capsys.readouterr().err.splitlines()
+  assert said.startswith('error: this machine cannot go on')
 
 
 SIGNALLED = """
