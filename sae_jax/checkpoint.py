@@ -1,13 +1,14 @@
 """Checkpoints: orbax v1, a SHA-256 for every array, and the previous good step when the newest is damaged.
 
 Orbax restores a flipped bit silently (50 of 60 trials) and takes an empty step folder for the latest, so what comes
-back is compared with the digests that were saved with it.
+back is compared with the digests that were saved with it. These and the facts lie under a digest of their own.
 """
 
 import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -81,6 +82,7 @@ class Checkpoints:
     if any(c.step == step for c in self._open.checkpointer.checkpoints):
       return  # saved by the interval just before the preemption
     metadata = {'cell': self._cell, 'digests': tree_digests(state), 'facts': facts}
+    metadata = schema.seal(metadata, owner=self._cell)
     with _disk_full_is_user_error(self._folder):
       self._open.save(step, state, metadata)
 
@@ -102,17 +104,21 @@ class Checkpoints:
     with _disk_full_is_user_error(self._folder):
       self._open.close()
 
-  def restore(self, abstract_state: Any, note) -> tuple[Any, dict[str, Any]] | None:
+  def restore(
+    self, abstract_state: Any, note: Callable[[str], None], fields: Sequence[schema.Field] = ()
+  ) -> tuple[Any, dict[str, Any]] | None:
     """The newest undamaged state, placed as `abstract_state` says, and its facts; None when there is none.
 
-    A damaged step is moved to `<workdir>/corrupt/` and `note` is told. Raises `UserError` when the newest
-    checkpoint belongs to another configuration.
+    A step is damaged when an array or a fact differs from its digest, or one of `fields` is missing in the facts. It is
+    moved to `<workdir>/corrupt/` and `note` is told. Raises `UserError` when the newest undamaged checkpoint belongs to
+    another configuration, and an error of the machine as it is.
     """
     for step in self._steps():
       problem = self._problem_of_folder(step)
       if problem is None:
         try:
           metadata = self._open.checkpointer.metadata(step).custom_metadata
+          _check(metadata, fields)
           if metadata['cell'] != self._cell:
             raise UserError(
               f'checkpoint {files.join(self._folder, str(step))} is of cell {metadata["cell"]}, not {self._cell}; '
@@ -125,6 +131,8 @@ class Checkpoints:
         except UserError:
           raise
         except Exception as error:
+          if files.is_host_error(error):
+            raise
           problem = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
       note(f'checkpoint at step {step} is damaged ({problem}); moved to corrupt/, trying the one before')
       self._set_aside(step)
@@ -232,6 +240,16 @@ class _disk_full_is_user_error:
       raise UserError(
         f'{self._path}: no space left on the device; free some and start again: it resumes'
       ) from error
+
+
+def _check(metadata: Any, fields: Sequence[schema.Field]) -> None:
+  """Raises `schema.Broken` for what cannot have been saved. Checkpoints from before there was a digest have none."""
+  if not isinstance(metadata, dict):
+    raise schema.Broken('it has no facts')
+  schema.check_fields(metadata, schema.CHECKPOINT)
+  # Of the cell that it names: a whole checkpoint of another one is a mistake of the user.
+  schema.check(metadata, schema.CHECKPOINT, owner=metadata['cell'])
+  schema.check_fields(metadata['facts'], fields)
 
 
 def _hash_blocks(digests: np.ndarray, first: int, data: np.ndarray) -> None:

@@ -59,7 +59,7 @@ class Member:
   def start(self, abstract: Any, fresh: Callable[[], Any]) -> Any:
     """The state of the newest good checkpoint, else a fresh one."""
     restored = self._checkpoints.restore(
-      abstract, note=lambda text: print(f'{self.config.id}: {text}', file=sys.stderr)
+      abstract, lambda text: print(f'{self.config.id}: {text}', file=sys.stderr), schema.FACTS
     )
     if not restored:
       return fresh()

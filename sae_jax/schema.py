@@ -145,6 +145,21 @@ CLAIM = (
   Field('refreshed', int, 'times since it was taken'),
   Field('released', bool, 'whether the holder let go'),
 )
+# What is saved beside the arrays of a checkpoint, and in it the facts under which a cell was trained so far.
+CHECKPOINT = (
+  Field('cell', str, 'whose state it is'),
+  Field('digests', dict, 'of the arrays, by path'),
+  Field('facts', dict, 'how the steps up to here were made'),
+)
+FACTS = (
+  Field('mesh', list, '[data, latent]'),
+  Field('row_chunks', int, 'parts in which a device encodes its tokens; 1 where missing', may=True),
+  Field('products', str, "path of the sparse products; 'auto' where missing", may=True),
+  Field('device_kind', str, 'name of the devices', may=True),
+  Field('versions', dict, 'of what decides the bits'),
+  Field('bit_exact', bool, 'whether all of it was the same from the first step on'),
+  Field('wall_s', float, 'seconds of training so far'),
+)
 # measures.json: {'values': {'<measure>/<value>': MEASURE_VALUE}}.
 MEASURE_VALUE = (
   Field('value', float, 'what was measured'),
@@ -247,6 +262,16 @@ def check(record: dict[str, Any], fields: Iterable[Field], owner: str = '') -> N
       raise Broken(f'{field.name}={_short(value)} is not of type {field.kind.__name__}')
     elif field.must and not value > 0:
       raise Broken(f'{field.name}={_short(value)} is not above 0')
+
+
+def check_fields(record: dict[str, Any], fields: Iterable[Field]) -> None:
+  """Raises `Broken` unless every field is there and of its type, whatever the age of the record."""
+  for field in fields:
+    value = record.get(field.name)
+    if value is None and not field.may:
+      raise Broken(f'{field.name} is missing')
+    if value is not None and not is_kind(value, field.kind):
+      raise Broken(f'{field.name}={_short(value)} is not of type {field.kind.__name__}')
 
 
 def check_digest(record: dict[str, Any], owner: str = '') -> None:

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import threading
 
@@ -42,10 +43,10 @@ def state(value: float) -> dict:
   return {'w_FD': jax.device_put(np.full((101, 13), value, np.float32))}
 
 
-def restored(workdir) -> tuple | None:
+def restored(workdir, fields=()) -> tuple | None:
   abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state(0.0))
   checkpoints = checkpoint.Checkpoints(str(workdir), 'cell')
-  found = checkpoints.restore(abstract, note=print)
+  found = checkpoints.restore(abstract, print, fields)
   checkpoints.close()
   return found
 
@@ -119,6 +120,114 @@ def test_empty_and_foreign_steps(tmp_path, capsys):
   with pytest.raises(UserError, match='is of cell cell, not another'):
     checkpoints.restore(state(0.0), note=print)
   checkpoints.close()
+
+
+# ----- what lies beside the arrays
+
+# A byte of the newest step's metadata, by the text that stands at it, and what takes its place.
+FLIPS = {
+  'a digit of a time': ('"wall_s": 1', '"wall_s": 3'),
+  'a truth value': ('"bit_exact": true', '"bit_exact": false'),
+  'a letter of a truth value': ('"bit_exact": true', '"bit_exact": trud'),
+  'the cell': ('"cell": "cell"', '"cell": "bell"'),
+  'a digest of an array': ('"w_FD": "', '"w_FD": " '),
+  'the digest': ('"digest": "', '"digest": " '),
+  'the name of a fact': ('"bit_exact"', '"bit_exacu"'),
+  'the name of the facts': ('"facts"', '"gacts"'),
+  'the name of the digests': ('"digests"', '"digestr"'),
+  'the name of the cell': ('"cell":', '"cdll":'),
+  'the name of the digest': ('"digest":', '"eigest":'),
+  'the name of the schema': ('"schema"', '"sbhema"'),
+  'the schema': ('"schema": 1', '"schema": 0'),
+  'the name of it all': ('"custom_metadata"', '"custom_letadata"'),
+  'a brace': ('"facts": {', '"facts": ['),
+  'a quote': ('"wall_s"', '"wall_s '),
+  'a byte that is no text': ('"wall_s"', '"wal\xec_s"'),
+  'a handler': ('"state":', '"statd":'),
+  'a time of orbax': ('"init_timestamp_nsecs": 1', '"init_timestamp_nsecs": 3'),
+  'nothing': ('', ''),
+}
+FACTS = {
+  'mesh': [1, 1], 'row_chunks': 1, 'products': 'auto', 'device_kind': 'cpu', 'versions': {'jax': '1'},
+  'bit_exact': True, 'wall_s': 1.5,
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def two_steps(tmp_path_factory):
+  """A folder with two checkpoints."""
+  folder = tmp_path_factory.mktemp('two steps')
+  checkpoints = checkpoint.Checkpoints(str(folder), 'cell')
+  checkpoints.save(1, state(1.0), FACTS)
+  checkpoints.save(2, state(2.0), FACTS)
+  checkpoints.close()
+  return folder
+
+
+def rewrite(folder: pathlib.Path, step: int, change) -> None:
+  path = folder / schema.CHECKPOINTS / str(step) / '_CHECKPOINT_METADATA'
+  path.write_bytes(change(path.read_bytes().decode('latin-1')).encode('latin-1'))
+
+
+@pytest.mark.parametrize('what', FLIPS)
+def test_byte_of_the_facts_is_noticed_and_the_step_before_is_used(two_steps, tmp_path, what, capsys):
+  shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+  before, after = FLIPS[what]
+
+  def flip(text: str) -> str:
+    assert before in text
+    return text.replace(before, after, 1)
+
+  rewrite(tmp_path, 2, flip)
+  found, facts = restored(tmp_path, schema.FACTS)
+  assert facts == FACTS
+  value = float(found['w_FD'][0, 0])
+  assert value in (
+    (2.0,) if what in ('nothing', 'a time of orbax') else (1.0, 2.0) if what == 'a handler' else (1.0,)
+  )
+  aside = (tmp_path / schema.CORRUPT).exists()
+  assert aside == (value == 1.0) == ('step 2 is damaged' in capsys.readouterr().out)
+
+
+def unsealed(text: str) -> dict:
+  record = json.loads(text)
+  record['custom_metadata'] = schema.content(record['custom_metadata'])
+  return record
+
+
+def test_checkpoint_from_before_the_digest_is_restored(two_steps, tmp_path):
+  shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+  rewrite(tmp_path, 2, lambda text: json.dumps(unsealed(text)))
+  found, facts = restored(tmp_path, schema.FACTS)
+  assert facts == FACTS and np.all(np.asarray(found['w_FD']) == 2.0)
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'), [('bit_exact', None), ('wall_s', 'x'), ('mesh', 2), ('versions', [])]
+)
+def test_fact_that_is_missing_or_of_another_type_is_damage(two_steps, tmp_path, name, value):
+  shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+
+  def change(text: str) -> str:
+    record = unsealed(text)
+    record['custom_metadata']['facts'][name] = value
+    return json.dumps(record)
+
+  rewrite(tmp_path, 2, change)
+  found, facts = restored(tmp_path, schema.FACTS)
+  assert facts == FACTS and np.all(np.asarray(found['w_FD']) == 1.0)
+
+
+def test_error_of_the_host_is_no_damage(two_steps, tmp_path, monkeypatch):
+  shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+
+  def poisoned(*_, **__):
+    raise ValueError('RESOURCE_EXHAUSTED: Error opening "x": Too many open files')
+
+  with monkeypatch.context() as broken, pytest.raises(ValueError, match='Too many open files'):
+    broken.setattr(checkpoint.ocp.training.Checkpointer, 'load', poisoned)
+    restored(tmp_path)
+  assert not (tmp_path / schema.CORRUPT).exists() and restored(tmp_path)[1] == FACTS
 
 
 # ----- what a process keeps
