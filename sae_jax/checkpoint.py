@@ -27,11 +27,11 @@ _unclosed: dict[str, '_Open'] = {}  # by folder, the checkpointers of this proce
 def array_digest(array: jax.Array) -> str:
   """SHA-256 over shape, dtype and the digests of blocks of 1,024 rows in order.
 
-  No array is gathered when shards hold whole blocks, and the mesh does not matter. Every process gets the answer.
+  No array is gathered when shards hold whole blocks, and neither mesh nor layout matters. Every process gets the answer.
   """
   rows = array.shape[0] if array.ndim else 1
   shards = [s for s in array.addressable_shards if s.replica_id == 0]
-  whole_blocks = all(s.data.shape[:1] == array.shape[:1] or s.data.shape[0] % _BLOCK == 0 for s in shards)
+  whole_blocks = all(_holds_whole_blocks(s.data.shape, array.shape) for s in shards)
   n_blocks = math.ceil(rows / _BLOCK)
   digests = np.zeros((n_blocks, 32), np.uint8)
   if array.is_fully_replicated:
@@ -250,6 +250,11 @@ def _check(metadata: Any, fields: Sequence[schema.Field]) -> None:
   # Of the cell that it names: a whole checkpoint of another one is a mistake of the user.
   schema.check(metadata, schema.CHECKPOINT, owner=metadata['cell'])
   schema.check_fields(metadata['facts'], fields)
+
+
+def _holds_whole_blocks(shard: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+  """Whether a shard of this shape has entire rows, and all of them or a multiple of a block."""
+  return shard[1:] == whole[1:] and (shard[:1] == whole[:1] or shard[0] % _BLOCK == 0)
 
 
 def _hash_blocks(digests: np.ndarray, first: int, data: np.ndarray) -> None:

@@ -280,6 +280,31 @@ def test_digest_does_not_depend_on_the_mesh():
   assert len(digests) == 1 and checkpoint.array_digest(jax.numpy.asarray(w_FD)) not in digests
 
 
+@pytest.mark.parametrize('rows', [8, 8 * checkpoint._BLOCK])
+@pytest.mark.parametrize(
+  ('width', 'spec'),
+  [
+    (8, (None, 'latent')),
+    (8, ('data', 'latent')),
+    (8, ('latent', 'data')),
+    (8, (None, ('data', 'latent'))),
+    (8, (('latent', 'data'), None)),
+    (8, ('latent', None)),
+    (None, ('latent',)),
+    (None, (('latent', 'data'),)),
+  ],
+)
+def test_digest_does_not_depend_on_how_an_array_is_split(rows, width, spec):
+  import jax
+
+  from sae_jax import sharding
+
+  shape = (rows,) if width is None else (rows, width)
+  x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+  split = jax.device_put(x, jax.NamedSharding(sharding.make_mesh(config.MeshConfig(2, 4)), jax.P(*spec)))
+  assert checkpoint.array_digest(split) == checkpoint.array_digest(jax.numpy.asarray(x))
+
+
 def test_create_lets_exactly_one_writer_win(tmp_path):
   path = str(tmp_path / 'a' / 'result.json')
   files.create(path, b'first')
