@@ -53,6 +53,8 @@ class Member:
       'bit_exact': True,
       'wall_s': 0.0,
     }
+    if mesh.devices.flat[0].platform == 'cpu':
+      self._facts |= metrics.processor()
     self._began = time.monotonic()
     self._line: dict[str, Any] = {}
 
@@ -64,10 +66,10 @@ class Member:
     if not restored:
       return fresh()
     state, saved = restored
-    # What checkpoints from before a fact was kept mean: the only way there was, and nothing known of the device.
-    saved = {'row_chunks': 1, 'products': 'auto', 'device_kind': self._facts['device_kind']} | saved
+    # What checkpoints from before a fact was kept mean: the only way there was, and nothing known of the machine.
+    saved = self._facts | {'row_chunks': 1, 'products': 'auto'} | saved
     same = all(
-      saved[key] == self._facts[key] for key in ('mesh', 'row_chunks', 'products', 'device_kind', 'versions')
+      saved[key] == value for key, value in self._facts.items() if key not in ('bit_exact', 'wall_s')
     )
     self._facts |= {'bit_exact': saved['bit_exact'] and same, 'wall_s': saved['wall_s']}
     return state
@@ -141,6 +143,8 @@ class Member:
           'bit_exact': self._facts['bit_exact'],
           'device_kind': self._facts['device_kind'],
           'n_devices': self.mesh.size,
+          'n_cores': self._facts.get('n_cores'),
+          'cpu': self._facts.get('cpu'),
           'mesh': self._facts['mesh'],
           'versions': self._facts['versions'],
           'git_commit': metrics.git_commit(),

@@ -1,6 +1,7 @@
 """What a run leaves behind: metrics.jsonl, result.json, failure.json, and what a person sees meanwhile."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import math
 import os
@@ -19,6 +20,11 @@ from tqdm import tqdm
 from sae_jax import files, schema
 from sae_jax.errors import UserError
 
+# What /proc/cpuinfo says of a processor, on x86 and on Arm, that compiled code depends on.
+_CPU = (
+  'vendor_id', 'cpu family', 'model', 'model name', 'flags',
+  'CPU implementer', 'CPU architecture', 'CPU variant', 'CPU part', 'Features',
+)  # fmt: skip
 _METRICS = re.compile(r'metrics(\.([0-9]+))?\.jsonl')
 
 
@@ -115,6 +121,23 @@ def versions() -> dict[str, str]:
   return {'sae_jax': _own_version(), 'python': platform.python_version()} | {
     name: importlib.metadata.version(name) for name in names
   }
+
+
+def processor() -> dict[str, Any]:
+  """What decides the bits of a run on cpu devices: the cores it may use, and a hash of model and instruction set.
+
+  Two cores, one core and SSE4.2 alone gave three results of one cell. The hash is '' where /proc/cpuinfo is missing.
+  """
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  try:
+    lines = pathlib.Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines()
+  except OSError:
+    return {'n_cores': cores, 'cpu': ''}
+  known = [line for line in lines if line.partition(':')[0].strip() in _CPU]
+  # What XLA is told of its threads and instruction set.
+  known += [f'{name}={os.environ[name]}' for name in ('NPROC', 'PJRT_NPROC') if name in os.environ]
+  known += sorted(word for word in os.environ.get('XLA_FLAGS', '').split() if word.startswith('--xla_cpu_'))
+  return {'n_cores': cores, 'cpu': hashlib.sha256('\n'.join(known).encode()).hexdigest()[:12]}
 
 
 def git_commit() -> str:

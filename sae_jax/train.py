@@ -1,7 +1,8 @@
 """Train one autoencoder: `python -m sae_jax.train --config=experiments/tiny.py --workdir=runs/tiny`.
 
 A run is a pure function of its configuration. It can be killed at any moment and started again: the state comes
-from the newest good checkpoint, batches are a function of the step, and the bits do not change.
+from the newest good checkpoint, batches are a function of the step, and the bits do not change (same configuration,
+mesh, versions, number of cores and instruction set).
 """
 
 import argparse

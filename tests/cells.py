@@ -61,7 +61,7 @@ def result(c: config.Config, **changes: Any) -> dict[str, Any]:
     'id': c.id, 'n_latents': c.sae.n_latents, 'k': c.sae.k, 'd_model': c.sae.d_model, 'activation': c.sae.activation,
     'seed': c.train.seed, 'learning_rate': c.optim.learning_rate, 'batch_tokens': c.train.batch_tokens,
     'steps': c.train.steps, 'tokens_asked': c.train.tokens, 'aux_steps': 0, 'params_digest': 'd', 'bit_exact': True,
-    'device_kind': 'cpu', 'n_devices': 1, 'mesh': [1, 1], 'versions': {'jax': '1'}, 'git_commit': 'c',
+    'device_kind': 'cpu', 'n_devices': 1, 'n_cores': 2, 'cpu': 'c', 'mesh': [1, 1], 'versions': {'jax': '1'}, 'git_commit': 'c',
   } | changes  # fmt: skip
 
 

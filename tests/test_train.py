@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import sae_jax
-from sae_jax import checkpoint, config, files, metrics
+from sae_jax import checkpoint, config, files, metrics, schema
 from sae_jax import train as training
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
@@ -144,6 +144,44 @@ def test_another_mesh_resumes_and_says_bits_may_differ(straight, tmp_path):
   training.train(cell(), str(tmp_path), should_stop=stop_after(7))
   assert training.train(cell(**{'mesh.data': 2, 'mesh.latent': 4}), str(tmp_path)) == 'done'
   assert result(tmp_path)['bit_exact'] is False and result(tmp_path)['mesh'] == [2, 4]
+
+
+HERE = metrics.processor()
+
+
+@pytest.mark.parametrize(
+  ('now', 'exact'),
+  [
+    ({}, True),
+    ({'n_cores': HERE['n_cores'] + 1}, False),
+    ({'cpu': 'another'}, False),
+  ],
+)
+def test_another_processor_resumes_and_says_bits_may_differ(tmp_path, monkeypatch, now, exact):
+  training.train(cell(), str(tmp_path), should_stop=stop_after(7))
+  monkeypatch.setattr(metrics, 'processor', lambda: HERE | now)
+  assert training.train(cell(), str(tmp_path)) == 'done'
+  found = result(tmp_path)
+  assert found['bit_exact'] is exact and {key: found[key] for key in HERE} == HERE | now
+
+
+def test_checkpoint_from_before_the_processor_was_kept_counts_as_of_the_same(tmp_path):
+  training.train(cell(), str(tmp_path), should_stop=stop_after(7))
+  for path in (tmp_path / 'ckpt').glob('*/_CHECKPOINT_METADATA'):
+    record = json.loads(path.read_text())
+    saved = schema.content(record['custom_metadata'])
+    record['custom_metadata'] = saved | {'facts': {k: v for k, v in saved['facts'].items() if k not in HERE}}
+    path.write_text(json.dumps(record))
+  assert training.train(cell(), str(tmp_path)) == 'done'
+  assert result(tmp_path)['bit_exact'] is True
+
+
+def test_processor_is_its_cores_and_its_instruction_set(monkeypatch):
+  assert HERE == metrics.processor() and len(HERE['cpu']) == 12
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {3, 5, 7})
+  assert metrics.processor() == HERE | {'n_cores': 3}
+  monkeypatch.setenv('XLA_FLAGS', '--xla_cpu_max_isa=SSE4_2 --xla_dump_to=x')
+  assert metrics.processor()['cpu'] != HERE['cpu']
 
 
 def test_next_training_ends_what_a_failed_one_left(tmp_path):
