@@ -150,6 +150,13 @@ class Member:
           'git_commit': metrics.git_commit(),
         },
       )
+      if line['eval/nmse'] >= 1:
+        print(
+          f'{config.id}: NMSE {line["eval/nmse"]:.3g} is no better than predicting the mean (1): lower '
+          f'optim.learning_rate={config.optim.learning_rate:g} or train on more tokens',
+          file=sys.stderr,
+          flush=True,
+        )
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('result.json')
 

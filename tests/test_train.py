@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import sae_jax
-from sae_jax import checkpoint, config, files, metrics, schema
+from sae_jax import checkpoint, config, evaluate, files, metrics, schema
 from sae_jax import train as training
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
@@ -208,6 +208,18 @@ def test_divergence_stops_the_cell_with_a_reason(tmp_path):
   with pytest.raises(training.Diverged, match='not finite at step'):
     training.train(cell(**{'optim.learning_rate': 1e30}), str(tmp_path))
   assert not (tmp_path / 'result.json').exists()
+
+
+@pytest.mark.parametrize('nmse', [0.999, 1.0, 2.9e25])
+def test_run_that_is_no_better_than_the_mean_says_so_at_its_end(tmp_path, monkeypatch, capfd, nmse):
+  one = evaluate.Quality(nmse=nmse, mse=1.0, l0=13.0, topk_recall=None)
+  monkeypatch.setattr(evaluate.Evaluator, '__call__', lambda self, *candidates: [one for _ in candidates])
+  assert training.train(cell(), str(tmp_path)) == 'done'
+  last = capfd.readouterr().err.splitlines()[-1]
+  assert ('is no better than predicting the mean (1): lower optim.learning_rate=' in last) == (nmse >= 1)
+  if nmse > 1:
+    assert last.startswith(f'{cell().id}: NMSE 2.9e+25 is no')
+  assert result(tmp_path)['nmse'] == nmse
 
 
 def test_torn_metrics_line_is_dropped_on_resume(straight, tmp_path):
