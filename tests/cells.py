@@ -23,6 +23,8 @@ SHARED = {
   # By default the recipe derives these from the tokens, and a run of another length would be another program.
   'optim.ema_decay': 0.5, 'loss.dead_tokens': 120,
 }  # fmt: skip
+# The same on a mesh of eight devices, for tests of several processes.
+ON_MESH = SHARED | {'mesh.data': 2, 'mesh.latent': 4, 'train.tokens': 40 * 30}
 
 
 def cell(**overrides: Any) -> config.Config:

@@ -38,9 +38,9 @@ WHOM = ('worker', 'worker', 'driver', 'all')
 class Sweep:
   """One ledger and the driver that works on it."""
 
-  def __init__(self, folder: pathlib.Path, workers: int = 2):
+  def __init__(self, folder: pathlib.Path, workers: int = 2, grid: str = GRID):
     folder.mkdir(parents=True)
-    (folder / 'cells.py').write_text(GRID)
+    (folder / 'cells.py').write_text(grid)
     self.folder, self.path, self.starts = folder, folder / 'ledger', 0
     self._argv = [
       sys.executable, '-m', 'sweeps.launch', f'--sweep={folder / "cells.py"}', f'--ledger={self.path}',
@@ -120,7 +120,7 @@ def kill(pids: list[int]) -> int:
   return killed
 
 
-def undisturbed(folder: pathlib.Path, limit_s: float) -> dict[str, str]:
+def undisturbed(folder: pathlib.Path, limit_s: float | None = None) -> dict[str, str]:
   """Digests of the cells when nobody is killed."""
   sweep = Sweep(folder)
   code = sweep.start().wait(limit_s)

@@ -17,11 +17,10 @@ from tests import cells
 
 BATCH = cells.cell().train.batch_tokens
 ROOT = pathlib.Path(__file__).parents[1]
-SMALL = cells.SHARED | {'mesh.data': 2, 'mesh.latent': 4, 'train.tokens': 12 * BATCH}
 
 
 def start(workdir, processes: int, **overrides) -> list[subprocess.Popen]:
-  flags = [f'--config.{key}={value}' for key, value in (SMALL | overrides).items()]
+  flags = [f'--config.{key}={value}' for key, value in (cells.ON_MESH | overrides).items()]
   return launch(
     ['-m', 'sae_jax.train', '--config=experiments/tiny.py', f'--workdir={workdir}', *flags], processes
   )
@@ -103,18 +102,12 @@ def test_half_a_gang_is_one_line(change, line):
   assert line in str(found.value)
 
 
-@pytest.fixture(scope='module')
-def one_process(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('one')
-  finish(start(workdir, 1))
-  return result(workdir)
-
-
 def test_two_processes_equal_one_bit_for_bit(one_process, tmp_path):
   finish(start(tmp_path, 2))
   assert result(tmp_path) == one_process
 
 
+@pytest.mark.chaos
 def test_two_processes_stop_at_one_step_when_either_is_told_to(tmp_path):
   long = {'train.tokens': BATCH * 20_000, 'train.checkpoint_every': 20_000}
   gang = start(tmp_path, 2, **long)

@@ -16,12 +16,6 @@ from sweeps import cancel, grid, ledger
 from tests import cells
 
 ROOT = pathlib.Path(__file__).parents[1]
-CELL = {
-  'mesh.data': 2,
-  'mesh.latent': 4,
-  'train.tokens': 30 * cells.cell().train.batch_tokens,
-  'train.checkpoint_every': 7,
-}
 # A worker in whose 11th step something happens.
 DISTURBED = """
 import os, signal, sys, time
@@ -45,7 +39,7 @@ work.main(sys.argv[1:])
 
 
 def make_ledger(folder, *overrides) -> ledger.Ledger:
-  resolved = tuple((o, cells.cell(**CELL | o)) for o in overrides)
+  resolved = tuple((o, cells.cell(**cells.ON_MESH | o)) for o in overrides)
   store = ledger.Ledger(str(folder))
   store.register(grid.Sweep('gang', 'experiments/tiny.py', resolved, dropped=0))
   return store
@@ -101,14 +95,10 @@ def digests(store) -> dict[str, str]:
   return found
 
 
-@pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory):
-  """The cell as one process trains it on the same mesh."""
-  store = make_ledger(tmp_path_factory.mktemp('one') / 'ledger', {})
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8'}
-  argv = [sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}']
-  assert subprocess.run(argv, cwd=ROOT, env=env, capture_output=True).returncode == 0
-  return digests(store)
+@pytest.fixture
+def undisturbed(one_process):
+  """The digest of the cell as one process trains it on the same mesh."""
+  return {one_process['id']: one_process['params_digest']}
 
 
 @pytest.mark.chaos

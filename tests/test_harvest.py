@@ -225,8 +225,6 @@ def test_harvest_of_the_real_model_survives_kill_9(tmp_path):
   assert meta['provenance']['subject_sha256'].startswith('b179c9523d0e')
   # Layer 1's residual, centred, away from the attention sink: a few tens, never thousands.
   assert 20 < meta['statistics']['train']['mean_norm'] < 200
-  again = subprocess.run(command(out), cwd=tmp_path, env=environment, capture_output=True, text=True)
-  assert (again.returncode, 'finished before' in again.stdout) == (0, True)
 
 
 def test_harvest_command_line_mistakes_are_one_line(tmp_path, capsys):

@@ -38,7 +38,7 @@ SIX = SHARED.replace('MORE', '{}').replace('VARIES', "'train.seed', range(6)")
 # Long enough to be hit in the middle, one cell a worker.
 LONG = SHARED.replace(
   'cells.SHARED | MORE',
-  "cells.SHARED | {'train.tokens': 40 * 1500, 'train.checkpoint_every': 100, 'eval.per_decade': 1}",
+  "cells.SHARED | {'train.tokens': 40 * 600, 'train.checkpoint_every': 50, 'eval.per_decade': 1}",
 ).replace('VARIES', "'train.seed', range(%d)")
 # One cell diverges in its first steps.
 DIVERGING = SHARED.replace('MORE', '{}').replace(
@@ -214,7 +214,7 @@ def test_killed_worker_and_killed_driver_lose_nothing(tmp_path, start):
   assert ran.returncode == 0, ran.stdout + ran.stderr
   assert all(s.state == 'done' for s in store.states()) and not failure.exists()
   steps = [m['step'] for m in metrics.read_metrics(store.folder(cell_id), cell_id)]
-  assert steps[-1] == 1500 and len(set(steps)) == len(steps)
+  assert steps[-1] == 600 and len(set(steps)) == len(steps)
   assert all(r['bit_exact'] for r in results(store).values())
 
 
@@ -233,7 +233,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path, start):
   saved = max(saved_steps(store.folder(cell_id)))
   ran = finish(argv)
   assert ran.returncode == 0, ran.stdout + ran.stderr
-  assert 0 < saved < 1500 and len(results(store)) == 1
+  assert 0 < saved < 600 and len(results(store)) == 1
   claims = pathlib.Path(store.folder(cell_id)) / 'claims'
   assert sorted(p.name for p in claims.glob('*.json')) == ['1.json', '2.json']
 

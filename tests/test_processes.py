@@ -20,7 +20,7 @@ def four(tmp_path_factory):
 def from_last_checkpoint(four, folder):
   """The folder as a kill just after the last checkpoint would leave it."""
   shutil.copytree(four, folder, ignore=shutil.ignore_patterns('result.json', 'sae'))
-  assert {p.name for p in (folder / 'ckpt').iterdir()} == {'5', '10'}
+  assert {p.name for p in (folder / 'ckpt').iterdir()} == {'20', '25'}
   return folder
 
 
@@ -45,9 +45,9 @@ def test_checkpoint_on_another_mesh_goes_on_and_says_so(four, tmp_path):
   assert other['nmse'] == pytest.approx(expected['nmse'], rel=1e-5)
   # Each line up to the checkpoint is what four processes wrote.
   lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-  assert [line['step'] for line in lines if line['step'] <= 10] == [
+  assert [line['step'] for line in lines if line['step'] <= 25] == [
     json.loads(line)['step'] for line in (four / 'metrics.jsonl').read_text().splitlines()
-    if json.loads(line)['step'] <= 10
+    if json.loads(line)['step'] <= 25
   ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The hand-written step against autodiff of the dense mathematics, and AuxK against its definition."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,7 @@ def projected(grads, params):
   return grads | {'w_dec_FD': grads['w_dec_FD'] - along_F1 * w_FD}
 
 
+@functools.partial(jax.jit, static_argnames='config')
 def run(params, idle_F, x_BD, config=SAE):
   return sae.loss_and_grads(
     params,
