@@ -15,6 +15,8 @@ from sae_jax import schema
 from sweeps import cancel, grid, ledger
 from tests import cells
 
+# One device a rank, and no AuxK: ranks but the first compile what they run in every test.
+CELL = cells.SHARED | {'mesh.data': 2, 'loss.aux_coefficient': 0.0, 'train.tokens': 40 * 30}
 ROOT = pathlib.Path(__file__).parents[1]
 # A worker in whose 11th step something happens.
 DISTURBED = """
@@ -39,7 +41,7 @@ work.main(sys.argv[1:])
 
 
 def make_ledger(folder, *overrides) -> ledger.Ledger:
-  resolved = tuple((o, cells.cell(**cells.ON_MESH | o)) for o in overrides)
+  resolved = tuple((o, cells.cell(**CELL | o)) for o in overrides)
   store = ledger.Ledger(str(folder))
   store.register(grid.Sweep('gang', 'experiments/tiny.py', resolved, dropped=0))
   return store
@@ -60,7 +62,7 @@ def start():
       argv = [sys.executable, *code, f'--ledger={store.path}', *flags]
       if ranks > 1:
         argv += [f'--coordinator=127.0.0.1:{port}', f'--num_processes={ranks}', f'--process_id={rank}']
-      devices = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(8 // ranks)}
+      devices = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(2 // ranks)}
       gang.append(
         subprocess.Popen(
           argv,
@@ -95,10 +97,20 @@ def digests(store) -> dict[str, str]:
   return found
 
 
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+  """Digests of two cells as one process trains them on the same mesh, by seed."""
+  store = make_ledger(tmp_path_factory.mktemp('one') / 'ledger', {}, {'train.seed': 5})
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
+  argv = [sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}']
+  assert subprocess.run(argv, cwd=ROOT, env=env, capture_output=True).returncode == 0
+  found = digests(store)
+  return {cell.config.train.seed: {cell.id: found[cell.id]} for cell in store.cells()}
+
+
 @pytest.fixture
-def undisturbed(one_process):
-  """The digest of the cell as one process trains it on the same mesh."""
-  return {one_process['id']: one_process['params_digest']}
+def undisturbed(alone):
+  return alone[0]
 
 
 @pytest.mark.chaos
@@ -111,15 +123,13 @@ def test_gang_leaves_a_diverging_cell_and_finishes_the_other(undisturbed, start,
 
 
 @pytest.mark.chaos
-def test_gang_trains_a_group_to_the_bits_of_each_cell_alone(undisturbed, start, tmp_path):
-  store = make_ledger(tmp_path / 'ledger', {}, {'sae.k': 5}, {'optim.learning_rate': 1e30})
+def test_gang_trains_a_group_to_the_bits_of_each_cell_alone(alone, start, tmp_path):
+  store = make_ledger(tmp_path / 'ledger', {}, {'train.seed': 5}, {'optim.learning_rate': 1e30})
   sigterm = (1, 'os.kill(os.getpid(), signal.SIGTERM); time.sleep(3)')
   assert finish(start(store, '--group=3', disturb=sigterm)) == [42, 42]
   found = start(store, '--group=3')
   assert finish(found) == [1, 1]
-  other = make_ledger(tmp_path / 'other', {'sae.k': 5})
-  assert finish(start(other, ranks=1)) == [0]
-  assert digests(store) == undisturbed | digests(other)
+  assert digests(store) == alone[0] | alone[5]
   assert [s.state for s in store.states()] == ['done', 'done', 'failed']
   assert 'Diverged: not finite' in store.states()[2].reason
 
