@@ -15,6 +15,7 @@ from sae_jax import schema
 from sweeps import cancel, grid, ledger
 from tests import cells
 
+pytestmark = pytest.mark.chaos
 # One device a rank, and no AuxK: ranks but the first compile what they run in every test.
 CELL = cells.SHARED | {'mesh.data': 2, 'loss.aux_coefficient': 0.0, 'train.tokens': 40 * 30}
 ROOT = pathlib.Path(__file__).parents[1]
@@ -113,7 +114,6 @@ def undisturbed(alone):
   return alone[0]
 
 
-@pytest.mark.chaos
 def test_gang_leaves_a_diverging_cell_and_finishes_the_other(undisturbed, start, tmp_path):
   store = make_ledger(tmp_path / 'ledger', {}, {'optim.learning_rate': 1e30})
   assert finish(start(store)) == [1, 1]
@@ -122,7 +122,6 @@ def test_gang_leaves_a_diverging_cell_and_finishes_the_other(undisturbed, start,
   assert (bad.state, bad.attempts) == ('failed', 1) and 'Diverged: not finite' in bad.reason
 
 
-@pytest.mark.chaos
 def test_gang_trains_a_group_to_the_bits_of_each_cell_alone(alone, start, tmp_path):
   store = make_ledger(tmp_path / 'ledger', {}, {'train.seed': 5}, {'optim.learning_rate': 1e30})
   sigterm = (1, 'os.kill(os.getpid(), signal.SIGTERM); time.sleep(3)')
@@ -134,9 +133,8 @@ def test_gang_trains_a_group_to_the_bits_of_each_cell_alone(alone, start, tmp_pa
   assert 'Diverged: not finite' in store.states()[2].reason
 
 
-def hurt(rank, happens, codes, default=False, **env):
-  marks = () if default else pytest.mark.chaos
-  return pytest.param(rank, happens, env, codes, marks=marks, id=f'rank {rank}: {happens[:40]}')
+def hurt(rank, happens, codes, **env):
+  return pytest.param(rank, happens, env, codes, id=f'rank {rank}: {happens[:40]}')
 
 
 @pytest.mark.parametrize(
@@ -145,7 +143,7 @@ def hurt(rank, happens, codes, default=False, **env):
     # The rank that sleeps and the one that waits for it may both be the first to notice; -6 is jax's abort.
     hurt(1, 'time.sleep(1000)', {142, 134, -6}, SAE_JAX_STALL_S='4'),
     # The preemption service agrees on a step in the background; meanwhile a cell this small would end.
-    hurt(1, 'os.kill(os.getpid(), signal.SIGTERM); time.sleep(3)', {42}, default=True),
+    hurt(1, 'os.kill(os.getpid(), signal.SIGTERM); time.sleep(3)', {42}),
     hurt(1, 'os.kill(os.getpid(), signal.SIGSTOP)', {134, -6}, SAE_JAX_HEARTBEAT_S='3'),
     # A rank that is gone is no fault of the cell, whatever the others' collectives raise.
     hurt(1, 'os.kill(os.getpid(), signal.SIGKILL)', {-9, 134, -6}, SAE_JAX_HEARTBEAT_S='3'),
@@ -184,7 +182,6 @@ def test_disturbed_gang_ends_and_resumes_to_the_same_bits(
   assert digests(store) == undisturbed
 
 
-@pytest.mark.chaos
 def test_gang_that_waited_for_work_stops_together_idle_or_training(undisturbed, start, tmp_path):
   store = make_ledger(tmp_path / 'ledger', {})
   held = store.claim(store.cells()[0].id)
@@ -201,7 +198,6 @@ def test_gang_that_waited_for_work_stops_together_idle_or_training(undisturbed, 
   assert digests(store) == undisturbed
 
 
-@pytest.mark.chaos
 def test_cancelled_cell_is_left_by_all_ranks_at_one_step(undisturbed, start, tmp_path):
   store = make_ledger(tmp_path / 'ledger', {})
   (cell,) = store.cells()
