@@ -80,12 +80,13 @@ def load(cell: str, weights: str | None = None) -> Autoencoder:
     weights: 'raw' or 'ema'; None takes the better on held-out tokens.
 
   Raises:
-    UserError: nothing there, changed since it was written, or sizes that do not agree.
+    UserError: nothing there, changed since it was written, of another cell, or sizes that do not agree.
   """
   folder = files.join(str(cell), schema.ARTIFACT)
   try:
     info = schema.parse(files.read(files.join(folder, schema.ARTIFACT_INFO)))
     schema.check(info, schema.ARTIFACTS)
+    _check_owner(str(cell), info)
     weights = weights or str(info.get('weights'))
     if weights not in _WEIGHTS:
       raise UserError(f'weights={weights!r} is not one of {", ".join(_WEIGHTS)}')
@@ -95,9 +96,10 @@ def load(cell: str, weights: str | None = None) -> Autoencoder:
     params = safetensors.numpy.load(data)
   except FileNotFoundError:
     raise UserError(f'{folder} holds no trained autoencoder; is the cell finished?') from None
-  except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+  except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    why = getattr(error, 'strerror', None) or str(error)
     raise UserError(
-      f'{folder} is damaged ({cell_state.printable(str(error))}); train the cell again'
+      f'{folder} is damaged ({cell_state.printable(why)[:120]}); python -m sweeps.retry with its id has it trained again'
     ) from None
   n, d, k = info['n_latents'], info['d_model'], info['k']
   expected = {'w_enc_FD': (n, d), 'w_dec_FD': (n, d), 'b_enc_F': (n,), 'b_pre_D': (d,)}
@@ -106,3 +108,15 @@ def load(cell: str, weights: str | None = None) -> Autoencoder:
     raise UserError(f'{folder}: tensors {found} are not finite arrays of {expected}; train the cell again')
   facts = schema.content(info) | {'weights': weights, 'verified': schema.verified(info)}
   return Autoencoder(SAE({name: jnp.asarray(t) for name, t in params.items()}, k=k), facts)
+
+
+def _check_owner(cell: str, info: dict[str, Any]) -> None:
+  """Raises `schema.Broken` when the cell beside an autoencoder is another than it was trained as."""
+  if info.get('imported_from') or not info.get('id'):
+    return
+  try:
+    config = schema.parse(files.read(files.join(cell, schema.CONFIG)))
+  except (OSError, schema.Broken):
+    return  # sae/ alone was copied, or somebody else says what is wrong with the configuration
+  if config.get('id') != info['id']:
+    raise schema.Broken(f'it is of cell {info["id"]!r} and {schema.CONFIG} of {config.get("id")!r}')

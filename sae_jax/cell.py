@@ -251,6 +251,12 @@ class Config:
     return schema.dump({'schema': SCHEMA, 'id': self.id} | _record(self))
 
 
+def log_spaced(steps: int, per_decade: int) -> set[int]:
+  """Steps to evaluate at: about `per_decade` a decade, and the last, so that one run is a whole loss curve."""
+  count = math.ceil(math.log10(steps) * per_decade) if steps > 1 else 0
+  return {round(10 ** (i / per_decade)) for i in range(count)} | {steps}
+
+
 def id_of(record: dict[str, Any]) -> str:
   """The id of a configuration by its record alone: what config.json should say of itself."""
   identity = {'schema': SCHEMA} | {

@@ -1,10 +1,11 @@
 """What the files of one cell's folder say of it: its state, the reason, its result. The same for every reader."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from sae_jax import cell, files, lease, schema
+from sae_jax import cell, files, lease, metrics, schema
 
 MAX_FAILURES = 3  # attempts of a cell before it has failed for good
 _REASON = 200  # characters of a reason shown to people
@@ -14,6 +15,8 @@ _REPEATED = {
   'sae.n_latents': 'n_latents', 'sae.k': 'k', 'sae.d_model': 'd_model', 'optim.learning_rate': 'learning_rate',
   'train.seed': 'seed', 'train.batch_tokens': 'batch_tokens', 'train.tokens': 'tokens_asked',
 }  # fmt: skip
+# What a result repeats of the evaluation at the last step; not the time, which another attempt spends again.
+_MEASURED = {line: name for line, name in schema.line_names(schema.MEASURED).items() if name != 'wall_s'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,7 @@ class CellState:
     result: result.json of a cell that is done.
     verified: whether the result was covered by a digest; those of earlier versions were not.
     config: config.json as a dict, where it could be read.
+    broken: name in the folder of what makes the cell invalid.
   """
 
   state: str
@@ -35,6 +39,7 @@ class CellState:
   result: dict[str, Any] | None = None
   verified: bool = True
   config: dict[str, Any] | None = None
+  broken: str = ''
 
 
 Holder = Callable[[], dict[str, Any] | None]
@@ -53,20 +58,22 @@ def read(
       known to be dead.
   """
   names = set(files.listdir(folder))
+  if not names and files.is_file(folder):
+    return _invalid('', 'the cell is a file and not a folder')
   config, wrong = None, ''
   if schema.CONFIG in names:
     try:
       config = schema.parse(files.read(files.join(folder, schema.CONFIG)))
       wrong = _wrong_config(config, cell_id)
     except (schema.Broken, OSError) as error:
-      wrong = printable(f'{schema.CONFIG}: {error}')
+      wrong = _why(error)
     if wrong:
-      return CellState(schema.INVALID, wrong)
+      return _invalid(schema.CONFIG, wrong)
   if schema.RESULT in names:
     try:
       result = _result(folder, cell_id, config)
     except (schema.Broken, OSError) as error:
-      return CellState(schema.INVALID, printable(f'{schema.RESULT}: {error}'), config=config)
+      return _invalid(schema.RESULT, _why(error), config)
     return CellState(
       schema.DONE, result=schema.content(result), verified=schema.verified(result), config=config
     )
@@ -81,16 +88,41 @@ def printable(text: str) -> str:
   return line if len(line) <= _REASON else line[: _REASON - 3] + '...'
 
 
+def artifact_problem(folder: str) -> str:
+  """Why the autoencoder of a finished cell cannot be believed; empty when it can. Reads its files whole."""
+  product = files.join(folder, schema.ARTIFACT)
+  name = schema.ARTIFACT_INFO
+  try:
+    info = schema.parse(files.read(files.join(product, name)))
+    schema.check(info, schema.ARTIFACTS)
+    for weights, expected in (info.get('sha256') or {}).items():
+      name = f'{weights}.safetensors'
+      if hashlib.sha256(files.read(files.join(product, name))).hexdigest() != expected:
+        raise schema.Broken('it does not fit its digest: it was changed')
+  except (schema.Broken, OSError) as error:
+    return printable(f'{schema.ARTIFACT}/{name}: {_why(error)}')
+  return ''
+
+
+def _invalid(name: str, why: str, config: dict[str, Any] | None = None) -> CellState:
+  said = printable(f'{name}: {why}' if name else why)
+  return CellState(schema.INVALID, said, config=config, broken=name)
+
+
+def _why(error: Exception) -> str:
+  return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def _wrong_config(config: dict[str, Any], cell_id: str) -> str:
   """Why a config.json cannot be believed; empty when it can."""
   schema.check_digest(config)
   if config.get('id') != cell_id:
-    return printable(f'{schema.CONFIG} is of cell {config.get("id")!r}')
+    return f'it is of cell {config.get("id")!r}'
   try:
     own = cell.id_of(config)
   except (TypeError, ValueError) as error:
-    return printable(f'{schema.CONFIG}: {error}')
-  return '' if own == cell_id else f'{schema.CONFIG} was changed: it hashes to {own}'
+    return str(error)
+  return '' if own == cell_id else f'it was changed: it hashes to {own}'
 
 
 def _result(folder: str, cell_id: str, config: dict[str, Any] | None) -> dict[str, Any]:
@@ -103,7 +135,29 @@ def _result(folder: str, cell_id: str, config: dict[str, Any] | None) -> dict[st
   for key, name in _REPEATED.items():
     if key in flat and name in result and flat[key] != result[name]:
       raise schema.Broken(f'{name}={result[name]!r}, and {flat[key]!r} in {schema.CONFIG}')
+  _compare_with_metrics(folder, cell_id, result)
   return result
+
+
+def _compare_with_metrics(folder: str, cell_id: str, result: dict[str, Any]) -> None:
+  """Raises `schema.Broken` when metrics have the last step and none of its lines says what the result says.
+
+  One that agrees is enough: whoever lost the cell in its last step may have added its own line.
+  """
+  differences = ''
+  for line in metrics.newest_lines(folder, cell_id):
+    if line['step'] != result['steps']:
+      continue
+    differs = [
+      f'{name}={result[name]!r}, and {line[key]!r} in the last line of {schema.METRICS}'
+      for key, name in _MEASURED.items()
+      if name in result and key in line and line[key] != result[name]
+    ]
+    if not differs:
+      return
+    differences = differences or differs[0]
+  if differences:
+    raise schema.Broken(differences)
 
 
 def _is_imported(folder: str, names: set[str]) -> bool:
@@ -125,9 +179,17 @@ def _unfinished(folder: str, names: set[str], max_failures: int, holder: Holder 
     except FileNotFoundError:  # cleared since the folder was listed
       failure = None
     except (schema.Broken, OSError) as error:
-      return CellState(schema.INVALID, printable(f'{schema.FAILURE}: {error}'))
+      return _invalid(schema.FAILURE, _why(error))
+  for name in (schema.CHECKPOINTS, schema.CLAIMS, schema.ARTIFACT):
+    if name in names and files.is_file(files.join(folder, name)):
+      return _invalid(name, 'it is a file and not a folder')
+  if schema.METRICS in names and files.is_folder(files.join(folder, schema.METRICS)):
+    return _invalid(schema.METRICS, 'it is a folder and not a file')
   attempts = failure['attempts'] if failure else 0
-  found = (holder or (lambda: lease.last_holder(folder)))() if schema.CLAIMS in names else None
+  try:
+    found = (holder or (lambda: lease.last_holder(folder)))() if schema.CLAIMS in names else None
+  except (IsADirectoryError, PermissionError) as error:
+    return _invalid(schema.CLAIMS, f'a claim cannot be read ({_why(error)})')
   cancelled = schema.CANCEL in names
   if found is not None:
     leaving = ', asked by sweeps.cancel to save and stop' if cancelled else ''

@@ -17,6 +17,10 @@ class UserError(Exception):
   """A mistake in the input. The message is one line: the value, the rule and the remedy."""
 
 
+class BrokenFile(UserError):
+  """A file that cannot be believed. No attempt of a cell is charged for it: the remedy is to move the file aside."""
+
+
 def one_line_errors(main: Callable[[list[str]], int]) -> Callable[[list[str] | None], None]:
   """Wraps an entry point: exits with its return code, or with one line on stderr for a `UserError`.
 

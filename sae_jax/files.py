@@ -74,6 +74,16 @@ def exists(path: str) -> bool:
     return fs.exists(name)
 
 
+def is_file(path: str) -> bool:
+  """Whether a local path is a file; False on an object store, where nothing can be a file instead of a folder."""
+  return is_local(path) and local(path).is_file()
+
+
+def is_folder(path: str) -> bool:
+  """Whether a local path is a folder; False on an object store."""
+  return is_local(path) and local(path).is_dir()
+
+
 def read(path: str) -> bytes:
   """The whole file. Raises FileNotFoundError."""
   if is_local(path):

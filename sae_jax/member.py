@@ -14,11 +14,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sae_jax import artifact, files, flops, metrics, optim, schema
+from sae_jax import artifact, cell_state, files, flops, metrics, optim, schema
+from sae_jax.cell import log_spaced
 from sae_jax.checkpoint import Checkpoints, combined_digest
 from sae_jax.config import Config, from_json
 from sae_jax.data.source import Source
-from sae_jax.errors import UserError
+from sae_jax.errors import BrokenFile, UserError
 from sae_jax.evaluate import Evaluator
 
 
@@ -164,12 +165,6 @@ class Member:
     return self._facts['wall_s'] + self._share * (time.monotonic() - self._began)
 
 
-def log_spaced(steps: int, per_decade: int) -> set[int]:
-  """Steps to evaluate at: about `per_decade` a decade, and the last, so that one run is a whole loss curve."""
-  count = math.ceil(math.log10(steps) * per_decade) if steps > 1 else 0
-  return {round(10 ** (i / per_decade)) for i in range(count)} | {steps}
-
-
 def check_finite(step: int, values: dict[str, Any]) -> None:
   """Raises `Diverged` naming what is not finite."""
   bad = [
@@ -182,7 +177,10 @@ def check_finite(step: int, values: dict[str, Any]) -> None:
 
 
 def claim_folder(config: Config, workdir: str) -> None:
-  """Writes config.json, or checks that the folder is this cell's. Raises `UserError` when it is another's."""
+  """Writes config.json, or checks that the folder is this cell's.
+
+  Raises `UserError` when it is another's, and `BrokenFile` when a file there cannot be believed.
+  """
   path = files.join(workdir, schema.CONFIG)
   if jax.process_index() == 0 and not files.exists(path):
     try:
@@ -195,8 +193,20 @@ def claim_folder(config: Config, workdir: str) -> None:
       ) from error
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(schema.CONFIG)
-  found = from_json(files.read(path))
+  try:
+    found = from_json(files.read(path))
+  except (UserError, IsADirectoryError) as error:
+    raise _broken(path, getattr(error, 'strerror', None) or str(error)) from None
   if found.id != config.id:
     raise UserError(
       f'{workdir} holds cell {found.id} and the configuration is cell {config.id}; use another workdir'
     )
+  state = cell_state.read(workdir, config.id)
+  if state.state == schema.INVALID:
+    raise _broken(files.join(workdir, state.broken), state.reason.removeprefix(f'{state.broken}: '))
+
+
+def _broken(path: str, why: str) -> BrokenFile:
+  return BrokenFile(
+    f'{path}: {cell_state.printable(why)[:120]}; move it aside (python -m sweeps.retry does) and start again'
+  )

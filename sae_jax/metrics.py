@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -26,6 +27,7 @@ _CPU = (
   'CPU implementer', 'CPU architecture', 'CPU variant', 'CPU part', 'Features',
 )  # fmt: skip
 _METRICS = re.compile(r'metrics(\.([0-9]+))?\.jsonl')
+_KINDS = {field.line: field.kind for field in schema.CURVES}
 
 
 class MetricsFile:
@@ -60,20 +62,34 @@ class MetricsFile:
 def read_metrics(workdir: str, cell_id: str) -> list[dict[str, Any]]:
   """Lines of all attempts by step, the later attempt and line winning.
 
-  A line that was cut short, was changed, or belongs to another cell is left out.
+  A line that was cut short, was changed, belongs to another cell, or has a number of the wrong type is left out.
   """
-  by_step: dict[int, dict[str, Any]] = {}
+  by_step = {line['step']: line for line in reversed(list(newest_lines(workdir, cell_id)))}
+  return [by_step[step] for step in sorted(by_step)]
+
+
+def newest_lines(workdir: str, cell_id: str) -> Iterator[dict[str, Any]]:
+  """Every line that can be believed, from the last of the newest attempt to the first of the oldest.
+
+  The files are read as far as the caller goes, so that the last line is cheap.
+  """
   names = [name for name in files.listdir(workdir) if _METRICS.fullmatch(name)]
-  for name in sorted(names, key=_attempt):
-    for line in files.read(files.join(workdir, name)).split(b'\n'):
+  for name in sorted(names, key=_attempt, reverse=True):
+    try:
+      data = files.read(files.join(workdir, name))
+    except (FileNotFoundError, IsADirectoryError):
+      continue
+    for text in reversed(data.split(b'\n')):
+      if not text:
+        continue
       try:
-        record = schema.parse(line)
-        schema.check(record, (), cell_id)
+        line = schema.parse(text)
+        schema.check(line, (), cell_id)
+        if all(schema.is_kind(line[key], kind) for key, kind in _KINDS.items() if line.get(key) is not None):
+          if line.get('step') is not None and line['step'] >= 0:
+            yield schema.content(line)
       except schema.Broken:
         continue
-      if type(record.get('step')) is int:
-        by_step[record['step']] = schema.content(record)
-  return [by_step[step] for step in sorted(by_step)]
 
 
 def commit_result(workdir: str, result: dict[str, Any]) -> None:
@@ -97,7 +113,7 @@ def record_failure(
     before = schema.parse(files.read(path))
     schema.check(before, schema.FAILURES)
     attempts = before['attempts']
-  except (FileNotFoundError, schema.Broken):
+  except (FileNotFoundError, IsADirectoryError, schema.Broken):
     attempts = 0
   record = {
     'error': ' '.join(str(error).split())[:2000],

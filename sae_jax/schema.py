@@ -35,6 +35,8 @@ SWEEP, CELLS, STORE = 'sweep.json', 'cells', 'store.json'
 
 DIGEST = 'digest'  # last key of a sealed record
 _SMALL = 2**22  # bytes of a record; more is refused unread
+_DEEP = 32  # levels of nesting that no record comes near
+_WHOLE = 2**63  # whole numbers of a record stay below: beyond, neither arrays nor floats hold them
 
 
 class Broken(ValueError):
@@ -229,6 +231,8 @@ def parse_large(data: bytes) -> dict[str, Any]:
     raise Broken('it is empty')
   try:
     record = json.loads(data, parse_constant=_not_finite, parse_float=_finite)
+    if data.count(b'{') + data.count(b'[') > _DEEP:
+      _check_depth(record)
     if b'\\' in data or not data.isascii():
       json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair can be read but never written
   except Broken:
@@ -247,7 +251,8 @@ def parse_large(data: bytes) -> dict[str, Any]:
 def check(record: dict[str, Any], fields: Iterable[Field], owner: str = '') -> None:
   """Raises `Broken` unless a record can be believed: known schema, right digest, and every field of its type.
 
-  A record from before schema numbers has no digest, and only its necessary fields have to be there.
+  A record from before schema numbers has no digest, and only its necessary fields have to be there. What is there has
+  the right type all the same: readers count and compare with it.
   """
   numbered = 'schema' in record or DIGEST in record
   if numbered:
@@ -262,7 +267,7 @@ def check(record: dict[str, Any], fields: Iterable[Field], owner: str = '') -> N
     if value is None:
       if field.must or (numbered and not field.may):
         raise Broken(f'{field.name} is missing')
-    elif (numbered or field.must) and not is_kind(value, field.kind):
+    elif not is_kind(value, field.kind):
       raise Broken(f'{field.name}={_short(value)} is not of type {field.kind.__name__}')
     elif field.must and not value > 0:
       raise Broken(f'{field.name}={_short(value)} is not above 0')
@@ -298,7 +303,7 @@ def is_kind(value: Any, kind: type) -> bool:
   """Whether a JSON value is of a field's type: whole numbers are floats too, truth values are no numbers."""
   if kind is float:
     return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**1000)
-  return type(value) is kind
+  return type(value) is kind and (kind is not int or abs(value) < _WHOLE)
 
 
 def _digest(record: dict[str, Any], owner: str) -> str:
@@ -306,6 +311,17 @@ def _digest(record: dict[str, Any], owner: str) -> str:
   rest = {key: value for key, value in record.items() if key != DIGEST}
   text = json.dumps(rest, sort_keys=True, allow_nan=False)
   return hashlib.sha256(f'{owner}\n{text}'.encode()).hexdigest()[:32]
+
+
+def _check_depth(record: Any) -> None:
+  """Raises `Broken` for nesting that the parser still follows and recursive readers would not."""
+  level = [record]
+  for _ in range(_DEEP):
+    inner = (value for one in level for value in (one.values() if isinstance(one, dict) else one))
+    level = [value for value in inner if isinstance(value, dict | list)]
+    if not level:
+      return
+  raise Broken('it is nested too deeply')
 
 
 def _not_finite(text: str) -> Any:

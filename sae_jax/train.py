@@ -33,7 +33,7 @@ from sae_jax import (
 )
 from sae_jax.config import Config, resolve
 from sae_jax.data.source import Source, open_source
-from sae_jax.errors import HOST_BROKEN, PREEMPTED, UserError, one_line_errors
+from sae_jax.errors import HOST_BROKEN, PREEMPTED, BrokenFile, UserError, one_line_errors
 from sae_jax.member import Diverged, Member, check_finite, claim_folder
 from sae_jax.sample import start_up_sample
 from sae_jax.step import abstract_state, make_group_step, make_step
@@ -261,7 +261,8 @@ def main(argv: list[str]) -> int:
     of_host = not files.is_disk_full(error) and files.is_host_error(error)
     known = not isinstance(error, UserError) or files.exists(files.join(workdir, schema.CONFIG))
     # One attempt, however many processes, and none when another rank died.
-    if known and jax.process_index() == 0 and not distributed.lost_peer(error) and not of_host:
+    known = known and not (of_host or isinstance(error, BrokenFile))
+    if known and jax.process_index() == 0 and not distributed.lost_peer(error):
       metrics.record_failure(workdir, error, permanent=isinstance(error, Diverged))
     if isinstance(error, Diverged):
       raise UserError(str(error)) from error

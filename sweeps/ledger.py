@@ -187,5 +187,5 @@ class Ledger:
       return record
     except (FileNotFoundError, NotADirectoryError):
       raise UserError(f'no sweep at {self.path!r}; start one with python -m sweeps.launch') from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
       raise UserError(f'{self._sweep_file} is not a sweep record ({error}); was it edited by hand?') from None

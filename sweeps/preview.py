@@ -106,7 +106,7 @@ def _step_shape(config: Config) -> str:
 def _rate(store: ledger.Ledger, states: list[ledger.CellState], stated: float | None) -> tuple[float, str]:
   spent = seconds = 0.0
   for s in states:
-    if s.result is not None:
+    if s.result is not None and s.result.get('wall_s'):  # those of early versions may lack it
       spent, seconds = spent + s.result['flops_dense'], seconds + s.result['wall_s']
   if seconds > 0:
     return spent / seconds, 'measured on the finished cells of this ledger'

@@ -1,42 +1,109 @@
-"""Gives failed cells a fresh set of attempts by clearing their failure.json.
+"""Gives cells that failed, or whose files cannot be believed, a fresh set of attempts.
 
 python -m sweeps.retry --ledger=DIR [ID ...]
+
+failure.json of a failed cell is deleted. A broken file of an invalid one is moved to its corrupt/, and the cell waits to
+be trained again, from its last checkpoint on. Of a finished cell that is named, an autoencoder that cannot be believed
+is moved there together with its result.
 """
 
 import argparse
+import dataclasses
 
-from sae_jax import files, schema
+from sae_jax import cell_state, files, schema
 from sae_jax.errors import UserError, one_line_errors
 from sweeps import grid, ledger, work
 
 
-def retry(
-  store: ledger.Ledger, ids: list[str], max_failures: int = ledger.MAX_FAILURES
-) -> list[ledger.CellState]:
-  """Clears the failures of the named cells, or of all that failed for good. Raises `UserError` for an unknown id,
-  and for a named cell that has no failure to clear or is running."""
+@dataclasses.dataclass(frozen=True)
+class Retried:
+  """A cell that is tried again.
+
+  Attributes:
+    cell: which.
+    reason: why it had come to an end.
+    moved: what was set aside: its name, and its new one from the cell's folder on.
+  """
+
+  cell: ledger.Cell
+  reason: str
+  moved: tuple[tuple[str, str], ...] = ()
+
+
+def retry(store: ledger.Ledger, ids: list[str], max_failures: int = ledger.MAX_FAILURES) -> list[Retried]:
+  """Clears the failures and the broken files of the named cells, or of all that failed for good or are invalid.
+
+  Raises `UserError` for an unknown id, and for a named cell that has nothing to clear or is running.
+  """
   states = {s.cell.id: s for s in store.states(max_failures)}
+  damaged: dict[str, str] = {}
   for cell_id in ids:
     if cell_id not in states:
       raise UserError(f'no cell {cell_id!r} in {store.path}; python -m sweeps.status lists the ids')
-    if states[cell_id].state in ('done', 'running') or not states[cell_id].attempts:
-      raise UserError(f'cell {cell_id} is {states[cell_id].state}, with no failure to clear; leave it out')
+    state = states[cell_id]
+    if state.state == schema.DONE and (why := _damaged_artifact(store.folder(cell_id))):
+      damaged[cell_id] = why
+    elif state.state != schema.INVALID and (
+      state.state in (schema.DONE, schema.RUNNING) or not state.attempts
+    ):
+      raise UserError(f'cell {cell_id} is {state.state}, with no failure to clear; leave it out')
   chosen = (
-    [states[cell_id] for cell_id in ids] if ids else [s for s in states.values() if s.state == 'failed']
+    [states[cell_id] for cell_id in ids]
+    if ids
+    else [s for s in states.values() if s.state in (schema.FAILED, schema.INVALID)]
   )
-  for s in chosen:
-    files.remove(files.join(store.folder(s.cell.id), schema.FAILURE))
-  return chosen
+  return [_clear(store, s, damaged.get(s.cell.id, '')) for s in chosen]
+
+
+def _clear(store: ledger.Ledger, state: ledger.CellState, damaged: str) -> Retried:
+  folder = store.folder(state.cell.id)
+  if damaged:
+    # The result first: from then on the cell is unfinished, whatever happens here.
+    moved = tuple((name, _set_aside(folder, name)) for name in (schema.RESULT, schema.ARTIFACT))
+    return Retried(state.cell, damaged, moved)
+  if state.state != schema.INVALID:
+    files.remove(files.join(folder, schema.FAILURE))
+    return Retried(state.cell, state.reason)
+  moved = ()
+  while (found := cell_state.read(folder, state.cell.id)).state == schema.INVALID:
+    if not found.broken:
+      raise UserError(f'{folder} is a file and not a folder; move it away')
+    moved += ((found.broken, _set_aside(folder, found.broken)),)
+    if found.broken == schema.CONFIG:
+      files.create(files.join(folder, schema.CONFIG), state.cell.config.to_json())
+  return Retried(state.cell, state.reason, moved)
+
+
+def _set_aside(folder: str, name: str) -> str:
+  """Moves a file or folder of a cell to its corrupt/, and returns where it is now."""
+  taken = files.listdir(files.join(folder, schema.CORRUPT))
+  number = next(i for i in range(len(taken) + 1) if f'{name}-{i}' not in taken)
+  to = files.join(schema.CORRUPT, f'{name}-{number}')
+  try:
+    files.move_tree(files.join(folder, name), files.join(folder, to))
+  except OSError as error:
+    raise UserError(
+      f'{files.join(folder, name)} cannot be moved ({error.strerror or error}); move it away by hand'
+    ) from error
+  return to
+
+
+def _damaged_artifact(folder: str) -> str:
+  """Why the autoencoder in the folder of a finished cell cannot be believed, empty when it can or there is none."""
+  if schema.ARTIFACT not in files.listdir(folder):
+    return ''
+  return cell_state.artifact_problem(folder)
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='python -m sweeps.retry',
-    description='Clear the failures of cells, so that the next launch or a running worker tries them again.',
+    description='Clear the failures of cells and move files aside that cannot be believed, so that the next launch or a '
+    'running worker tries these cells again.',
   )
   parser.add_argument('--ledger', required=True, help='folder or fsspec URL of the sweep')
   parser.add_argument(
-    'ids', nargs='*', metavar='ID', help='cells to clear (default: all that failed for good)'
+    'ids', nargs='*', metavar='ID', help='cells to clear (default: all that failed for good or are invalid)'
   )
   work.add_max_failures(parser)
   return parser
@@ -45,10 +112,15 @@ def _parser() -> argparse.ArgumentParser:
 @one_line_errors
 def main(argv: list[str]) -> int:
   args = _parser().parse_args(argv)
-  cleared = retry(ledger.Ledger(args.ledger), args.ids, args.max_failures)
-  for s in cleared:
-    print(f'{s.cell.id} {grid.label(s.cell.overrides)}: cleared {s.reason}')
-  print(f'{len(cleared)} cells to try again' if cleared else 'no failed cell')
+  store = ledger.Ledger(args.ledger)
+  cleared = retry(store, args.ids, args.max_failures)
+  for one in cleared:
+    what = ', '.join(f'moved {name} to {to}' for name, to in one.moved)
+    print(
+      f'{one.cell.id} {cell_state.printable(grid.label(one.cell.overrides))}: '
+      + (f'{what} ({one.reason})' if what else f'cleared {one.reason}')
+    )
+  print(f'{len(cleared)} cells to try again' if cleared else 'no failed or invalid cell')
   return 0
 
 

@@ -86,13 +86,21 @@ def write(
   Args:
     ledger: the folder of the sweep.
     c: the cell.
-    curve: NMSE by step, or whole lines of metrics.jsonl.
+    curve: NMSE by step, or whole lines of metrics.jsonl. A finished cell's line at the last step says what its result
+      says.
     finished: whether it has a result.
     changes: entries of the result that differ from `result`.
   """
   folder = files.join(str(ledger), schema.CELLS, c.id)
   files.replace(files.join(folder, schema.CONFIG), c.to_json())
   lines = [line(c, *pair) for pair in curve.items()] if isinstance(curve, Mapping) else curve
+  if finished:
+    said = result(c, **changes)
+    last = {key: said[name] for key, name in schema.line_names(schema.MEASURED).items() if name in said}
+    lines = [
+      {**one} | {key: value for key, value in last.items() if key in one and one['step'] == c.train.steps}
+      for one in lines
+    ]
   data = b''.join(schema.dump_line(dict(one), c.id) for one in lines)
   if data:
     files.replace(files.join(folder, schema.METRICS), data)

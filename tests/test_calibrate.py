@@ -39,6 +39,7 @@ def test_calibrate_cells_of_another_law_fall_outside(planted):
   for path in large.glob('cells/*/result.json'):
     record = json.loads(path.read_text())
     cells.edit(str(path), nmse=record['nmse'] * 1.5)
+    (path.parent / 'metrics.jsonl').unlink()  # it says otherwise
   found = calibrate.check(out, str(large))
   assert found.inside == 0 and found.p_so_few < 1e-4
   assert (found.cells['rel_err'] < -0.2).all()
