@@ -57,6 +57,7 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
   """
   cells = table.load_cells(ledger)
   done, curves = table.load_ledger(ledger, cells), table.load_curves(ledger, cells)
+  holes, curves.attrs = curves.attrs['warnings'], {}
   best = table.best_learning_rate(done)
   done['best_learning_rate'] = done['id'].isin(best['id'])
   warnings, best.attrs['warnings'] = list(best.attrs['warnings']), []  # said once, not again with every law
@@ -66,7 +67,9 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
   curves = curves[curves['id'].isin(own(cells)['id'])]
   data = _Data(points, own(best), own(_longest(done)), every, curves)
   risen = convergence.risen_warnings(points)
-  warnings += notes + _mixed_settings(points) + risen + convergence.unconverged_warnings(curves, points['id'])
+  warnings += (
+    holes + notes + _mixed_settings(points) + risen + convergence.unconverged_warnings(curves, points['id'])
+  )
 
   asked, not_attempted = _asked(data)
   tries = _Tries(bootstrap, _largest(points))

@@ -73,10 +73,11 @@ def load_curves(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
   """Every measurement of every cell in long form, with the cell's state and sizes.
 
   One row a (id, step); a later line for a step replaces an earlier one. Lines cut short by a crash are left out.
-  `cells` saves reading them again when `load_cells` has.
+  `attrs['warnings']` names the finished cells whose curves lack evaluations that were planned. `cells` saves reading
+  them again when `load_cells` has.
   """
   cells = load_cells(path) if cells is None else cells
-  frames = []
+  frames, holes = [], {}
   for row in cells.to_dict('records'):
     lines = metrics.read_metrics(files.join(path, schema.CELLS, row['id']), row['id'])
     measured = [
@@ -86,8 +87,15 @@ def load_curves(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
     ]
     facts = {'id': row['id'], 'state': row['state']} | {key: _number(row[key]) for key in _FACTS}
     frames += [facts | line for line in measured]
+    if row['state'] == schema.DONE and (planned := _planned(row)):
+      if lacking := planned - {line['step'] for line in lines}:
+        holes[row['id']] = (len(lacking), len(planned))
   also = [new for new in _CURVES_MAY.values() if any(new in frame for frame in frames)]
-  return pd.DataFrame(frames, columns=pd.Index(['id', 'state', *_FACTS, *_CURVES.values(), *also]))
+  curves = pd.DataFrame(frames, columns=pd.Index(['id', 'state', *_FACTS, *_CURVES.values(), *also]))
+  number = curves.columns.difference(['id', 'state'])
+  curves[number] = curves[number].astype(float)  # also where there are no rows
+  curves.attrs = {'warnings': _holes_warnings(holes)}
+  return curves
 
 
 def best_learning_rate(table: pd.DataFrame) -> pd.DataFrame:
@@ -125,7 +133,7 @@ def finished_runs(curves: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
   done = done[np.isfinite(done[x]) & np.isfinite(done[y])]
   if done.empty:
     raise UserError(
-      f'no finished run has both {x} and {y} in its metrics; evaluate more often or finish some cells'
+      f'there are no curves: no finished run has both {x} and {y} in its metrics; evaluate more often or finish some cells'
     )
   positive(done, ['n_latents', x, y])
   return done
@@ -237,6 +245,25 @@ def _not_done_warnings(others: list[dict[str, str]]) -> list[dict[str, str]]:
   names = ', '.join(str(o['id']) for o in others[:_NAMED])
   more = f' and {len(others) - _NAMED} more' if len(others) > _NAMED else ''
   return [warning('cells_missing', f'{counts} cells are left out: {names}{more}')] if states else []
+
+
+def _planned(row: dict[str, Any]) -> set[int]:
+  """The steps at which a finished cell was to be evaluated; none where its configuration is not known."""
+  steps, per_decade = _number(row['steps']), _number(row.get('per_decade'))
+  return cell.log_spaced(int(steps), int(per_decade)) if steps > 0 and per_decade > 0 else set()
+
+
+def _holes_warnings(holes: dict[str, tuple[int, int]]) -> list[dict[str, str]]:
+  """One warning for cells with (lacking, planned) evaluations; none when there are none."""
+  if not holes:
+    return []
+  named = [f'{name} ({lacking} of {planned})' for name, (lacking, planned) in list(holes.items())[:_NAMED]]
+  more = f' and {len(holes) - _NAMED} more' if len(holes) > _NAMED else ''
+  text = (
+    f'{sum(lacking for lacking, _ in holes.values())} planned evaluations are missing from the curves of {len(holes)} '
+    f'finished cells: {", ".join(named)}{more}; laws over compute and tokens see the rest'
+  )
+  return [warning('holes', text)]
 
 
 def _setting(flat: dict[str, Any]) -> str:

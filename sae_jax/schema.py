@@ -186,6 +186,7 @@ FROM_CONFIG = {
   'train.seed': 'seed', 'train.batch_tokens': 'batch_tokens', 'data.source': 'source', 'data.subject': 'subject',
   'data.site': 'site', 'data.text': 'text', 'data.seed': 'data_seed', 'data.epochs': 'epochs',
   'optim.ema_decay': 'ema_decay', 'loss.aux_coefficient': 'aux_coefficient',
+  'eval.per_decade': 'per_decade',
 }  # fmt: skip
 
 

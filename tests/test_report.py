@@ -113,6 +113,19 @@ def plain(tmp_path_factory):
   return report.analyse(folder, bootstrap=0)
 
 
+def test_report_of_a_ledger_without_metrics_fits_what_needs_no_curves(tmp_path):
+  write_ledger(str(tmp_path))
+  for path in tmp_path.glob('cells/*/metrics.jsonl'):
+    path.unlink()
+  found = report.analyse(str(tmp_path), bootstrap=0)
+  assert len(found.joint.table) == len(SIZES) * len(KS) and all(one.power for one in found.by_k)
+  (holes,) = (w for w in found.warnings if w['code'] == 'holes')
+  assert f'of {len(SIZES) * len(KS)} finished cells' in holes['message']
+  refused = [w['message'] for w in found.warnings if w['code'] == 'not_fitted']
+  assert any(text.startswith('L(C) at k=3, 17: there are no curves') for text in refused)
+  report.write(found, str(tmp_path / 'out'), 'bare')
+
+
 def test_report_names_cells_that_are_not_at_convergence(tmp_path):
   write_ledger(str(tmp_path), ks=[3])
   stale = cell(65536, 3)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import table
+from sae_jax import cell as cells_schema
 from sae_jax import files, metrics, schema
 from sae_jax.errors import UserError
 from tests import cells
@@ -100,6 +101,27 @@ def test_load_curves_takes_the_later_line_and_drops_a_torn_one(tmp_path):
   assert curves['nmse'].tolist() == [1.0, 0.7, 1 / 3]
   assert curves['l0'].isna().all()  # never written, so missing
   assert curves['n_latents'].tolist() == [64] * 3 and set(curves['state']) == {'done'}
+
+
+def test_load_curves_names_finished_cells_with_holes(tmp_path):
+  """A power cut, or lines that were changed: the cell is done and the curve is not what was planned."""
+  planned = sorted(cells_schema.log_spaced(100, cell().eval.per_decade))
+  whole, torn, bare = cell(), cell(seed=1), cell(seed=2)
+  cells.write(str(tmp_path), whole, dict.fromkeys([*planned, 41], 0.5))
+  cells.write(str(tmp_path), torn, dict.fromkeys(planned[3:], 0.5))
+  cells.write(str(tmp_path), bare)
+  cells.write(str(tmp_path), cell(seed=3), {1: 0.5}, finished=False)  # goes on
+  (found,) = table.load_curves(str(tmp_path)).attrs['warnings']
+  assert found['code'] == 'holes' and whole.id not in found['message']
+  assert f'{torn.id} (3 of {len(planned)})' in found['message']
+  assert f'{bare.id} ({len(planned)} of {len(planned)})' in found['message']
+  assert found['message'].startswith(
+    f'{3 + len(planned)} planned evaluations are missing from the curves of 2 '
+  )
+  changed = files.join(str(tmp_path), 'cells', whole.id, schema.METRICS)
+  files.replace(changed, files.read(changed).replace(b'"tokens": 11,', b'"tokens": 12,'))
+  (found,) = table.load_curves(str(tmp_path)).attrs['warnings']
+  assert f'{whole.id} (1 of {len(planned)})' in found['message']
 
 
 def test_load_curves_merges_attempts_of_an_object_store():
