@@ -36,7 +36,7 @@ def tokens_to_convergence(curves: pd.DataFrame, eps: float = EPS) -> pd.DataFram
   for column in ('id', 'n_latents', 'k', 'tokens', 'nmse'):
     if column not in curves.columns:
       raise UserError(f'no column {column!r} in the curves; they have {", ".join(map(str, curves.columns))}')
-  done = curves[curves['state'] == 'done'] if 'state' in curves else curves
+  done = table.useful(curves[curves['state'] == 'done'] if 'state' in curves else curves)
   rows = []
   for name, run in done.groupby('id', sort=True):
     tokens, reason = _converged(run[np.isfinite(run['nmse']) & (run['tokens'] > 0)], eps)

@@ -50,6 +50,8 @@ def fit_law(
 ) -> Fit:
   """Fits a law to all rows of a table.
 
+  Rows that the column `no_better_than_mean` marks are left out.
+
   Args:
     points: the table; other columns are carried along.
     law: a name in `laws.LAWS`.
@@ -70,6 +72,8 @@ def fit_law(
     UserError: the table cannot carry this fit.
   """
   chosen = laws.named(law)
+  useless = table.useless_warnings(points)
+  points = table.useful(points)
   if not 0 <= bootstrap <= _MOST_RESAMPLES:
     raise UserError(
       f'bootstrap={bootstrap} is not in 0..{_MOST_RESAMPLES}; some hundreds do, 0 uses standard errors'
@@ -105,7 +109,9 @@ def fit_law(
   share = np.bincount(label_N).max() / len(label_N)
   if group and share > 0.5:
     doubts.append(table.warning('one_run_dominates', f'one {group} holds {share:.0%} of the points'))
-  return dataclasses.replace(fit, diagnostics=fit.diagnostics | {'seed_noise': noise}).warned(*doubts)
+  return dataclasses.replace(fit, diagnostics=fit.diagnostics | {'seed_noise': noise}).warned(
+    *useless, *doubts
+  )
 
 
 def fit_weighted(

@@ -114,7 +114,7 @@ def predict(ledger: str, at: Mapping[str, int], *, bootstrap: int = 500) -> Pred
   return Prediction(
     at=at, nmse=float(fit.predict(at)[0]), low=low, high=high, tokens=tokens, **costs, beyond=beyond, fit=fit,
     warnings=[
-      *fit.warnings, *notes, *convergence.risen_warnings(best), *_far(fit, beyond),
+      *table.useless_warnings(done), *fit.warnings, *notes, *convergence.risen_warnings(best), *_far(fit, beyond),
       *convergence.unconverged_warnings(curves, best['id']),
     ],
   )  # fmt: skip

@@ -59,13 +59,14 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
   done, curves = table.load_ledger(ledger, cells), table.load_curves(ledger, cells)
   holes, curves.attrs = curves.attrs['warnings'], {}
   best = table.best_learning_rate(done)
+  useful = table.useful(done)
   done['best_learning_rate'] = done['id'].isin(best['id'])
   warnings, best.attrs['warnings'] = list(best.attrs['warnings']), []  # said once, not again with every law
   every = _longest(best)
   own, notes = _choose_subject(every, subject)
   points = own(every)
-  curves = curves[curves['id'].isin(own(cells)['id'])]
-  data = _Data(points, own(best), own(_longest(done)), every, curves)
+  curves = table.useful(curves[curves['id'].isin(own(cells)['id'])])
+  data = _Data(points, own(best), own(_longest(useful)), every, curves)
   risen = convergence.risen_warnings(points)
   warnings += (
     holes + notes + _mixed_settings(points) + risen + convergence.unconverged_warnings(curves, points['id'])

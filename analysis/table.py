@@ -28,6 +28,7 @@ _NOT_SETTING = (
 _CURVES = {field.line: field.name for field in schema.CURVES if field.kind in (int, float) and not field.may}
 _CURVES_MAY = {field.line: field.name for field in schema.CURVES if field.may}
 _FACTS = ('n_latents', 'k', 'learning_rate', 'seed', 'batch_tokens')  # of the cell, repeated on its curve
+USELESS = 'no_better_than_mean'  # column of what no law is fitted to, and code of the warning
 _NAMED = 6  # cells named in a warning
 _RULE = re.compile(r'\s*([A-Za-z_][\w./-]*)\s*(>=|<=|==|!=|>|<)\s*([-+0-9.eE_]+)\s*')
 
@@ -53,18 +54,23 @@ def load_cells(path: str) -> pd.DataFrame:
 def load_ledger(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
   """The finished cells of a ledger, one row each: all of result.json and the configuration's facts.
 
-  `attrs['not_done']` lists the others (id, state, reason) and `attrs['warnings']` says so. `cells` saves reading
-  them again when `load_cells` has.
+  `attrs['not_done']` lists the others (id, state, reason) and `attrs['warnings']` says so. The column
+  `no_better_than_mean` marks autoencoders that reconstruct no better than the mean does, NMSE 1 or more; no law is
+  fitted to them. `cells` saves reading them again when `load_cells` has.
   """
   cells = load_cells(path) if cells is None else cells
   done = cells['state'] == schema.DONE
   table = cells[done].drop(columns=['state', 'reason']).reset_index(drop=True)
   for column in table.columns.intersection([*_MUST, *_NUMBERS]):
     table[column] = pd.to_numeric(table[column])
+  table[USELESS] = table['nmse'] >= 1
   others = cells.loc[~done, ['id', 'state', 'reason']].to_dict('records')
   table.attrs = {
     'not_done': others,
-    'warnings': version_warnings(table) + _unverified(table) + _not_done_warnings(others),
+    'warnings': version_warnings(table)
+    + _unverified(table)
+    + useless_warnings(table)
+    + _not_done_warnings(others),
   }
   return table
 
@@ -85,14 +91,16 @@ def load_curves(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
       | {new: _number(line[old]) for old, new in _CURVES_MAY.items() if old in line}
       for line in lines
     ]
-    facts = {'id': row['id'], 'state': row['state']} | {key: _number(row[key]) for key in _FACTS}
+    facts = {'id': row['id'], 'state': row['state'], USELESS: _number(row['nmse']) >= 1}
+    facts |= {key: _number(row[key]) for key in _FACTS}
     frames += [facts | line for line in measured]
     if row['state'] == schema.DONE and (planned := _planned(row)):
       if lacking := planned - {line['step'] for line in lines}:
         holes[row['id']] = (len(lacking), len(planned))
   also = [new for new in _CURVES_MAY.values() if any(new in frame for frame in frames)]
-  curves = pd.DataFrame(frames, columns=pd.Index(['id', 'state', *_FACTS, *_CURVES.values(), *also]))
-  number = curves.columns.difference(['id', 'state'])
+  curves = pd.DataFrame(frames, columns=pd.Index(['id', 'state', USELESS, *_FACTS, *_CURVES.values(), *also]))
+  curves[USELESS] = curves[USELESS].astype(bool)
+  number = curves.columns.difference(['id', 'state', USELESS])
   curves[number] = curves[number].astype(float)  # also where there are no rows
   curves.attrs = {'warnings': _holes_warnings(holes)}
   return curves
@@ -101,9 +109,12 @@ def load_curves(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
 def best_learning_rate(table: pd.DataFrame) -> pd.DataFrame:
   """Keeps, for each setting, the cells of the learning rate with the lowest mean NMSE over its seeds.
 
-  A setting is everything that decides a cell but learning rate and seeds. `attrs['warnings']` says where the best
+  A setting is everything that decides a cell but learning rate and seeds. Cells that are no better than the mean are
+  left out. `attrs['warnings']` says where the best
   rate is the lowest or highest of those tried, so that a better one may lie outside.
   """
+  attrs = table.attrs
+  table = useful(table)
   positive(table, ['n_latents', 'k', 'learning_rate', 'nmse'])
   keys = [key for key in ('n_latents', 'k', 'd_model', 'batch_tokens', 'tokens', 'setting') if key in table]
   kept, edges = [], []
@@ -116,20 +127,23 @@ def best_learning_rate(table: pd.DataFrame) -> pd.DataFrame:
       side = 'lowest' if best == means.index.min() else 'highest'
       edges.append(f'n={first["n_latents"]:g}, k={first["k"]:g}: {best:.3g} is the {side} of {len(means)}')
   out = pd.concat(kept).reset_index(drop=True) if kept else table.copy()
-  warnings = list(table.attrs.get('warnings', []))
+  warnings = list(attrs.get('warnings', []))
   if edges:
     what = 'the best learning rate is at the edge of those tried, so a better one may lie outside'
     warnings.append(warning('edge_minimum', f'{what} ({"; ".join(edges)})'))
-  out.attrs = table.attrs | {'warnings': warnings}
+  out.attrs = attrs | {'warnings': warnings}
   return out
 
 
 def finished_runs(curves: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
-  """The measurements of finished runs that have both x and y, both positive. Raises `UserError` when none has."""
+  """The measurements of finished runs that have both x and y, both positive; not of those no better than the mean.
+
+  Raises `UserError` when none has.
+  """
   for column in ('id', 'n_latents', x, y):
     if column not in curves.columns:
       raise UserError(f'no column {column!r} in the curves; they have {", ".join(map(str, curves.columns))}')
-  done = curves[curves['state'] == schema.DONE] if 'state' in curves else curves
+  done = useful(curves[curves['state'] == schema.DONE] if 'state' in curves else curves)
   done = done[np.isfinite(done[x]) & np.isfinite(done[y])]
   if done.empty:
     raise UserError(
@@ -142,6 +156,29 @@ def finished_runs(curves: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
 def warning(code: str, message: str) -> dict[str, str]:
   """A finding that a reader must see beside a number; codes are stable, messages are for people."""
   return {'code': code, 'message': message}
+
+
+def useful(rows: pd.DataFrame) -> pd.DataFrame:
+  """Cells, or measurements of cells, that are better than the mean as far as the table says."""
+  return rows[rows[USELESS].astype(str) != 'True'] if USELESS in rows else rows
+
+
+def useless_warnings(table: pd.DataFrame) -> list[dict[str, str]]:
+  """One warning that names the cells no better than the mean; none when there are none."""
+  if USELESS not in table:
+    return []
+  found = table[table[USELESS].astype(str) == 'True'].to_dict('records')
+  if not found:
+    return []
+  named = [
+    f'{row["id"]} (NMSE {row["nmse"]:.3g}'
+    + (f' at learning rate {row["learning_rate"]:.3g})' if 'learning_rate' in row else ')')
+    for row in found[:_NAMED]
+    if 'id' in row and 'nmse' in row
+  ]
+  more = f' and {len(found) - _NAMED} more' if len(found) > _NAMED else ''
+  text = f'{len(found)} finished cells reconstruct no better than the mean does and are in no law: {", ".join(named)}{more}'
+  return [warning(USELESS, text)]
 
 
 def version_warnings(table: pd.DataFrame) -> list[dict[str, str]]:

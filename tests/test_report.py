@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from analysis import report, table
+from analysis.fit import fit_law
 from sae_jax import files, metrics
 from sae_jax.errors import UserError
 from tests import cells, full_ledger, planted_ledger
@@ -124,6 +125,34 @@ def test_report_of_a_ledger_without_metrics_fits_what_needs_no_curves(tmp_path):
   refused = [w['message'] for w in found.warnings if w['code'] == 'not_fitted']
   assert any(text.startswith('L(C) at k=3, 17: there are no curves') for text in refused)
   report.write(found, str(tmp_path / 'out'), 'bare')
+
+
+def test_report_leaves_out_cells_that_are_no_better_than_the_mean(tmp_path, plain):
+  write_ledger(str(tmp_path))
+  exploded = cell(65536, 17, 1e6)
+  cells.write(str(tmp_path), exploded, {1: 3.0, 100: 2.9e25}, nmse=2.9e25, **spent(65536, 100))
+  found = report.analyse(str(tmp_path), bootstrap=0)
+
+  def constants(fits):
+    return [p['estimate'] for fit in fits for p in fit.params.values()]
+
+  # It would move the joint law's alpha from below 0 to hundreds.
+  assert constants(found.fits) == pytest.approx(constants(plain.fits), rel=1e-9)
+  (said,) = (w for w in found.warnings if w['code'] == 'no_better_than_mean')
+  assert (
+    f'1 finished cells reconstruct no better than the mean does and are in no law: {exploded.id} (NMSE 2.9e+25'
+    in said['message']
+  )
+  assert not any(w['code'] == 'not_at_convergence' for w in found.warnings)
+  report.write(found, str(tmp_path / 'out'), 'exploded')
+  rows = table.read_csv(str(tmp_path / 'out' / 'table.csv')).set_index('id')
+  assert rows['no_better_than_mean'].sum() == 1 and rows.loc[exploded.id, 'no_better_than_mean']
+  assert not rows.loc[exploded.id, 'best_learning_rate']
+  # A table that somebody fits by hand, from the ledger or from the file, leaves it out too.
+  for points in (table.load_ledger(str(tmp_path)), rows.reset_index()):
+    fit = fit_law(points, 'joint_nk', bootstrap=0)
+    assert constants([fit]) == pytest.approx(constants([plain.joint]), rel=1e-6)
+    assert 'no_better_than_mean' in {w['code'] for w in fit.warnings}
 
 
 def test_report_names_cells_that_are_not_at_convergence(tmp_path):
