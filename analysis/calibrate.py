@@ -22,7 +22,7 @@ from tqdm import tqdm
 from analysis import plots, table, uncertainty
 from analysis.fit import write_json
 from analysis.predict import predict
-from sae_jax import files
+from sae_jax import files, schema
 from sae_jax.errors import UserError, one_line_errors
 
 _NUMBERS = ('n_latents', 'k', 'nmse', 'low', 'high', 'tokens', 'decades_beyond')
@@ -161,13 +161,13 @@ def check(predictions: str, ledger: str) -> Calibration:
 
 def _read(path: str) -> dict[str, Any]:
   try:
-    record = json.loads(files.read(path))
+    record = schema.parse(files.read(path))
     for p in record['predictions']:
       if not all(math.isfinite(float(p[key])) for key in ('n_latents', 'k', 'nmse', 'low', 'high', 'tokens')):
         raise ValueError
     if not 0 < float(record['level']) < 1 or not isinstance(record['fitted_cells'], list):
       raise ValueError
-  except (OSError, ValueError, KeyError, TypeError):
+  except (OSError, ValueError, KeyError, TypeError, OverflowError):
     raise UserError(f'{path} is no file of predictions; make one with --out') from None
   return record
 

@@ -6,7 +6,6 @@ dataclasses it builds are those of `sae_jax.cell`, importable from here.
 """
 
 import dataclasses
-import json
 from typing import Any
 
 import ml_collections
@@ -133,16 +132,35 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
 
 
 def read_store_file(path: str) -> dict[str, Any]:
-  """store.json of a finished store. Raises `UserError` when it is missing or broken."""
+  """store.json of a finished store. Raises `UserError` when it is missing, broken or was changed.
+
+  Those of early versions have no digest, and only types are checked.
+  """
   try:
-    meta = json.loads(files.read(files.join(path, schema.STORE)))
-    meta['identity'], meta['d_model'], meta['tokens'], meta['config']
-  except FileNotFoundError:
+    meta = schema.parse_large(files.read(files.join(path, schema.STORE)))
+    schema.check_digest(meta)
+    fields = (
+      schema.STORES if schema.verified(meta) else [f for f in schema.STORES if f.name in meta or f.must]
+    )
+    settings = {f.name: f for f in schema.STORE_CONFIG}
+    if not isinstance(meta.get('identity'), str) or not isinstance(meta.get('config'), dict):
+      raise schema.Broken('identity or config is missing')
+    if wrong := sorted(meta['config'].keys() ^ settings.keys()):
+      raise schema.Broken(f'config.{wrong[0]} is {"missing" if wrong[0] in settings else "not known"}')
+    for field, value in [(f, meta.get(f.name)) for f in fields] + [
+      (f, meta['config'][name]) for name, f in settings.items()
+    ]:
+      if not schema.is_kind(value, field.kind) or (field.must and value < 1):
+        raise schema.Broken(f'{field.name}={str(value)[:40]} is not {field.about}')
+  except (FileNotFoundError, NotADirectoryError):
     raise UserError(
       f'no finished activation store at {path!r}; set data.path, or run python -m sae_jax.data.harvest'
     ) from None
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f'{path}/{schema.STORE} is not a store description ({error}); harvest it again') from None
+  except (schema.Broken, IsADirectoryError) as error:
+    why = getattr(error, 'strerror', None) or str(error)
+    raise UserError(
+      f'{path}/{schema.STORE} is not a store description ({why}); copy or harvest the store again'
+    ) from None
   return meta
 
 

@@ -173,6 +173,38 @@ MEASURE_VALUE = (
   Field('units', str, "of both; 'nats', '1', ..."),
   Field('key', str, 'hash of everything the value depends on'),
 )
+STORES = (  # store.json; `identity` covers rows, order and space, the digest everything
+  Field('d_model', int, 'D', must=True),
+  Field('config', dict, 'the data keys that cells are compared with'),
+  Field('provenance', dict, 'where the activations come from'),
+  Field('subject_flops_per_token', float, "the subject's forward FLOPs"),
+  Field('tokens', int, 'of training', must=True),
+  Field('held_out_tokens', int, 'of evaluation', must=True),
+  Field('block_tokens', int, 'tokens written and checked at once'),
+  Field('blocks', dict, 'SHA-256 of every block, by array'),
+  Field('statistics', dict, 'mean, variance and norms of the stored rows, by array'),
+  Field('identity', str, 'content hash'),
+)
+STORE_CONFIG = (
+  Field('subject', str, 'language model'),
+  Field('site', str, 'where in it'),
+  Field('text', str, 'corpus'),
+  Field('normalize', str, 'what rows went through before they were stored'),
+  Field('window_tokens', int, 'T'),
+  Field('block_windows', int, 'windows whose tokens are shuffled together'),
+  Field('store_tokens', int, 'of training, as asked'),
+  Field('held_out_tokens', int, 'of evaluation, as asked'),
+  Field('dtype', str, 'of numbers on disk'),
+  Field('seed', int, 'of the order'),
+)
+JOURNAL = (  # a block of an unfinished store
+  Field('sha256', str, 'of its bytes'),
+  Field('tokens', int, 'in it', must=True),
+  Field('sum', list, 'of its rows'),
+  Field('sum_of_squares', float, 'of its numbers'),
+  Field('sum_of_norms', float, 'that were divided out'),
+  Field('zero_tokens', int, 'rows without a direction'),
+)
 SWEEPS = (
   Field('name', str, 'of the grid'),
   Field('experiment', str, 'file that the grid varies'),

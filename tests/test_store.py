@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from sae_jax import config
+from sae_jax import config, schema
 from sae_jax.data import normalize, order, source, store, store_writer
 from sae_jax.errors import UserError
 
@@ -285,7 +285,111 @@ def test_edited_store_file_is_refused(copy, key, value):
     store.verify(str(copy))
 
 
-@pytest.mark.parametrize('content', ['', '[]', '{"identity": 1', 'null', '\x00'])
+@pytest.mark.parametrize('name', ['statistics', 'provenance', 'subject_flops_per_token'])
+def test_changed_fact_outside_the_identity_is_refused(copy, name):
+  meta = json.loads((copy / 'store.json').read_text())
+  assert (
+    meta['identity'] == store_writer.identity(meta)
+    and store_writer.identity(meta | {name: 0}) == meta['identity']
+  )
+  meta[name] = {'subject_flops_per_token': 12.0}.get(name, {'train': {'mean': [0.0] * D}})
+  (copy / 'store.json').write_text(json.dumps(meta))
+  for read in (config.read_store_file, store.read_meta):
+    with pytest.raises(UserError, match='it does not fit its digest'):
+      read(str(copy))
+  del meta['digest']  # as if from a version that wrote none: the types are checked
+  (copy / 'store.json').write_text(json.dumps(meta))
+  assert store.read_meta(str(copy))[name] == meta[name]
+
+
+def test_flipped_bit_in_the_store_file_is_named_or_changes_nothing(copy):
+  path = copy / 'store.json'
+  data, true = path.read_bytes(), store.read_meta(str(copy))
+  for at in np.linspace(0, len(data) - 1, 60).astype(int).tolist():
+    changed = bytearray(data)
+    changed[at] ^= 1 << at % 8
+    path.write_bytes(changed)
+    try:
+      assert store.read_meta(str(copy)) == true
+    except UserError as error:
+      assert len(str(error).replace(str(copy), '')) <= 200 and 'store.json' in str(error)
+
+
+def test_store_that_claims_more_than_the_disk_holds_takes_no_memory(copy):
+  """Also where every file agrees with the claim: the blocks are not there."""
+  path, tokens = copy / 'store.json', 10**9
+  meta = schema.content(json.loads(path.read_text())) | {
+    'schema': 1,
+    'tokens': tokens,
+    'block_tokens': tokens,
+  }
+  meta['blocks'] = {name: blocks[:1] for name, blocks in meta['blocks'].items()}
+  path.write_bytes(schema.dump(meta | {'identity': store_writer.identity(meta)}))
+  with pytest.raises(UserError, match=r'train is \(53, 7\) float32, not'):
+    store.verify(str(copy))
+  zarr = json.loads((copy / 'train/zarr.json').read_text()) | {'shape': [tokens, D]}
+  (copy / 'train/zarr.json').write_text(json.dumps(zarr))
+  with pytest.raises(UserError, match='train has chunks of'):
+    store.verify(str(copy))
+  zarr['chunk_grid']['configuration']['chunk_shape'] = [tokens, D]
+  (copy / 'train/zarr.json').write_text(json.dumps(zarr))
+  array = store._Array(str(copy), store.read_meta(str(copy)), 'train')
+  with pytest.raises(UserError, match='its file has 420 bytes, not 28000000000'):
+    array.read(0)
+  (copy / 'train/c/0/0').unlink()
+  with pytest.raises(UserError, match='its file is missing'):
+    array.read(0)
+
+
+@pytest.mark.parametrize('harm', [lambda m: m['config'].update(seed='2'), lambda m: m['config'].update(more=1),
+                                  lambda m: m['config'].pop('site'), lambda m: m.update(tokens=1e9),
+                                  lambda m: m.update(tokens=10**400)])  # fmt: skip
+def test_old_store_file_with_wrong_types_is_one_line_for_whoever_makes_cells(copy, harm):
+  meta = schema.content(json.loads((copy / 'store.json').read_text())) | {'schema': 1}
+  harm(meta)
+  (copy / 'store.json').write_text(json.dumps(meta))
+  with pytest.raises(UserError, match='not a store description') as refused:
+    cell(copy)
+  assert len(str(refused.value).replace(str(copy), '')) <= 200
+
+
+@pytest.mark.parametrize('changed', ['statistics', 'another block', 'plan', 'brackets', 'folder'])
+def test_changed_journal_is_not_believed(tmp_path, changed):
+  fill(open_writer(tmp_path), 3)
+  first, second, plan = (
+    tmp_path / name
+    for name in ('journal-train-000000.json', 'journal-train-000001.json', 'journal-plan.json')
+  )
+  if changed == 'statistics':
+    second.write_text(json.dumps(json.loads(second.read_text()) | {'zero_tokens': 7}))
+  elif changed == 'another block':
+    record = json.loads(first.read_text()) | {'sha256': json.loads(second.read_text())['sha256']}
+    second.write_text(json.dumps(record))
+  elif changed == 'brackets':
+    second.write_bytes(b'[' * 100_000)
+  elif changed == 'plan':
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {'subject_flops_per_token': 12.0}))
+  else:
+    plan.unlink()
+    plan.mkdir()
+  if changed in ('plan', 'folder'):
+    with pytest.raises(UserError, match=r'journal-plan\.json is not the plan of a store'):
+      open_writer(tmp_path)
+  else:
+    assert ('train', 1) in fill(open_writer(tmp_path))
+
+
+def test_journal_of_an_early_version_goes_on(tmp_path, pristine):
+  fill(open_writer(tmp_path), 3)
+  for path in tmp_path.glob('journal-*.json'):
+    record = schema.content(json.loads(path.read_text()))
+    path.write_text(json.dumps(record | ({'schema': 1} if 'plan' in path.name else {})))
+  writer = open_writer(tmp_path)
+  assert len(fill(writer)) == 3
+  assert writer.finish() == config.read_store_file(str(pristine))
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{"identity": 1', 'null', '\x00', '[' * 100_000])
 def test_broken_store_file_is_refused(copy, content):
   (copy / 'store.json').write_text(content)
   with pytest.raises(UserError, match='not a store description'):

@@ -75,6 +75,15 @@ def hostile_files(folder) -> dict[str, str]:
     (folder / f'{name}.npy').write_bytes(
       b'\x93NUMPY\x01\x00' + len(header).to_bytes(2, 'little') + header + b'\0' * 28
     )
+  for name, shape in (
+    ('brackets', '(' * 400 + '3,' + ')' * 400),
+    ('parentheses', '(' * 5000 + '3,' + ')' * 5000),
+  ):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    (folder / f'{name}.npy').write_bytes(b'\x93NUMPY\x01\x00' + len(header).to_bytes(2, 'little') + header)
+  (folder / 'gigabytes.npy').write_bytes(b'\x93NUMPY\x02\x00' + (2**32 - 1).to_bytes(4, 'little') + b'{' * 9)
+  (folder / 'gigabytes.safetensors').write_bytes((2**33).to_bytes(8, 'little') + b'{' * 9)
+  (folder / 'brackets.safetensors').write_bytes((100_000).to_bytes(8, 'little') + b'[' * 100_000)
   (folder / 'badzip.npy').write_bytes(b'PK\x03\x04' + b'\0' * 40)
   (folder / 'pickle.npy').write_bytes(b'\x80\x04K\x01.')
   (folder / 'text.csv').write_text('1,2,3')
@@ -89,6 +98,8 @@ def hostile_files(folder) -> dict[str, str]:
     'narrow.npy': 'shape (53, 0)', 'integers.npy': 'int32', 'complex.npy': 'complex128', 'objects.npy': 'not a plain',
     'records.npy': 'float32', 'zip.npy': 'not a plain', 'cut.npy': 'not a plain', 'nothing.npy': 'not a plain',
     'vast.npy': 'not a plain', 'beyond.npy': 'not a plain', 'true.npy': 'not a plain', 'badzip.npy': 'not a plain',
+    'brackets.npy': 'not a plain', 'parentheses.npy': 'its header has', 'gigabytes.npy': 'its header has 4294967295',
+    'gigabytes.safetensors': 'its header has 8589934592', 'brackets.safetensors': 'nested too deeply',
     'pickle.npy': 'not a plain', 'text.csv': 'neither', 'noise.safetensors': 'not a safetensors',
     'outside.safetensors': 'not a safetensors', 'integers.safetensors': 'I32', 'empty.safetensors': 'shape (0, 7)',
     'missing.npy': 'does not exist', 'missing.safetensors': 'does not exist',
@@ -102,6 +113,7 @@ def test_import_of_hostile_files_is_one_line(tmp_path, capsys):
     )
     assert (code, out, error.count('\n')) == (2, '', 1), (name, error)
     assert reason in error, (name, error)
+    assert len(error.replace(str(tmp_path), '')) <= 200, error
     assert not (tmp_path / f'{name}-out' / 'store.json').exists()
 
 

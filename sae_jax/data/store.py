@@ -15,10 +15,11 @@ import numpy as np
 import tensorstore
 from tqdm import tqdm
 
-from sae_jax import config, schema
+from sae_jax import cell_state, config, files, schema
 from sae_jax.data import order, store_import, store_writer
 from sae_jax.errors import UserError, one_line_errors
 
+_ZEROS = 2**28  # bytes of a block that may be missing because it holds zeros alone
 _CACHED_BLOCKS = 3  # an array's current block, the next one, and the one before for ranges that straddle
 
 
@@ -78,12 +79,19 @@ class _Array:
     try:
       self._array = tensorstore.open(store_writer.array_spec(path, name), read=True, open=True).result()
     except (OSError, ValueError) as error:
-      raise UserError(f'{path}/{name} is missing or broken ({error}); harvest the store again') from None
+      why = cell_state.printable(str(error))
+      raise UserError(f'{path}/{name} is missing or broken ({why}); harvest the store again') from None
     expected = (tokens, meta['d_model']), meta['config']['dtype']
     if (self._array.shape, self._array.dtype.name) != expected:
       raise UserError(
         f'{path}/{name} is {self._array.shape} {self._array.dtype.name}, not {expected}; harvest again'
       )
+    chunk = (min(tokens, meta['block_tokens']), meta['d_model'])
+    if self._array.chunk_layout.read_chunk.shape != chunk:
+      raise UserError(
+        f'{path}/{name} has chunks of {self._array.chunk_layout.read_chunk.shape}, not {chunk}; harvest again'
+      )
+    self._chunk_bytes = chunk[0] * chunk[1] * self._array.dtype.numpy_dtype.itemsize
     self._lock = threading.Lock()
     self._cache: collections.OrderedDict[int, concurrent.futures.Future] = collections.OrderedDict()
     self._reader = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix=f'store-{name}')
@@ -105,14 +113,29 @@ class _Array:
     """A block from disk, checked. Raises `UserError` when it is not what was written."""
     where = f'block {block} of {self.name} in {self.path}'
     remedy = 'copy the store again, or delete it and harvest again'
+    self._check_size(block, where, remedy)
     try:
       x_BD = store_writer.read_block(self._array, self.stream, block)
     except (OSError, ValueError) as error:  # tensorstore reports a truncated chunk as ValueError
-      raise UserError(f'{where} cannot be read ({error}); {remedy}') from None
+      raise UserError(f'{where} cannot be read ({cell_state.printable(str(error))}); {remedy}') from None
     # A missing chunk reads as zeros and is found here.
     if store_writer.digest(x_BD) != self.digests[block]:
       raise UserError(f'{where} does not have the bytes that were written; {remedy}')
     return x_BD
+
+  def _check_size(self, block: int, where: str, remedy: str) -> None:
+    """Raises `UserError` before memory is taken for a block that the disk does not hold."""
+    path = files.join(self.path, self.name, 'c', str(block), '0')
+    if not files.is_local(path):
+      return
+    if not files.is_file(path):
+      if self._chunk_bytes > _ZEROS:  # one of zeros alone is not stored
+        raise UserError(f'{where} cannot be read (its file is missing); {remedy}')
+    elif files.local(path).stat().st_size != self._chunk_bytes:
+      raise UserError(
+        f'{where} cannot be read (its file has {files.local(path).stat().st_size} bytes, not {self._chunk_bytes}); '
+        f'{remedy}'
+      )
 
   def _request(self, block: int) -> concurrent.futures.Future:
     with self._lock:
@@ -153,7 +176,9 @@ def read_meta(path: str) -> dict[str, Any]:
     )
     found = store_writer.identity(meta)
   except (KeyError, TypeError, ValueError, OverflowError) as error:
-    raise UserError(f'{path}/{schema.STORE} is incomplete ({error!r}); harvest the store again') from None
+    raise UserError(
+      f'{path}/{schema.STORE} is incomplete ({cell_state.printable(repr(error))}); harvest the store again'
+    ) from None
   if number != store_writer.SCHEMA:
     raise UserError(
       f'{path} has store schema {number}, not {store_writer.SCHEMA}; use the version that wrote it'

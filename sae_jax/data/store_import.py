@@ -1,7 +1,6 @@
 """A store from activations that are already on disk: .npy and .safetensors arrays [tokens, D] of any size."""
 
 import hashlib
-import json
 import pathlib
 
 import ml_dtypes
@@ -9,10 +8,12 @@ import numpy as np
 import safetensors
 from tqdm import tqdm
 
-from sae_jax import __version__
+from sae_jax import __version__, cell_state, schema
 from sae_jax.data import order, store_writer
 from sae_jax.errors import UserError
 
+_NPY_HEADER = 1000  # bytes; that of a matrix has 118
+_SAFETENSORS_HEADER = 2**22  # bytes; enough for tens of thousands of tensors
 _SAFETENSORS_TYPES = {'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'F32': np.float32, 'F64': np.float64}
 
 
@@ -122,12 +123,19 @@ def _open_npy(path: str) -> np.ndarray:
     with open(path, 'rb') as f:
       if f.read(6) != b'\x93NUMPY':  # numpy would look for an archive in it
         raise ValueError('it does not begin with the magic string')
+      version = f.read(2)
+      # numpy reads all of a header before it refuses its length, and would parse thousands of parentheses.
+      length = int.from_bytes(f.read(2 if version[:1] == b'\x01' else 4), 'little')
+      if length > _NPY_HEADER:
+        raise ValueError(f'its header has {length} bytes, more than {_NPY_HEADER}')
     with np.errstate(over='raise'):  # sides whose product is no size
-      array = np.load(path, mmap_mode='r', allow_pickle=False)
+      array = np.load(path, mmap_mode='r', allow_pickle=False, max_header_size=_NPY_HEADER)
   except FileNotFoundError:
     raise UserError(f'{path} does not exist; name a .npy file') from None
-  except (OSError, ValueError, EOFError, TypeError, ArithmeticError) as error:
-    raise UserError(f'{path} is not a plain .npy array ({error}); save it with numpy.save') from None
+  except (
+    OSError, ValueError, EOFError, TypeError, ArithmeticError, SyntaxError, RecursionError, MemoryError,
+  ) as error:  # fmt: skip
+    raise UserError(f'{path} is not a plain .npy array ({_why(error)}); save it with numpy.save') from None
   if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32, np.float64):
     raise UserError(
       f'{path} holds {getattr(array, "dtype", type(array))}; save it as float16, float32 or float64'
@@ -137,15 +145,17 @@ def _open_npy(path: str) -> np.ndarray:
 
 def _open_safetensors(path: str, name: str) -> np.ndarray:
   try:
-    with safetensors.safe_open(path, framework='numpy') as f:  # checks sizes and offsets of every tensor
-      names = sorted(f.keys())
     with open(path, 'rb') as f:
       header_bytes = int.from_bytes(f.read(8), 'little')
-      header = json.loads(f.read(header_bytes))
+      if header_bytes > _SAFETENSORS_HEADER:
+        raise ValueError(f'its header has {header_bytes} bytes, more than {_SAFETENSORS_HEADER}')
+      header = schema.parse(f.read(header_bytes))
+    with safetensors.safe_open(path, framework='numpy') as f:  # checks sizes and offsets of every tensor
+      names = sorted(f.keys())
   except FileNotFoundError:
     raise UserError(f'{path} does not exist; name a .safetensors file') from None
   except (OSError, ValueError, safetensors.SafetensorError) as error:
-    raise UserError(f'{path} is not a safetensors file ({error}); save it again') from None
+    raise UserError(f'{path} is not a safetensors file ({_why(error)}); save it again') from None
   if name not in names and (name or len(names) != 1):
     raise UserError(f'{path}: no tensor {name!r}; write {path}:NAME with one of {", ".join(names[:8])}')
   entry = header[name or names[0]]
@@ -156,6 +166,10 @@ def _open_safetensors(path: str, name: str) -> np.ndarray:
   offset = 8 + header_bytes + entry['data_offsets'][0]
   dtype = np.dtype(_SAFETENSORS_TYPES[entry['dtype']])
   return np.memmap(path, dtype, mode='r', offset=offset, shape=tuple(entry['shape']))
+
+
+def _why(error: BaseException) -> str:
+  return cell_state.printable(getattr(error, 'strerror', None) or str(error) or type(error).__name__)[:120]
 
 
 def _sha256(path: str) -> str:

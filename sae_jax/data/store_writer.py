@@ -73,11 +73,13 @@ class StoreWriter:
   def done(self, array: str, block: int) -> bool:
     """Whether a block is on disk, with the bytes its record promises."""
     try:
-      record = json.loads(files.read(self._record_path(array, block)))
+      record = schema.parse_large(files.read(self._record_path(array, block)))
+      self._check_record(record, array, block)
       found = digest(read_block(self._stores[array], self.streams[array], block))
-    except (FileNotFoundError, ValueError):  # no record, a torn one, or a truncated chunk: write it again
+    # No record, one that cannot be believed, or a truncated chunk: write it again.
+    except (FileNotFoundError, IsADirectoryError, ValueError):
       return False
-    if not isinstance(record, dict) or record.get('sha256') != found:
+    if record['sha256'] != found:
       return False
     self._records[array, block] = record
     return True
@@ -109,7 +111,7 @@ class StoreWriter:
     try:
       self._stores[array][first : first + len(stored_BD)].write(stored_BD).result()
       record = {'sha256': digest(stored_BD)} | _statistics(stored_BD, norm_B1)
-      files.replace(self._record_path(array, block), json.dumps(record, allow_nan=False).encode())
+      files.replace(self._record_path(array, block), schema.dump_line(record, _owner(array, block)))
     except (OSError, ValueError) as error:  # tensorstore reports a failed write as ValueError
       raise UserError(
         f'{where} cannot be written ({error}); free space, then run the same command: finished blocks are kept'
@@ -129,10 +131,9 @@ class StoreWriter:
       'blocks': digests,
       'statistics': {name: _combine(records) for name, records in blocks.items()},
     }
-    meta['identity'] = identity(meta)
-    text = json.dumps(meta, indent=1, allow_nan=False)
+    meta = schema.seal(meta | {'identity': identity(meta)})
     try:
-      files.create(files.join(self.path, schema.STORE), text.encode())
+      files.create(files.join(self.path, schema.STORE), json.dumps(meta, indent=1, allow_nan=False).encode())
     except FileExistsError:  # another process filled the same store with the same plan
       pass
     except OSError as error:
@@ -151,17 +152,28 @@ class StoreWriter:
       raise UserError(f'{self.path} holds a finished store; name an empty folder')
     plan_path = files.join(self.path, _PLAN)
     try:
-      files.create(plan_path, json.dumps(self._plan, allow_nan=False).encode())
+      files.create(plan_path, schema.dump_line(self._plan, ''))
       return
     except FileExistsError:
       pass
     except OSError as error:
       raise UserError(f'{self.path} cannot be written ({error}); name another folder') from None
     try:
-      there = _flat(json.loads(files.read(plan_path)))
-    except (ValueError, AttributeError) as error:
-      raise UserError(f'{plan_path} is not the plan of a store ({error}); delete the folder') from None
-    _same(self.path, 'an unfinished store', _flat(self._plan), there)
+      there = schema.parse_large(files.read(plan_path))
+      schema.check_digest(there)
+    except (schema.Broken, IsADirectoryError) as error:
+      why = getattr(error, 'strerror', None) or str(error)
+      raise UserError(f'{plan_path} is not the plan of a store ({why}); delete the folder') from None
+    _same(self.path, 'an unfinished store', _flat(self._plan), _flat(there))
+
+  def _check_record(self, record: dict[str, Any], array: str, block: int) -> None:
+    """Raises `schema.Broken` unless a record of the journal can be believed; early versions wrote no digest."""
+    schema.check(record, schema.JOURNAL, _owner(array, block))
+    missing = [field.name for field in schema.JOURNAL if field.name not in record]
+    if missing or record['tokens'] != self.streams[array].size(block) or len(record['sum']) != self.d_model:
+      raise schema.Broken('it is of another block')
+    if not all(schema.is_kind(one, float) for one in record['sum']):
+      raise schema.Broken('sum is not a list of numbers')
 
   def _open(self, array: str) -> tensorstore.TensorStore:
     stream = self.streams[array]
@@ -184,6 +196,10 @@ class StoreWriter:
 
   def _record_path(self, array: str, block: int) -> str:
     return files.join(self.path, f'journal-{array}-{block:06d}.json')
+
+
+def _owner(array: str, block: int) -> str:
+  return f'{array} {block}'
 
 
 def check_place(path: str) -> None:
