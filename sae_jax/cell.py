@@ -22,6 +22,8 @@ SCHEMA = 1  # of a cell's identity: another number would give every cell another
 
 # Where and how a cell runs, which does not decide its result.
 _NOT_IDENTITY = ('mesh', 'train.checkpoint_every', 'data.path')
+_OUTSIDE_ID = frozenset(('schema', 'id', schema.DIGEST, *_NOT_IDENTITY))
+_BELOW_OUTSIDE_ID = tuple(f'{key}.' for key in _NOT_IDENTITY)
 # Keys that are gone: the one value that still means what it did, and what to do instead of another.
 RETIRED: dict[str, tuple[Any, str]] = {
   'mesh.member': (1, 'start one worker for each part of the devices, as sweeps.launch --workers=N does'),
@@ -225,7 +227,7 @@ class Config:
 
   def flat(self) -> dict[str, Any]:
     """Dotted keys to values, in declaration order."""
-    return flatten(dataclasses.asdict(self))
+    return flatten(_values(self))
 
   @functools.cached_property
   def id(self) -> str:
@@ -237,7 +239,7 @@ class Config:
     """Whether parameters at rest, gradients, moments and EMA are sharded over the data axis too."""
     return self.mesh.data > 1 and self.sae.n_latents % (self.mesh.data * self.mesh.latent) == 0
 
-  @property
+  @functools.cached_property
   def stream(self) -> str:
     """Equal for cells that can train together: same activations in the same batches, on the same devices."""
     shared = {
@@ -247,8 +249,12 @@ class Config:
     }
     return json.dumps(shared, sort_keys=True, allow_nan=False)
 
+  def to_record(self) -> dict[str, Any]:
+    """What config.json holds."""
+    return schema.seal({'schema': SCHEMA, 'id': self.id} | _record(self))
+
   def to_json(self) -> bytes:
-    return schema.dump({'schema': SCHEMA, 'id': self.id} | _record(self))
+    return schema.dump_sealed(self.to_record())
 
 
 def log_spaced(steps: int, per_decade: int) -> set[int]:
@@ -262,8 +268,7 @@ def id_of(record: dict[str, Any]) -> str:
   identity = {'schema': SCHEMA} | {
     key: value
     for key, value in flatten(record).items()
-    if key not in ('schema', 'id', schema.DIGEST)
-    and not any(key == out or key.startswith(out + '.') for out in _NOT_IDENTITY)
+    if key not in _OUTSIDE_ID and not key.startswith(_BELOW_OUTSIDE_ID)
   }
   return hashlib.sha256(json.dumps(identity, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
 
@@ -300,10 +305,17 @@ def from_record(record: dict[str, Any]) -> Config:
 
 def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
   """Nested keys joined by dots."""
-  flat = {}
-  for key, value in tree.items():
-    flat |= flatten(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
+  flat: dict[str, Any] = {}
+  _flatten_into(flat, tree, prefix)
   return flat
+
+
+def _flatten_into(flat: dict[str, Any], tree: dict[str, Any], prefix: str) -> None:
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      _flatten_into(flat, value, f'{prefix}{key}.')
+    else:
+      flat[prefix + key] = value
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
@@ -332,17 +344,26 @@ def build(cls: type[T], record: dict[str, Any]) -> T:
 
   Raises `UserError` for any other field that is missing, unknown or of another type.
   """
-  fields = {f.name: f for f in dataclasses.fields(cls)}
-  neutral = {name: f.metadata['neutral'] for name, f in fields.items() if 'neutral' in f.metadata}
+  kinds, neutral = _form(cls)
   record = neutral | record
-  if set(record) != set(fields):
-    wrong = ', '.join(sorted(set(record) ^ set(fields)))
+  if record.keys() != kinds.keys():
+    wrong = ', '.join(sorted(record.keys() ^ kinds.keys()))
     raise UserError(f'{cls.__name__} and the configuration differ in: {wrong}; start from config.template()')
-  return cls(**{name: _read(cls, name, fields[name].type, value) for name, value in record.items()})
+  return cls(**{name: _read(cls, name, kinds[name], value) for name, value in record.items()})
+
+
+@functools.cache
+def _form(cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Types of the fields of a dataclass, and the neutral values of those that came later."""
+  fields = dataclasses.fields(cls)
+  neutral = {f.name: f.metadata['neutral'] for f in fields if 'neutral' in f.metadata}
+  return {f.name: f.type for f in fields}, neutral
 
 
 def _read(cls: type, name: str, kind: Any, value: Any) -> Any:
   """A value as a field of type `kind` holds it: a section, a number, a text, or None where the field allows it."""
+  if type(value) is kind:
+    return value
   if isinstance(kind, types.UnionType):  # only ever with None
     if value is None:
       return None
@@ -356,15 +377,24 @@ def _read(cls: type, name: str, kind: Any, value: Any) -> Any:
   return value
 
 
+def _values(section: Any) -> dict[str, Any]:
+  """The nested values of a configuration: `dataclasses.asdict` without its copies, of which it makes many."""
+  return {
+    name: _values(value) if hasattr(value, '__dataclass_fields__') else value
+    for name, value in ((name, getattr(section, name)) for name in section.__dataclass_fields__)
+  }
+
+
 def _record(section: Any) -> dict[str, Any]:
   """The nested values of a configuration that its record holds; see `added` for those that it leaves out."""
   record = {}
-  for field in dataclasses.fields(section):
-    value = getattr(section, field.name)
-    owner, *owned_by = field.metadata.get('of') or ('',)
-    if owner and getattr(section, owner) not in owned_by:
-      continue
-    if 'neutral' in field.metadata and not owner and value == field.metadata['neutral']:
-      continue
-    record[field.name] = _record(value) if dataclasses.is_dataclass(value) else value
+  for name, field in section.__dataclass_fields__.items():
+    value = getattr(section, name)
+    if field.metadata:
+      owner, *owned_by = field.metadata.get('of') or ('',)
+      if owner and getattr(section, owner) not in owned_by:
+        continue
+      if 'neutral' in field.metadata and not owner and value == field.metadata['neutral']:
+        continue
+    record[name] = _record(value) if hasattr(value, '__dataclass_fields__') else value
   return record

@@ -46,7 +46,12 @@ Holder = Callable[[], dict[str, Any] | None]
 
 
 def read(
-  folder: str, cell_id: str, *, max_failures: int = MAX_FAILURES, holder: Holder | None = None
+  folder: str,
+  cell_id: str,
+  *,
+  max_failures: int = MAX_FAILURES,
+  holder: Holder | None = None,
+  known: dict[str, Any] | None = None,
 ) -> CellState:
   """The state of the cell in `folder`.
 
@@ -56,12 +61,13 @@ def read(
     max_failures: attempts after which a cell has failed for good.
     holder: who holds its lease, for an observer that has looked before; by default whoever claimed it last and is not
       known to be dead.
+    known: config.json, from a former look that found it sound: it is written once, and so not read again.
   """
   names = set(files.listdir(folder))
   if not names and files.is_file(folder):
     return _invalid('', 'the cell is a file and not a folder')
-  config, wrong = None, ''
-  if schema.CONFIG in names:
+  config, wrong = known, ''
+  if config is None and schema.CONFIG in names:
     try:
       config = schema.parse(files.read(files.join(folder, schema.CONFIG)))
       wrong = _wrong_config(config, cell_id)

@@ -5,6 +5,7 @@ never sees half a file.
 """
 
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -12,7 +13,8 @@ import pathlib
 import posixpath
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import fsspec
@@ -37,6 +39,8 @@ _OF_HOST = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO, e
 _OF_HOST_TEXTS = (
   'Too many open files', 'Cannot allocate memory', 'Input/output error', 'Stale file handle', "can't start new thread",
 )  # fmt: skip
+# Of one filesystem, where os.sync waits for all that are mounted.
+_SYNCFS = getattr(ctypes.CDLL(None), 'syncfs', None) if sys.platform == 'linux' else None
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -46,6 +50,8 @@ def is_local(path: str) -> bool:
 
 def local(path: str) -> pathlib.Path:
   """The local path of a plain path or file:// URL, absolute (orbax refuses relative ones)."""
+  if str(path).startswith('/'):  # what a ledger of thousands of cells asks for
+    return pathlib.Path(path)
   return pathlib.Path(str(path).removeprefix('file://')).expanduser().absolute()
 
 
@@ -93,10 +99,27 @@ def read(path: str) -> bytes:
     return fs.cat_file(name)
 
 
+def version(path: str) -> tuple[Any, ...] | None:
+  """Something that changes with a file; None where the filesystem has no such thing. Raises FileNotFoundError.
+
+  On a local disk a file that `replace` wrote is another inode with another time.
+  """
+  if is_local(path):
+    found = os.stat(local(path))
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
+  with _remote(path) as (fs, name):
+    info = fs.info(name)
+  known = tuple(info.get(key) for key in ('generation', 'etag'))
+  return known if any(known) else None
+
+
 def listdir(path: str) -> list[str]:
   """Sorted names in a folder; empty when the folder does not exist."""
   if is_local(path):
-    return sorted(os.listdir(local(path))) if local(path).is_dir() else []
+    try:
+      return sorted(os.listdir(local(path)))
+    except (FileNotFoundError, NotADirectoryError):
+      return []
   try:
     with _remote(path) as (fs, name):
       return sorted(posixpath.basename(p.rstrip('/')) for p in fs.ls(name, detail=False))
@@ -117,25 +140,53 @@ def create(path: str, data: bytes) -> None:
         if fs.info(name).get('metadata', {}).get('writer') != writer:
           raise
     return
+  _via_temporary(local(path), data, _link)
+
+
+def create_missing(contents: Mapping[str, bytes]) -> list[str]:
+  """Creates many files, leaves those alone that exist, and returns the paths of the new ones.
+
+  As with `create` the bytes of a file are on the disk before it has its name. One wait for the disk serves all files,
+  where `create` waits twice for each. A power cut may take names away again.
+  """
+  created: list[str] = []
+  written: list[tuple[str, pathlib.Path]] = []
   try:
-    # A link is atomic and exclusive, where open('x') would expose a half-written file.
-    _via_temporary(local(path), data, os.link)
-  except OSError as error:
-    if error.errno not in _NO_LINKS:
-      raise
-    raise UserError(
-      f'{path}: this filesystem has no hard links ({error.strerror}), so no exclusive create, and two workers could '
-      'both commit a cell; use another folder or gs://'
-    ) from error
+    for path, data in contents.items():
+      if not is_local(path):
+        with contextlib.suppress(FileExistsError):
+          create(path, data)
+          created.append(path)
+        continue
+      target = local(path)
+      temporary = _temporary(target)
+      written.append((path, temporary))
+      target.parent.mkdir(parents=True, exist_ok=True)
+      with open(temporary, 'xb') as f:
+        f.write(data)
+    if written:
+      _sync_filesystem(written[0][1].parent)
+    for path, temporary in written:
+      with contextlib.suppress(FileExistsError):
+        _link(temporary, local(path))
+        created.append(path)
+    return created
+  finally:
+    for _, temporary in written:
+      with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
-def replace(path: str, data: bytes) -> None:
-  """Writes a file, atomically taking the place of an older one."""
+def replace(path: str, data: bytes, *, parents: bool = True) -> None:
+  """Writes a file, atomically taking the place of an older one.
+
+  Without `parents` the folder has to exist on a local disk: FileNotFoundError where it is gone.
+  """
   if not is_local(path):
     with _remote(path, absent=_NO_BUCKET) as (fs, name):
       fs.pipe_file(name, data)
     return
-  _via_temporary(local(path), data, os.replace)
+  _via_temporary(local(path), data, os.replace, parents)
 
 
 def append(path: str, data: bytes) -> None:
@@ -257,12 +308,33 @@ def _filesystem(path: str) -> tuple[Any, str]:
     raise UserError(f'{path}: {error}; use a local path or gs://') from error
 
 
+def _link(temporary: pathlib.Path, target: pathlib.Path) -> None:
+  """Gives a whole file its name, atomically and exclusively; open('x') would expose a half-written one."""
+  try:
+    os.link(temporary, target)
+  except OSError as error:
+    if error.errno not in _NO_LINKS:
+      raise
+    raise UserError(
+      f'{target}: this filesystem has no hard links ({error.strerror}), so no exclusive create, and two workers could '
+      'both commit a cell; use another folder or gs://'
+    ) from error
+
+
+def _temporary(target: pathlib.Path) -> pathlib.Path:
+  return target.with_name(f'.{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp')
+
+
 def _via_temporary(
-  target: pathlib.Path, data: bytes, put: Callable[[pathlib.Path, pathlib.Path], None]
+  target: pathlib.Path,
+  data: bytes,
+  put: Callable[[pathlib.Path, pathlib.Path], None],
+  parents: bool = True,
 ) -> None:
   """Writes beside the target, to the disk, and then puts the whole file in place."""
-  target.parent.mkdir(parents=True, exist_ok=True)
-  temporary = target.with_name(f'.{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp')
+  if parents:
+    target.parent.mkdir(parents=True, exist_ok=True)
+  temporary = _temporary(target)
   try:
     with open(temporary, 'xb') as f:
       f.write(data)
@@ -272,6 +344,16 @@ def _via_temporary(
     _sync_folder(target.parent)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def _sync_filesystem(path: pathlib.Path) -> None:
+  """Puts on the disk what was written to the filesystem of a folder."""
+  folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    if _SYNCFS is None or _SYNCFS(folder) != 0:
+      os.sync()
+  finally:
+    os.close(folder)
 
 
 def _sync_folder(path: pathlib.Path) -> None:

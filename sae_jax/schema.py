@@ -242,8 +242,26 @@ def seal(record: dict[str, Any], owner: str = '') -> dict[str, Any]:
 
 
 def dump(record: dict[str, Any], owner: str = '') -> bytes:
+  """A record, sealed, as its file holds it."""
+  return dump_sealed(seal(record, owner))
+
+
+def dump_sealed(record: dict[str, Any]) -> bytes:
   """A sealed record as its file holds it."""
-  return json.dumps(seal(record, owner), indent=1, allow_nan=False).encode() + b'\n'
+  return json.dumps(record, indent=1, allow_nan=False).encode() + b'\n'
+
+
+def dump_large(record: dict[str, Any]) -> bytes:
+  """As `dump`, with a line for every entry of the entries: many times faster, and still read and compared by line."""
+  parts = []
+  for key, value in seal(record).items():
+    if isinstance(value, dict) and value:
+      inner = (f'  {json.dumps(k)}: {json.dumps(v, allow_nan=False)}' for k, v in value.items())
+      text = '{\n' + ',\n'.join(inner) + '\n }'
+    else:
+      text = json.dumps(value, allow_nan=False)
+    parts.append(f' {json.dumps(key)}: {text}')
+  return ('{\n' + ',\n'.join(parts) + '\n}\n').encode()
 
 
 def dump_line(record: dict[str, Any], owner: str) -> bytes:

@@ -52,7 +52,9 @@ class Board:
     """Part of the work done, and time left at the speed of this launch so far; cells weigh by their FLOPs."""
     spent = left = 0.0
     for s in states:
-      cost = self._cost.setdefault(s.cell.id, flops.cell_flops(s.cell.config)['dense'])
+      if s.cell.id not in self._cost:
+        self._cost[s.cell.id] = flops.cell_flops(s.cell.config)['dense']
+      cost = self._cost[s.cell.id]
       last = status.progress(self._store, s.cell.id) if s.state == 'running' else None
       ready = min(1.0, last['step'] / s.cell.config.train.steps) if last else float(s.state == 'done')
       spent += ready * cost

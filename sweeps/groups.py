@@ -26,13 +26,16 @@ def partition(cells: Sequence[ledger.Cell], stated: int | None) -> list[list[led
   What is done already plays no part, so that a job for a group has the same cells in every launch of one ledger.
   """
   parts: list[list[ledger.Cell]] = []
+  last: dict[str, list[ledger.Cell]] = {}  # of each stream; those before it are full
   for cell in cells:
-    for part in parts:
-      if len(part) < most(part[0].config, stated) and part[0].config.stream == cell.config.stream:
-        part.append(cell)
-        break
-    else:
-      parts.append([cell])
+    room = most(cell.config, stated)
+    part = last.get(cell.config.stream) if room > 1 else None
+    if part is not None and len(part) < room:
+      part.append(cell)
+      continue
+    parts.append([cell])
+    if room > 1:
+      last[cell.config.stream] = parts[-1]
   return parts
 
 

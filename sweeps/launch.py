@@ -37,11 +37,17 @@ def drive(
   shown = board.Board(store, store.states(max_failures))
   poll_s = 0.5 if files.is_local(store.path) else 15.0
   cancels = 0
+  states: list[ledger.CellState] = []
+  look_at = 0.0
   try:
     while True:
+      # Processes cost nothing to look at, thousands of cells do.
       running = [name for name, state in executor.states(names).items() if state != 'gone']
-      states = store.states(max_failures)
-      shown.show(states)
+      if not running or time.monotonic() >= look_at:
+        began = time.process_time()
+        states = store.states(max_failures)
+        shown.show(states)
+        look_at = time.monotonic() + ledger.nap_s(poll_s, time.process_time() - began)
       if not running:
         return
       # Workers notice by themselves that nothing is left; this spares them their last nap.
@@ -73,6 +79,7 @@ def follow(
   A signal ends the watching only. With `detach` there is none.
   """
   submitted: set[str] = set()
+  began = time.process_time()
   states = store.states(max_failures)
   shown = None if detach else board.Board(store, states)
   try:
@@ -97,7 +104,8 @@ def follow(
       if received or not (alive or any(s.state == 'running' for s in states)):
         shown.show(store.states(max_failures))
         return
-      _nap(cluster.poll_s, received)
+      _nap(ledger.nap_s(cluster.poll_s, time.process_time() - began), received)
+      began = time.process_time()
       states = store.states(max_failures)
   finally:
     if shown is not None:

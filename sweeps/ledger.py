@@ -1,6 +1,7 @@
 """The ledger: one folder a cell, the only truth about what is done. Who may train a cell is in lease.py."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import time
@@ -14,6 +15,7 @@ from sae_jax.errors import UserError
 from sweeps import grid
 
 _ID = re.compile(r'[0-9a-f]{12}')
+_REST = 20.0  # naps are so many times as long as the CPU time of the look before: under 5 % of a core
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,20 @@ class CellState:
   attempts: int  # failed ones
   reason: str
   result: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+  """sweep.json as it was read last."""
+
+  version: tuple[Any, ...] | None
+  digest: bytes
+  record: dict[str, Any]
+
+
+def nap_s(poll_s: float, look_s: float) -> float:
+  """Seconds until the next look, after one that took `look_s` of CPU time: at least `poll_s`."""
+  return max(poll_s, _REST * look_s)
 
 
 class Ledger:
@@ -59,6 +75,11 @@ class Ledger:
       str, tuple[bytes, float]
     ] = {}  # a cell's last claim, and when this process first saw it so
     self._done: dict[str, CellState] = {}
+    self._configs: dict[str, dict[str, Any]] = {}  # config.json of unfinished cells, once found sound
+    self._read: _Read | None = None
+    # By id, of the last record: each entry, and the cell that it was parsed to.
+    self._parsed: dict[str, tuple[dict[str, Any], Cell]] = {}
+    self._listed: tuple[dict[str, Any], list[Cell]] | None = None  # a record, and its cells
     files.check_exclusive_create(self.path)
 
   def folder(self, cell_id: str) -> str:
@@ -83,14 +104,20 @@ class Ledger:
     record = self._record() if files.exists(self._sweep_file) else {'cells': {}}
     old = record['cells']
     cells = {
-      c.id: {'overrides': overrides, 'config': json.loads(c.to_json())} for overrides, c in sweep.cells
+      c.id: {'overrides': json.loads(json.dumps(overrides)), 'config': c.to_record()}
+      for overrides, c in sweep.cells
     }
+    for _, c in sweep.cells:  # so that reading them back parses nothing
+      self._parsed[c.id] = cells[c.id], Cell(c.id, cells[c.id]['overrides'], c)
     try:
-      for cell_id in cells.keys() - old.keys():
-        try:
-          files.create(files.join(self.folder(cell_id), schema.CONFIG), schema.dump(cells[cell_id]['config']))
-        except FileExistsError:  # an interrupted or simultaneous launch of the same sweep
-          pass
+      missing = {
+        files.join(self.folder(cell_id), schema.CONFIG): cell_id for cell_id in cells.keys() - old.keys()
+      }
+      # Some may exist: of an interrupted or simultaneous launch of the same sweep.
+      made = files.create_missing(
+        {path: schema.dump_sealed(cells[cell_id]['config']) for path, cell_id in missing.items()}
+      )
+      self._configs |= {missing[path]: cells[missing[path]]['config'] for path in made}
       # Cells that left the grid stay: their results are worth keeping and another launch may be running them.
       union = {
         'name': sweep.name,
@@ -99,7 +126,7 @@ class Ledger:
         'cells': old | cells,
       }
       if union != schema.content(record):
-        files.replace(self._sweep_file, schema.dump(union))
+        files.replace(self._sweep_file, schema.dump_large(union))
     except OSError as error:
       raise UserError(f'cannot write the ledger {self.path}: {error}; choose another --ledger') from None
 
@@ -110,33 +137,46 @@ class Ledger:
     """Every cell, in the order of the grid. Raises `UserError` when there is no ledger or it was edited.
 
     The configuration is the one last registered: its id is the folder's, and what lies outside the id (mesh,
-    paths, checkpoint interval) may have changed since config.json was written.
+    paths, checkpoint interval) may have changed since config.json was written. Until sweep.json changes it is the same
+    list, and then only what changed in it is parsed.
     """
-    return [
-      Cell(cell_id, entry['overrides'], config.from_record(entry['config']))
-      for cell_id, entry in self._record()['cells'].items()
-    ]
+    record = self._record()
+    if self._listed is None or self._listed[0] is not record:
+      parsed = self._parsed
+      self._parsed = {
+        cell_id: parsed[cell_id]
+        if cell_id in parsed and parsed[cell_id][0] == entry
+        else (entry, Cell(cell_id, entry['overrides'], config.from_record(entry['config'])))
+        for cell_id, entry in record['cells'].items()
+      }
+      self._listed = record, [cell for _, cell in self._parsed.values()]
+    return self._listed[1]
 
   def states(self, max_failures: int = MAX_FAILURES) -> list[CellState]:
+    """Of every cell. Of finished ones nothing is read twice, and of the others only what can have changed."""
     return [self.state(cell, max_failures) for cell in self.cells()]
 
   def state(self, cell: Cell, max_failures: int = MAX_FAILURES) -> CellState:
     """Of one cell, which need not be registered."""
-    if cell.id in self._done:
-      return dataclasses.replace(self._done[cell.id], cell=cell)
+    if (done := self._done.get(cell.id)) is not None:
+      return done if done.cell is cell else dataclasses.replace(done, cell=cell)
     found = cell_state.read(
-      self.folder(cell.id), cell.id, max_failures=max_failures, holder=lambda: self._live_holder(cell.id)
-    )
+      self.folder(cell.id), cell.id, max_failures=max_failures, holder=lambda: self._live_holder(cell.id),
+      known=self._configs.get(cell.id),
+    )  # fmt: skip
     state = CellState(cell, found.state, found.attempts, found.reason, found.result)
     if state.state == schema.DONE:  # what is done stays so
       self._done[cell.id] = state
+      self._configs.pop(cell.id, None)
+    elif found.config is not None:
+      self._configs[cell.id] = found.config
     return state
 
   def claim(self, cell_id: str) -> lease.Lease | None:
     """The right to train a cell, or None when it is done or cancelled, or someone holds it or was faster."""
     folder = self.folder(cell_id)
     generation, _ = lease.last_claim(folder)
-    if self._live_holder(cell_id) is not None:
+    if self._live_holder(cell_id) is not None or self._is_settled(folder):
       return None
     taken = lease.Lease(
       folder, generation + 1, refresh_s=self.refresh_s, stale_s=self.stale_s, clock=self._clock
@@ -145,14 +185,15 @@ class Ledger:
       taken.acquire()
     except FileExistsError:
       return None
-    if any(files.exists(files.join(folder, name)) for name in (schema.RESULT, schema.CANCEL)):
-      taken.release()  # finished or cancelled since the caller looked
+    if self._is_settled(folder):  # since the look above
+      taken.release()
       return None
     return taken
 
   def held_by(self, pid: int) -> list[str]:
     """The cells whose last, unreleased leases belong to this process of this host, alive or dead."""
-    holders = ((cell.id, lease.holder_of(lease.last_claim(self.folder(cell.id))[1])) for cell in self.cells())
+    ids = [cell.id for cell in self.cells() if cell.id not in self._done]
+    holders = ((cell_id, lease.holder_of(lease.last_claim(self.folder(cell_id))[1])) for cell_id in ids)
     here = lease.pid_space()
     return [cell_id for cell_id, r in holders if r and (r['pid'], r['pid_space']) == (pid, here)]
 
@@ -169,13 +210,29 @@ class Ledger:
     since = self._seen[cell_id][1]
     return None if began - since >= self.stale_s or lease.is_dead_here(record) else record
 
+  @staticmethod
+  def _is_settled(folder: str) -> bool:
+    """Whether a cell is finished or cancelled."""
+    return any(files.exists(files.join(folder, name)) for name in (schema.RESULT, schema.CANCEL))
+
   @property
   def _sweep_file(self) -> str:
     return files.join(self.path, schema.SWEEP)
 
   def _record(self) -> dict[str, Any]:
+    """sweep.json, parsed when its bytes are not those of the last time; the same object until then."""
     try:
-      record = schema.parse_large(files.read(self._sweep_file))
+      version = files.version(
+        self._sweep_file
+      )  # before reading: of a file replaced in between, this is the older
+      if self._read is not None and version is not None and version == self._read.version:
+        return self._read.record
+      data = files.read(self._sweep_file)
+      digest = hashlib.sha256(data).digest()
+      if self._read is not None and digest == self._read.digest:
+        self._read = dataclasses.replace(self._read, version=version)
+        return self._read.record
+      record = schema.parse_large(data)
       schema.check(record, schema.SWEEPS)
       for cell_id, entry in record['cells'].items():
         if not (
@@ -184,6 +241,7 @@ class Ledger:
           raise ValueError(f'cell {cell_id!r} does not match its configuration')
       if not (isinstance(record['name'], str) and isinstance(record['experiment'], str)):
         raise ValueError('name and experiment are text')
+      self._read = _Read(version, digest, record)
       return record
     except (FileNotFoundError, NotADirectoryError):
       raise UserError(f'no sweep at {self.path!r}; start one with python -m sweeps.launch') from None

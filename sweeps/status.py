@@ -165,6 +165,7 @@ def main(argv: list[str]) -> int:
   shown = ''
   try:
     while True:
+      began = time.process_time()
       found = report(store, args.max_failures)
       now = json.dumps(found) if args.json else text(found)
       if sys.stdout.isatty() and args.watch:
@@ -174,7 +175,7 @@ def main(argv: list[str]) -> int:
       shown = now
       if not args.watch or not (found['counts']['running'] or found['counts']['waiting']):
         return 0
-      time.sleep(2)
+      time.sleep(ledger.nap_s(2.0, time.process_time() - began))
   except KeyboardInterrupt:
     return 0
 

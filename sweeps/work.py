@@ -87,20 +87,30 @@ def run(
   def verdict() -> int | None:
     return _verdict(states())
 
+  # A look at all cells gives the order in which they are tried. Another one is due once none is left of it, or when
+  # there are other cells: the work is then proportional to the cells, where a look for each would make it their square.
+  waiting: list[ledger.CellState] = []
+  listed: list[ledger.Cell] | None = None
+  nap_s = poll_s
   while not stop():
+    looked = False
     try:
-      found = states()
-      if (code := _verdict(found)) is not None:
-        return code
-      held = _claim(store, found, group)
+      if not waiting or store.cells() is not listed:
+        looked, began = True, time.process_time()
+        listed, found = store.cells(), states()
+        nap_s = ledger.nap_s(poll_s, time.process_time() - began)
+        if (code := _verdict(found)) is not None:
+          return code
+        waiting = sorted((s for s in found if s.state == schema.WAITING), key=_precedence)
+      held = _claim(store, waiting, group, max_failures)
     except OSError as error:
       if files.is_local(store.path):
         raise
       # A bucket that does not answer for minutes is no reason to give up a slice.
       print(f'{store.path}: {error}; trying again', file=sys.stderr, flush=True)
-      held = []
+      looked, held = True, []
     if not held:
-      _sleep(poll_s, stop)
+      _sleep(nap_s if looked else 0.0, stop)
       continue
     broken = attempt(store, train_group, held, stop=stop, permanent=permanent, verdict=verdict, leader=leader)
     if broken and leader is not None:
@@ -109,14 +119,28 @@ def run(
   return PREEMPTED
 
 
-def _claim(store: ledger.Ledger, states: list[ledger.CellState], group: int | None) -> Held:
-  """The waiting cell that comes first and can be had, with those that can train beside it; empty when none can."""
-  waiting = sorted((s for s in states if s.state == 'waiting'), key=_precedence)
-  first, taken = next(((s, t) for s in waiting if (t := store.claim(s.cell.id))), (None, None))
-  if first is None or taken is None:
-    return []
-  others = groups.companions(store, first, waiting, groups.most(first.cell.config, group) - 1)
-  return [(first.cell, taken)] + [(s.cell, t) for s in others if (t := store.claim(s.cell.id))]
+def _claim(
+  store: ledger.Ledger, waiting: list[ledger.CellState], group: int | None, max_failures: int
+) -> Held:
+  """The first of `waiting` that can be had, with those that can train beside it; empty when none can.
+
+  What was tried is taken off the list.
+  """
+
+  def claimed(s: ledger.CellState) -> lease.Lease | None:
+    # It may be old news, and a cell that has failed meanwhile has another place in the order.
+    now = store.state(s.cell, max_failures)
+    return store.claim(s.cell.id) if (now.state, now.attempts) == (schema.WAITING, s.attempts) else None
+
+  while waiting:
+    first = waiting.pop(0)
+    if (taken := claimed(first)) is None:
+      continue
+    others = groups.companions(store, first, waiting, groups.most(first.cell.config, group) - 1)
+    for s in others:
+      waiting.remove(s)
+    return [(first.cell, taken)] + [(s.cell, t) for s in others if (t := claimed(s))]
+  return []
 
 
 def _verdict(states: list[ledger.CellState]) -> int | None:

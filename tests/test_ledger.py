@@ -13,9 +13,10 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from sae_jax import config, files, lease, metrics
+from sae_jax import cell as cell_module
+from sae_jax import config, files, lease, metrics, schema
 from sae_jax.errors import UserError
-from sweeps import ledger
+from sweeps import ledger, work
 from tests import cells
 
 
@@ -380,3 +381,115 @@ def test_unreachable_files_are_borne_until_the_lease_may_be_stale(one, monkeypat
   clock.now = 90.0
   with pytest.raises(lease.LeaseLost, match='stale file handle'):
     held.check()
+
+
+# ----- work that grows with the ledger, and no faster
+
+
+@pytest.fixture
+def counted(monkeypatch):
+  """How often each of these was called; `read` and `listdir` also by path."""
+  counts = {'parse_large': 0, 'from_record': 0, 'id_of': 0, 'listdir': 0, 'read': []}
+
+  def count(module, name, note):
+    real = getattr(module, name)
+
+    def counting(*args, **named):
+      note(*args)
+      return real(*args, **named)
+
+    monkeypatch.setattr(module, name, counting)
+
+  def add(name):
+    def note(*_):
+      counts[name] += 1
+
+    return note
+
+  count(schema, 'parse_large', add('parse_large'))
+  count(config, 'from_record', add('from_record'))
+  count(cell_module, 'id_of', add('id_of'))
+  count(files, 'listdir', add('listdir'))
+  count(files, 'read', lambda path, *_: counts['read'].append(pathlib.PurePosixPath(path).name))
+  return counts
+
+
+def clear(counts):
+  counts.update(parse_large=0, from_record=0, id_of=0, listdir=0, read=[])
+
+
+def make_many(path, count=30, finished=10):
+  ledger.Ledger(path).register(cells.sweep(*({'train.seed': seed} for seed in range(count))))
+  store = ledger.Ledger(path)
+  for one in store.cells()[:finished]:
+    cells.finish(store.folder(one.id), one.config)
+  return store
+
+
+def test_a_second_look_parses_nothing_again(path, counted):
+  store = make_many(path)
+  store.claim(store.cells()[10].id)
+  metrics.record_failure(store.folder(store.cells()[11].id), ValueError('once'))
+  before = store.states()
+  clear(counted)
+  assert store.states() == before
+  assert counted['from_record'] == counted['id_of'] == 0
+  assert (
+    counted['listdir'] <= 20 + 1
+  )  # a folder for each cell that is not done, and the claims of the one that has any
+  again = ['1.json', 'failure.json']
+  assert sorted(set(counted['read']) - {'sweep.json'}) == again
+  assert counted['parse_large'] == len(
+    again
+  )  # and sweep.json is not parsed even where its bytes have to be read
+  assert sorted(counted['read'][-2:]) == again
+
+
+def test_a_grown_sweep_is_parsed_where_it_grew(path, counted):
+  store = make_many(path)
+  listed = store.cells()
+  assert store.cells() is listed
+  ledger.Ledger(path).register(cells.sweep(*({'train.seed': seed} for seed in range(32))))
+  clear(counted)
+  assert len(store.cells()) == 32 and store.cells()[:30] == listed
+  assert counted['from_record'] == 2 and counted['parse_large'] == 1
+  ledger.Ledger(path).register(cells.sweep({'train.seed': 3, 'mesh.data': 2}))
+  clear(counted)
+  assert store.cells()[3].config.mesh.data == 2 and counted['from_record'] == 1
+
+
+def test_registering_leaves_nothing_to_parse(path, counted):
+  store = ledger.Ledger(path)
+  store.register(cells.sweep(*({'train.seed': seed} for seed in range(30))))
+  assert len(store.cells()) == 30
+  assert counted['from_record'] == 0
+  clear(counted)
+  assert [s.state for s in store.states()] == ['waiting'] * 30
+  assert 'config.json' not in counted['read']
+
+
+def test_who_held_a_cell_is_found_without_the_finished_ones(path, counted):
+  store = make_many(path)
+  assert store.claim(store.cells()[12].id)
+  store.states()
+  clear(counted)
+  assert store.held_by(os.getpid()) == [store.cells()[12].id]
+  assert counted['from_record'] == 0 and counted['listdir'] <= 20
+
+
+@pytest.mark.parametrize('count', [20, 60])
+def test_a_sweep_costs_reads_in_proportion_to_its_cells(tmp_path, counted, count):
+  store = make_many(str(tmp_path / 'ledger'), count, finished=0)
+
+  def train(group, *, should_stop, **_):
+    return [cells.finish(folder, config) for config, folder in group]
+
+  clear(counted)
+  assert work.run(store, train, stop=lambda: False) == 0
+  assert counted['from_record'] == 0
+  assert counted['listdir'] <= 10 * count and len(counted['read']) <= 10 * count + 2
+
+
+def test_naps_are_in_proportion_to_looks():
+  assert ledger.nap_s(0.5, 0.001) == 0.5
+  assert ledger.nap_s(0.5, 2.0) == 40.0
