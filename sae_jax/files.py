@@ -90,6 +90,11 @@ def is_folder(path: str) -> bool:
   return is_local(path) and local(path).is_dir()
 
 
+def is_link(path: str) -> bool:
+  """Whether a path is a symbolic link; an object store has none."""
+  return is_local(path) and local(path).is_symlink()
+
+
 def read(path: str) -> bytes:
   """The whole file. Raises FileNotFoundError."""
   if is_local(path):

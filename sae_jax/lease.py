@@ -10,11 +10,13 @@ import re
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from sae_jax import files, schema
 
+GONE, UNSEEN = -1, 0  # in place of a process's start
 _CLAIM = re.compile(r'([1-9][0-9]{0,8})\.json')
 
 
@@ -25,8 +27,14 @@ class LeaseLost(Exception):
 class Lease:
   """One generation of a claim, refreshed by a background thread until `release`; a context manager.
 
-  `check` must be called before anything is written to the cell: it raises `LeaseLost` once another generation
-  exists, or when this process could not refresh for so long that one may.
+  The claim carries a nonce, and it is this lease's only as long as the file has it: whoever finds another one, none, or
+  a later generation has lost the lease. A claim is rewritten and never made again, so that a folder that was deleted or
+  moved away stays so.
+
+  `check` must be called before anything is written to the cell. It raises `LeaseLost` once the lease is lost, or when
+  this process could not refresh for so long that it may be. A process can be stopped between a check and the write
+  behind it. What it then still writes does no harm: result.json is created once, and a checkpoint or a line of metrics
+  is a function of the cell and the step, whoever writes it.
 
   Args:
     cell_folder: the cell.
@@ -51,7 +59,7 @@ class Lease:
     self.cancelled = (
       False  # whether someone asked, by sweeps.cancel, that the cell be left; seen at a refresh
     )
-    self._lost = False
+    self._lost = ''  # why, once it is
     self._lock = threading.Lock()
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._keep, daemon=True, name='lease')
@@ -62,12 +70,21 @@ class Lease:
     files.create(self._path, schema.dump(self._record))
     self._thread.start()
 
-  def check(self) -> None:
-    """Cheap enough for every step: looks at the files only when the background thread has fallen behind."""
-    if not self._lost and self._clock() - self._refreshed < 2 * self._refresh_s:
+  def check(self, fresh: bool = False) -> None:
+    """Raises `LeaseLost` unless the lease is still this one's.
+
+    Cheap enough for every step: it looks at the files only when the background thread has fallen behind, as it has in a
+    process that was stopped. With `fresh` it looks in any case, as is right before others see what is written.
+    """
+    behind = self._clock() - self._refreshed >= 2 * self._refresh_s
+    if not (self._lost or fresh or behind):
       return
     try:
-      self._refresh()
+      if behind:
+        self._refresh()
+      else:
+        with self._lock:
+          self._verify()
     except OSError as error:
       if self._clock() - self._refreshed >= self._stale_s:
         raise LeaseLost(f'{self._path} could not be refreshed for {self._stale_s:g} s: {error}') from error
@@ -77,11 +94,11 @@ class Lease:
     self._stop.set()
     self._thread.join()
     with self._lock:
-      if self._lost:
-        return
       try:
-        if not files.exists(self._next):
-          files.replace(self._path, schema.dump(self._record | {'released': True}))
+        self._verify()
+        files.replace(self._path, schema.dump(self._record | {'released': True}), parents=False)
+      except LeaseLost:
+        return
       except OSError as error:  # it ends by itself when it is stale; the error that led here matters more
         print(f'{self._path} could not be released ({error.strerror})', file=sys.stderr, flush=True)
 
@@ -103,15 +120,75 @@ class Lease:
   def _refresh(self) -> None:
     with self._lock:
       begun = self._clock()  # before writing: an observer can only have started to count later
-      self._lost = self._lost or files.exists(self._next)
-      if not self._lost:
-        self._record['refreshed'] += 1
-        files.replace(self._path, schema.dump(self._record))
-        self._lost = files.exists(self._next)
-      if self._lost:
-        raise LeaseLost(f'{self._next} exists: another worker took this cell over')
+      self._verify()
+      self._record['refreshed'] += 1
+      try:
+        files.replace(self._path, schema.dump(self._record), parents=False)
+      except FileNotFoundError:
+        pass  # the folder is gone, as the next line says
+      self._verify()
       self._refreshed = begun
       self.cancelled = files.exists(self._cancel)
+
+  def _verify(self) -> None:
+    """Raises `LeaseLost` unless the claim on disk is this lease's and the newest."""
+    self._lost = self._lost or self._why_lost()
+    if self._lost:
+      raise LeaseLost(self._lost)
+
+  def _why_lost(self) -> str:
+    if files.exists(self._next):
+      return f'{self._next} exists: another worker took this cell over'
+    try:
+      found = schema.parse(files.read(self._path))
+    except (FileNotFoundError, NotADirectoryError):
+      return f'{self._path} is gone: it was deleted, or moved away with its folder'
+    except schema.Broken as error:
+      return f'{self._path} is not what this worker wrote: {error}'
+    if found.get('nonce') != self._record['nonce']:
+      return f'{self._path} carries the nonce of another worker'
+    return ''
+
+
+class Observer:
+  """Sees who holds leases, and takes those that nobody holds. What is stale is decided by its own clock.
+
+  Args:
+    refresh_s: how often a holder rewrites its lease.
+    stale_s: a lease unchanged for this long is free.
+    clock: monotonic seconds of this process.
+  """
+
+  def __init__(
+    self, *, refresh_s: float = 30.0, stale_s: float = 90.0, clock: Callable[[], float] = time.monotonic
+  ):
+    self._refresh_s, self._stale_s, self._clock = refresh_s, stale_s, clock
+    self._seen: dict[str, tuple[bytes, float]] = {}  # a folder's last claim, and when it was first seen so
+
+  def holder(self, folder: str) -> dict[str, Any] | None:
+    """The claim of whoever holds the lease of a folder, or None."""
+    # Taken before reading, and `since` after it: a slow read must not make a lease stale.
+    began = self._clock()
+    _, data = last_claim(folder)
+    record = holder_of(data)
+    if record is None:
+      return None
+    if folder not in self._seen or self._seen[folder][0] != data:
+      self._seen[folder] = data, self._clock()
+    since = self._seen[folder][1]
+    return None if began - since >= self._stale_s or is_dead_here(record) else record
+
+  def claim(self, folder: str) -> Lease | None:
+    """The lease of a folder, or None when someone holds it or was faster."""
+    generation, _ = last_claim(folder)
+    if self.holder(folder) is not None:
+      return None
+    taken = Lease(folder, generation + 1, refresh_s=self._refresh_s, stale_s=self._stale_s, clock=self._clock)
+    try:
+      taken.acquire()
+    except FileExistsError:
+      return None
+    return taken
 
 
 def last_claim(cell_folder: str) -> tuple[int, bytes]:
@@ -127,6 +204,11 @@ def last_holder(cell_folder: str) -> dict[str, Any] | None:
   """Who claimed a cell last, unless they let go or are known to be dead. One look cannot tell a stale lease."""
   record = holder_of(last_claim(cell_folder)[1])
   return None if record is None or is_dead_here(record) else record
+
+
+def name_of(record: dict[str, Any]) -> str:
+  """A holder as people are told of it."""
+  return f'process {record["pid"]} on {record["host"]}'
 
 
 def holder_of(data: bytes) -> dict[str, Any] | None:
@@ -147,7 +229,7 @@ def is_dead_here(record: dict[str, Any]) -> bool:
   """Whether the holder lived where this process lives and is gone. Unknown counts as alive: staleness decides."""
   if not record['pid_space'] or record['pid_space'] != pid_space():
     return False
-  return process_start(record['pid']) != record['started']
+  return process_start(record['pid']) not in (record['started'], UNSEEN)
 
 
 def pid_space() -> str:
@@ -164,10 +246,28 @@ def pid_space() -> str:
 
 
 def process_start(pid: int) -> int:
-  """Start of a live process in clock ticks since boot, which tells a reused id apart; -1 when it is gone."""
+  """Start of a live process in clock ticks since boot, which tells a reused id apart.
+
+  `GONE` when there is no such process, `UNSEEN` when there is one that this process may not look at: another user's,
+  where /proc is mounted with hidepid.
+  """
   try:
     # The name in parentheses may contain anything: fields are counted after the last one.
     state, *fields = pathlib.Path(f'/proc/{int(pid)}/stat').read_text().rpartition(')')[2].split()
-  except (OSError, ValueError, TypeError, OverflowError):
-    return -1
-  return -1 if state in 'ZX' else int(fields[18])
+  except (ValueError, TypeError, OverflowError):
+    return GONE
+  except OSError:
+    return UNSEEN if _exists(pid) else GONE
+  return GONE if state in 'ZX' else int(fields[18])
+
+
+def _exists(pid: int) -> bool:
+  if pid < 1:
+    return False
+  try:
+    os.kill(pid, 0)
+  except (ProcessLookupError, OverflowError):
+    return False
+  except OSError:  # EPERM: it is there, and someone else's
+    return True
+  return True

@@ -36,10 +36,20 @@ class Member:
     mesh: where it runs.
     source: its activations.
     share: part of the run's time that is this cell's, for `wall_s`; 1 when it trains alone.
+    before_write: called before anything is written that others see; raises when the cell is another's now.
   """
 
-  def __init__(self, config: Config, workdir: str, mesh: Mesh, source: Source, share: float = 1.0):
+  def __init__(
+    self,
+    config: Config,
+    workdir: str,
+    mesh: Mesh,
+    source: Source,
+    share: float = 1.0,
+    before_write: Callable[[], None] | None = None,
+  ):
     self.config, self.workdir, self.mesh = config, workdir, mesh
+    self._before_write = before_write or (lambda: None)
     self._source, self._share = source, share
     self._evaluator = Evaluator(config, mesh, source)
     self._checkpoints = Checkpoints(workdir, config.id)
@@ -98,11 +108,13 @@ class Member:
     if best.topk_recall is not None:
       line['eval/topk_recall'] = best.topk_recall
     check_finite(at, line)
+    self._before_write()
     if self._log:
       self._log.write(at, line)
     self._line = line
 
   def save(self, at: int, state: Any) -> None:
+    self._before_write()
     self._checkpoints.save(at, state, self._facts | {'wall_s': self._wall_s()})
 
   def close(self) -> None:
@@ -123,12 +135,14 @@ class Member:
         'id': config.id, 'n_latents': config.sae.n_latents, 'k': config.sae.k, 'd_model': config.sae.d_model,
         'activation': config.sae.activation,
       }  # fmt: skip
+      self._before_write()
       artifact.save(
         self.workdir, weights, sizes | {'weights': line['eval/weights']} | self._source.provenance
       )
       measured = {
         name: line[in_line] for in_line, name in schema.line_names(schema.MEASURED).items() if in_line in line
       }
+      self._before_write()
       metrics.commit_result(
         self.workdir,
         sizes

@@ -6,12 +6,14 @@ mesh, versions, number of cores and instruction set).
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import functools
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +27,7 @@ from sae_jax import (
   distributed,
   files,
   flops,
+  lease,
   metrics,
   schema,
   sharding,
@@ -44,6 +47,7 @@ def train(
   workdir: str,
   *,
   should_stop: Callable[[], bool] | None = None,
+  before_write: Callable[[], None] | None = None,
   label: str = '',
 ) -> str:
   """Trains or resumes one cell in its folder.
@@ -53,6 +57,7 @@ def train(
     workdir: its folder; config.json, ckpt/, metrics.jsonl, sae/ and, last, result.json are written there.
     should_stop: asked after every step; when true a checkpoint is saved and 'preempted' returned. Asked once more
       before the result is written, when its answer no longer matters.
+    before_write: called before anything is written that others see. What it raises ends the run.
     label: shown before the progress.
 
   Returns:
@@ -61,7 +66,9 @@ def train(
   Raises:
     UserError: input that cannot be trained on. Diverged: the loss is not finite.
   """
-  (outcome,) = train_group([(config, workdir)], should_stop=should_stop, label=label or config.id)
+  (outcome,) = train_group(
+    [(config, workdir)], should_stop=should_stop, before_write=before_write, label=label or config.id
+  )
   if isinstance(outcome, Diverged):
     raise outcome
   return outcome
@@ -71,6 +78,7 @@ def train_group(
   cells: Sequence[tuple[Config, str]],
   *,
   should_stop: Callable[[], bool] | None = None,
+  before_write: Callable[[], None] | None = None,
   label: str = '',
 ) -> list[str | Diverged]:
   """Trains or resumes cells of one stream (`Config.stream`) together, each in its own folder.
@@ -104,7 +112,7 @@ def train_group(
   for i in todo:
     config, workdir = cells[i]
     init, _ = make_step(config, mesh)
-    member = Member(config, workdir, mesh, source, costs[i] / sum(costs.values()))
+    member = Member(config, workdir, mesh, source, costs[i] / sum(costs.values()), before_write)
     state = member.start(abstract_state(init, mesh, config), lambda init=init: init(*sample()))
     by_start.setdefault(int(state.step), []).append(_Trainee(i, member, state))
   for start, together in sorted(by_start.items()):
@@ -244,6 +252,44 @@ def _train_together(
   return outcomes
 
 
+def _claim(workdir: str) -> lease.Lease | None:
+  """The lease of a cell's folder for this run; None for a finished cell, and in every process but the first.
+
+  A holder of this machine is known to live or to be dead. One of another is watched until its lease changes or is stale.
+  Raises `UserError` when another process trains the cell.
+  """
+  refused, held = '', None
+  if jax.process_index() == 0 and not files.exists(files.join(workdir, schema.RESULT)):
+    observer, first = lease.Observer(), None
+    while (held := observer.claim(workdir)) is None and not refused:
+      holder = observer.holder(workdir)
+      elsewhere = holder is not None and (holder['pid_space'] or 'unknown') != lease.pid_space()
+      if first is None and holder is not None and elsewhere:
+        print(
+          f'{workdir}: waiting up to 90 s to see whether {lease.name_of(holder)} still trains it',
+          file=sys.stderr,
+        )
+        first = holder
+      elif holder is not None and holder != first:
+        refused = f'{workdir} is being trained by {lease.name_of(holder)}; wait for it or stop it'
+      else:
+        time.sleep(1.0)
+  if jax.process_count() > 1:
+    key = 'train/refused'
+    if jax.process_index() == 0:
+      distributed.tell(key, refused or '-')
+    while not (said := distributed.hear(key, timeout_s=60)):
+      pass
+    refused = said.removeprefix('-')
+  if refused:
+    raise UserError(refused)
+  return held
+
+
+def _is_of_host(error: Exception) -> bool:
+  return not files.is_disk_full(error) and files.is_host_error(error)
+
+
 @one_line_errors
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog='python -m sae_jax.train', description=__doc__.splitlines()[0])
@@ -254,16 +300,34 @@ def main(argv: list[str]) -> int:
   distributed.initialize()
   workdir = os.path.abspath(args.workdir) if files.is_local(args.workdir) else args.workdir
   files.check_exclusive_create(workdir)
+  claim_folder(config, workdir)
+  held = _claim(workdir)
   try:
-    with watchdog.Watchdog() as alive:
-      outcome = train(config, workdir, should_stop=alive.beating(distributed.stop_flag()))
+    with held or contextlib.nullcontext(), watchdog.Watchdog() as alive:
+      asked = alive.beating(distributed.stop_flag())
+
+      def should_stop() -> bool:
+        if held is not None:
+          held.check()
+        return asked()
+
+      before_write = functools.partial(held.check, fresh=True) if held is not None else None
+      try:
+        outcome = train(config, workdir, should_stop=should_stop, before_write=before_write)
+      except Exception as error:
+        # One attempt, however many processes, and none when another rank died or the machine is at fault.
+        blameless = isinstance(error, lease.LeaseLost | BrokenFile) or _is_of_host(error)
+        if held is not None and not blameless and not distributed.lost_peer(error):
+          held.check(fresh=True)
+          metrics.record_failure(workdir, error, permanent=isinstance(error, Diverged))
+        raise
+  except lease.LeaseLost as error:
+    print(f'lease lost: {error}', file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Not sys.exit: a checkpoint still being written belongs to a cell that is no longer ours.
+    os._exit(PREEMPTED)
   except Exception as error:
-    of_host = not files.is_disk_full(error) and files.is_host_error(error)
-    known = not isinstance(error, UserError) or files.exists(files.join(workdir, schema.CONFIG))
-    # One attempt, however many processes, and none when another rank died.
-    known = known and not (of_host or isinstance(error, BrokenFile))
-    if known and jax.process_index() == 0 and not distributed.lost_peer(error):
-      metrics.record_failure(workdir, error, permanent=isinstance(error, Diverged))
+    of_host = _is_of_host(error)
     if isinstance(error, Diverged):
       raise UserError(str(error)) from error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -51,7 +51,7 @@ def attempt(
     print(f'cell {cell.id} {grid.label(cell.overrides)}: {what}', flush=True)
 
   def record(cell: ledger.Cell, lease_: lease.Lease, error: Exception) -> None:
-    lease_.check()
+    lease_.check(fresh=True)
     metrics.record_failure(store.folder(cell.id), error, permanent=isinstance(error, permanent))
     say(cell, f'failed, {type(error).__name__}: {cell_state.printable(str(error))}')
 
@@ -102,8 +102,15 @@ def attempt(
             leader.call_vote()
           return stop() or (cancelled and leader is None)
 
+        def before_write() -> None:
+          for _, lease_ in held:
+            lease_.check(fresh=True)
+
         outcomes = train_group(
-          [(cell.config, store.folder(cell.id)) for cell, _ in held], should_stop=should_stop, label=label
+          [(cell.config, store.folder(cell.id)) for cell, _ in held],
+          should_stop=should_stop,
+          before_write=before_write,
+          label=label,
         )
     except lease.LeaseLost:
       raise

@@ -23,10 +23,17 @@ class Garbage:
 
 
 def find(store: ledger.Ledger) -> list[Garbage]:
-  """What can go, a finished cell at a time. A cell without its sae/ keeps its checkpoints: they are its only weights."""
+  """What can go, a finished cell at a time. A cell without its sae/ keeps its checkpoints: they are its only weights.
+
+  Raises `UserError` for a cell whose folder is a link: what is behind it may belong to another ledger.
+  """
   found = []
   for s in store.states():
     folder = store.folder(s.cell.id)
+    if files.is_link(folder):
+      raise UserError(
+        f'{folder} is a link, and only folders inside the ledger are cleaned; put the folder itself in its place'
+      )
     if s.state == schema.DONE and files.listdir(files.join(folder, schema.ARTIFACT)):
       folders = tuple(p for name in FOLDERS if files.listdir(p := files.join(folder, name)))
       if folders:

@@ -17,6 +17,7 @@ from sae_jax.errors import HOST_BROKEN, UserError, one_line_errors
 from sweeps import board, engines, grid, ledger, preview, status, work
 from sweeps.executors import Executor, Job, local
 
+GRACE_S = 10.0  # for workers to end once nothing is left to do; a stopped one never hears of it
 MAX_STRAYS = 3  # ends of workers that held no cell: a broken installation rather than a bad cell
 MAX_HOST_ENDS = 3  # ends by errors of this machine, one after another, between which nothing was gained
 
@@ -37,6 +38,7 @@ def drive(
   shown = board.Board(store, store.states(max_failures))
   poll_s = 0.5 if files.is_local(store.path) else 15.0
   cancels = 0
+  over_since: float | None = None
   states: list[ledger.CellState] = []
   look_at = 0.0
   try:
@@ -51,7 +53,11 @@ def drive(
       if not running:
         return
       # Workers notice by themselves that nothing is left; this spares them their last nap.
-      over = not any(s.state in schema.UNFINISHED for s in states)
+      if any(s.state in schema.UNFINISHED for s in states):
+        over_since = None
+      elif over_since is None:
+        over_since = time.monotonic()
+      over = 0 if over_since is None else 1 + (time.monotonic() - over_since >= GRACE_S)
       while cancels < min(2, max(len(received), over)):
         if received:
           shown.say(
@@ -130,17 +136,22 @@ def _catch_signals() -> list[int]:
 def _verdict(store: ledger.Ledger, ids: set[str], max_failures: int) -> int:
   """Prints how the cells of this grid ended, and returns the exit code that says the same."""
   states = [s for s in store.states(max_failures) if s.cell.id in ids]
+  if lost := len(ids) - len(states):
+    print(
+      f'{lost} cells of this grid are not in {store.path}: sweep.json was replaced; the same command adds them'
+    )
   failed = [s for s in states if s.state in (schema.FAILED, schema.INVALID)]
   print(f'{status.summary(status.count(states))} in {store.path}', flush=True)
   for s in failed:
     print(f'{s.state}: {s.cell.id} {grid.label(s.cell.overrides)}: {s.reason}')
   if failed:
     print(f'after the cause is gone: python -m sweeps.retry --ledger={store.path}')
-  return 0 if all(s.state in (schema.DONE, schema.IMPORTED) for s in states) else work.SOME_FAILED
+  done = all(s.state in (schema.DONE, schema.IMPORTED) for s in states)
+  return 0 if done and not lost else work.SOME_FAILED
 
 
 class Restarts:
-  """Asked with (pid, exit code) whether a local worker that ended may be restarted; charges its cells for its death."""
+  """Asked with (pid, start, exit code) whether a local worker that ended may be restarted; charges its cells for its death."""
 
   def __init__(self, store: ledger.Ledger, max_failures: int, logs: pathlib.Path):
     self._store, self._max_failures, self._logs = store, max_failures, logs
@@ -152,7 +163,7 @@ class Restarts:
     """Whether this machine ended worker after worker."""
     return self._host_ends >= MAX_HOST_ENDS
 
-  def __call__(self, pid: int, code: int) -> bool:
+  def __call__(self, pid: int, started: int, code: int) -> bool:
     exit_code = 128 - code if code < 0 else code
     states = self._store.states(self._max_failures)
     if not any(s.state in schema.UNFINISHED for s in states):
@@ -163,7 +174,7 @@ class Restarts:
       self._host_ends = self._host_ends + 1 if gained == self._gained else 1
       self._gained = gained
       return not self.host_broken
-    held = self._store.held_by(pid)
+    held = self._store.held_by(pid, started)
     if not held and code == watchdog.STALLED_EXIT:
       return True  # it has charged its cells itself
     if not held:

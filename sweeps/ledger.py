@@ -1,9 +1,11 @@
 """The ledger: one folder a cell, the only truth about what is done. Who may train a cell is in lease.py."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import re
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ from sae_jax.errors import UserError
 from sweeps import grid
 
 _ID = re.compile(r'[0-9a-f]{12}')
+_POLL_S = 0.05  # between two tries for the lease of the ledger
 _REST = 20.0  # naps are so many times as long as the CPU time of the look before: under 5 % of a core
 
 
@@ -69,11 +72,7 @@ class Ledger:
     clock: Callable[[], float] = time.monotonic,
   ):
     self.path = str(files.local(path)) if files.is_local(path) else path.rstrip('/')
-    self.refresh_s, self.stale_s = refresh_s, stale_s
-    self._clock = clock
-    self._seen: dict[
-      str, tuple[bytes, float]
-    ] = {}  # a cell's last claim, and when this process first saw it so
+    self._observer = lease.Observer(refresh_s=refresh_s, stale_s=stale_s, clock=clock)
     self._done: dict[str, CellState] = {}
     self._configs: dict[str, dict[str, Any]] = {}  # config.json of unfinished cells, once found sound
     self._read: _Read | None = None
@@ -118,17 +117,52 @@ class Ledger:
         {path: schema.dump_sealed(cells[cell_id]['config']) for path, cell_id in missing.items()}
       )
       self._configs |= {missing[path]: cells[missing[path]]['config'] for path in made}
-      # Cells that left the grid stay: their results are worth keeping and another launch may be running them.
-      union = {
-        'name': sweep.name,
-        'experiment': sweep.experiment,
-        'code_version': f'{sae_jax.__version__} {metrics.git_commit()}'.strip(),
-        'cells': old | cells,
-      }
-      if union != schema.content(record):
-        files.replace(self._sweep_file, schema.dump_large(union))
+      self._merge(sweep, cells)
     except OSError as error:
       raise UserError(f'cannot write the ledger {self.path}: {error}; choose another --ledger') from None
+
+  def _merge(self, sweep: grid.Sweep, cells: dict[str, dict[str, Any]]) -> None:
+    """Adds entries to sweep.json, one process at a time: under a lease of the whole ledger."""
+    if self._union(sweep, cells) is None:
+      return
+    waited_for: dict[str, Any] | None = None
+    while True:
+      held = self._observer.claim(self.path)
+      if held is None:
+        holder = self._observer.holder(self.path)
+        if holder is not None and waited_for is None:
+          print(
+            f'process {holder["pid"]} on {holder["host"]} registers cells in {self.path}; waiting for it',
+            file=sys.stderr,
+            flush=True,
+          )
+        waited_for = holder or waited_for
+        time.sleep(_POLL_S)
+        continue
+      with contextlib.suppress(lease.LeaseLost), held:
+        if (union := self._union(sweep, cells)) is not None:
+          data = schema.dump_large(union)
+          held.check(fresh=True)
+          files.replace(self._sweep_file, data)
+          self._read = _Read(None, hashlib.sha256(data).digest(), union)
+      # A holder that was stopped just before its write may have undone ours meanwhile.
+      if cells.keys() <= self._record()['cells'].keys():
+        return
+
+  def _union(self, sweep: grid.Sweep, cells: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """sweep.json with these cells in it, or None when it has them. Raises `UserError` when it is another sweep's.
+
+    Cells that left the grid stay: their results are worth keeping and another launch may be running them.
+    """
+    self.check_free_for(sweep)
+    record = self._record() if files.exists(self._sweep_file) else {'cells': {}}
+    union = {
+      'name': sweep.name,
+      'experiment': sweep.experiment,
+      'code_version': f'{sae_jax.__version__} {metrics.git_commit()}'.strip(),
+      'cells': record['cells'] | cells,
+    }
+    return None if union == schema.content(record) else union
 
   def name(self) -> str:
     return self._record()['name']
@@ -161,7 +195,7 @@ class Ledger:
     if (done := self._done.get(cell.id)) is not None:
       return done if done.cell is cell else dataclasses.replace(done, cell=cell)
     found = cell_state.read(
-      self.folder(cell.id), cell.id, max_failures=max_failures, holder=lambda: self._live_holder(cell.id),
+      self.folder(cell.id), cell.id, max_failures=max_failures, holder=lambda: self._observer.holder(self.folder(cell.id)),
       known=self._configs.get(cell.id),
     )  # fmt: skip
     state = CellState(cell, found.state, found.attempts, found.reason, found.result)
@@ -175,40 +209,28 @@ class Ledger:
   def claim(self, cell_id: str) -> lease.Lease | None:
     """The right to train a cell, or None when it is done or cancelled, or someone holds it or was faster."""
     folder = self.folder(cell_id)
-    generation, _ = lease.last_claim(folder)
-    if self._live_holder(cell_id) is not None or self._is_settled(folder):
-      return None
-    taken = lease.Lease(
-      folder, generation + 1, refresh_s=self.refresh_s, stale_s=self.stale_s, clock=self._clock
-    )
-    try:
-      taken.acquire()
-    except FileExistsError:
+    if self._is_settled(folder) or (taken := self._observer.claim(folder)) is None:
       return None
     if self._is_settled(folder):  # since the look above
       taken.release()
       return None
     return taken
 
-  def held_by(self, pid: int) -> list[str]:
-    """The cells whose last, unreleased leases belong to this process of this host, alive or dead."""
+  def held_by(self, pid: int, started: int = lease.UNSEEN) -> list[str]:
+    """The cells whose last, unreleased leases belong to this process of this host, alive or dead.
+
+    `started` is its `lease.process_start`, where that is known: it tells the process from a later one with its id.
+    """
     ids = [cell.id for cell in self.cells() if cell.id not in self._done]
     holders = ((cell_id, lease.holder_of(lease.last_claim(self.folder(cell_id))[1])) for cell_id in ids)
     here = lease.pid_space()
-    return [cell_id for cell_id, r in holders if r and (r['pid'], r['pid_space']) == (pid, here)]
-
-  def _live_holder(self, cell_id: str) -> dict[str, Any] | None:
-    began = (
-      self._clock()
-    )  # taken before reading, and `since` after it: a slow read must not make a lease stale
-    _, data = lease.last_claim(self.folder(cell_id))
-    record = lease.holder_of(data)
-    if record is None:
-      return None
-    if cell_id not in self._seen or self._seen[cell_id][0] != data:
-      self._seen[cell_id] = data, self._clock()
-    since = self._seen[cell_id][1]
-    return None if began - since >= self.stale_s or lease.is_dead_here(record) else record
+    unknown = (lease.UNSEEN, lease.GONE)
+    return [
+      cell_id
+      for cell_id, r in holders
+      if r and (r['pid'], r['pid_space']) == (pid, here)
+      if started in unknown or r['started'] in (started, *unknown)
+    ]
 
   @staticmethod
   def _is_settled(folder: str) -> bool:

@@ -33,7 +33,7 @@ def found(store):
   return [s.state for s in store.states()]
 
 
-def commit(group, *, should_stop, label):
+def commit(group, *, should_stop, label, **_):
   ((cell, folder),) = group
   return [cells.finish(folder, cell)]
 
@@ -54,7 +54,7 @@ def test_cancelled_cell_is_left_out_until_undone(store, capsys):
 def test_running_cell_is_saved_and_left_while_the_worker_goes_on(store):
   order = []
 
-  def train(group, *, should_stop, label):
+  def train(group, *, should_stop, label, **_):
     ((cell, _),) = group
     order.append(cell.sae.k)
     if len(order) == 1:

@@ -63,3 +63,20 @@ def test_gc_does_not_follow_links(tmp_path):
   with pytest.raises(UserError, match='delete it by hand'):
     gc.free(garbage)
   assert (outside / '7' / 'array').exists()
+
+
+def test_gc_refuses_a_linked_cell(tmp_path, capsys):
+  store = ledger.Ledger(str(tmp_path / 'ledger'))
+  store.register(cells.sweep({'sae.k': 1}, {'sae.k': 2}))
+  for cell in store.cells():
+    cells.finish(store.folder(cell.id), cell.config)
+    for name in ('sae', 'ckpt'):
+      files.create(files.join(store.folder(cell.id), name, 'x'), b'x')
+  outside, folder = tmp_path / 'precious', pathlib.Path(store.folder(store.cells()[1].id))
+  folder.rename(outside)
+  folder.symlink_to(outside)
+  before = sorted(tmp_path.rglob('*'))
+  assert run(f'--ledger={store.path}') == 2
+  (said,) = capsys.readouterr().err.splitlines()
+  assert f'{folder} is a link' in said
+  assert sorted(tmp_path.rglob('*')) == before and (outside / 'ckpt' / 'x').exists()

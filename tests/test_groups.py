@@ -92,7 +92,7 @@ def finish(config_, folder):
 def test_worker_trains_together_what_shares_a_stream(store):
   seen = []
 
-  def train_group(cells, *, should_stop, label):
+  def train_group(cells, *, should_stop, label, **_):
     assert not should_stop() and (len(cells) == 1 or label == f'{len(cells)} cells')
     seen.append([c.data.seed for c, _ in cells])
     return [finish(*cell) for cell in cells]

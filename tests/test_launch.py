@@ -254,7 +254,7 @@ def test_local_restarts_after_preemption_and_appends_the_log(tmp_path):
   code += (
     'n = len(p.read_text()) if p.exists() else 0\np.write_text("x" * (n + 1))\nsys.exit(42 if n < 2 else 0)'
   )
-  executor = local.Local(tmp_path / 'logs', lambda pid, code: False)
+  executor = local.Local(tmp_path / 'logs', lambda pid, started, code: False)
   assert executor.submit(job(code)) == executor.submit(job(code)) == 'worker-0'
   settle(executor, 'worker-0')
   assert (tmp_path / 'ran').read_text() == 'xxx' and executor.log('worker-0').read_text() == 'hi\n' * 3
@@ -262,7 +262,7 @@ def test_local_restarts_after_preemption_and_appends_the_log(tmp_path):
 
 def test_local_asks_before_restarting_a_crash(tmp_path):
   asked = []
-  executor = local.Local(tmp_path, lambda pid, code: asked.append((pid, code)) or len(asked) < 3)
+  executor = local.Local(tmp_path, lambda pid, started, code: asked.append((pid, code)) or len(asked) < 3)
   executor.submit(job('import os, signal; os.kill(os.getpid(), signal.SIGKILL)'))
   settle(executor, 'worker-0')
   assert executor.states(['worker-0', 'unknown']) == {'worker-0': 'gone', 'unknown': 'gone'}
@@ -270,7 +270,7 @@ def test_local_asks_before_restarting_a_crash(tmp_path):
 
 
 def test_local_cancel_asks_and_then_kills(tmp_path):
-  executor = local.Local(tmp_path, lambda pid, code: True)
+  executor = local.Local(tmp_path, lambda pid, started, code: True)
   stubborn = 'import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))\n'
   executor.submit(job(stubborn + 'print("ready", flush=True)\nwhile True: time.sleep(0.1)'))
   log = executor.log('worker-0')
@@ -393,3 +393,57 @@ def test_launch_refuses_the_ledger_of_another_sweep(tmp_path, capsys, flags):
     launch.main(other[3:])
   assert ended.value.code == 2
   assert "holds the sweep 'cells'" in capsys.readouterr().err
+
+
+# ----- two at once
+
+
+def test_local_tells_a_process_from_a_later_one_with_its_id(tmp_path):
+  asked = []
+  executor = local.Local(tmp_path, lambda pid, started, code: asked.append(started) or False)
+  executor.submit(job('import sys; sys.stdin.read(); import time; time.sleep(0.2); sys.exit(3)'))
+  (running,) = executor._running.values()
+  assert running.started == lease.process_start(running.process.pid) > 0
+  settle(executor, 'worker-0')
+  assert asked == [running.started]
+
+
+def test_launch_ends_although_a_worker_is_stopped(tmp_path, monkeypatch):
+  store = ledger.Ledger(str(tmp_path / 'ledger'))
+  sweep = cells.sweep({})
+  store.register(sweep)
+  (cell,) = store.cells()
+  executor = local.Local(tmp_path / 'logs', lambda *_: False)
+  executor.submit(job('import os, signal; os.kill(os.getpid(), signal.SIGSTOP)'))
+  (running,) = executor._running.values()
+  stat = pathlib.Path(f'/proc/{running.process.pid}/stat')
+  until(lambda: stat.read_text().rpartition(')')[2].split()[0] == 'T', 'the worker to stop')
+  cells.finish(store.folder(cell.id), cell.config)
+  monkeypatch.setattr(launch, 'GRACE_S', 0.0, raising=False)
+  received = []
+  monkeypatch.setattr(launch, '_nap', until_two(received))
+  launch.drive(store, executor, [job('')], received, 3)
+  assert not received and running.process.returncode == -signal.SIGKILL
+
+
+def until_two(received):
+  """A nap that gives up, as a person would, after many looks."""
+  looks = []
+
+  def nap(*_):
+    time.sleep(0.02)
+    looks.append(1)
+    if len(looks) > 200:
+      received.extend([signal.SIGINT] * 2)
+
+  return nap
+
+
+def test_launch_says_when_cells_it_asked_for_are_not_there(tmp_path, capsys):
+  store = ledger.Ledger(str(tmp_path / 'ledger'))
+  store.register(cells.sweep({}))
+  (cell,) = store.cells()
+  cells.finish(store.folder(cell.id), cell.config)
+  assert launch._verdict(store, {cell.id}, 3) == 0
+  assert launch._verdict(store, {cell.id, 'f' * 12}, 3) == 1
+  assert '1 cells of this grid are not in' in capsys.readouterr().out

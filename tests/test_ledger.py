@@ -316,7 +316,7 @@ def test_full_disk_does_not_hide_why_a_lease_ended(one, monkeypatch, capsys):
   store, cell_id = one
   held = store.claim(cell_id)
 
-  def full(*_):
+  def full(*_, **named):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
   with pytest.raises(KeyError, match='the reason'), held:
@@ -372,7 +372,7 @@ def test_unreachable_files_are_borne_until_the_lease_may_be_stale(one, monkeypat
   clock = Clock()
   held = ledger.Ledger(store.path, clock=clock).claim(cell_id)
 
-  def unreachable(*_):
+  def unreachable(*_, **named):
     raise OSError('stale file handle')
 
   monkeypatch.setattr(files, 'replace', unreachable)

@@ -36,7 +36,7 @@ class FakeTrain:
     self.raises = {k: list(errors) for k, errors in dict(raises).items()}
     self.order = []
 
-  def __call__(self, cell, folder, *, should_stop, label):
+  def __call__(self, cell, folder, *, should_stop, label, **_):
     self.order.append(cell.sae.k)
     assert not should_stop()
     if self.raises.get(cell.sae.k):
@@ -95,7 +95,7 @@ def test_run_does_not_retry_what_cannot_help(store, error):
 def test_run_stops_between_and_inside_cells(store):
   asked = []
 
-  def preempted(cell, folder, *, should_stop, label):
+  def preempted(cell, folder, *, should_stop, label, **_):
     asked.append(cell.sae.k)
     stopping.append(True)
     return 'preempted' if should_stop() else 'done'
@@ -140,7 +140,7 @@ def test_run_ends_at_once_when_the_lease_is_lost(store, raises):
   clock = [0.0]
   holder = ledger.Ledger(store.path, clock=lambda: clock[0])
 
-  def overtaken(cell, folder, *, should_stop, label):
+  def overtaken(cell, folder, *, should_stop, label, **_):
     files.create(files.join(folder, 'claims', '2.json'), b'{"released": false}')
     clock[0] += 60.0
     if raises:

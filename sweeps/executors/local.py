@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from sae_jax import lease
 from sae_jax.errors import PREEMPTED
 from sweeps.executors import Job
 
@@ -21,6 +22,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None  # loaded here: l
 class _Running:
   job: Job
   process: subprocess.Popen
+  started: int  # `lease.process_start` of the process
   preemptions: int = 0
   cancelled: bool = False
 
@@ -30,17 +32,17 @@ class Local:
 
   Args:
     logs: folder for one log a job, appended to.
-    may_restart: asked with (pid, exit code) after a process ended other than by 0 or 42; it also charges the failure.
+    may_restart: asked with (pid, `lease.process_start`, exit code) after a process ended other than by 0 or 42; it also charges the failure.
   """
 
-  def __init__(self, logs: pathlib.Path, may_restart: Callable[[int, int], bool]):
+  def __init__(self, logs: pathlib.Path, may_restart: Callable[[int, int, int], bool]):
     self._logs, self._may_restart = logs, may_restart
     self._running: dict[str, _Running] = {}
 
   def submit(self, job: Job) -> str:
     """Starts a job, unless one of that id is known already."""
     if job.id not in self._running:
-      self._running[job.id] = _Running(job, self._start(job))
+      self._running[job.id] = _Running(job, *self._start(job))
     return job.id
 
   def states(self, ids: list[str]) -> dict[str, str]:
@@ -70,17 +72,17 @@ class Local:
       running.preemptions += 1
       restart = running.preemptions <= running.job.max_restarts
     else:
-      restart = self._may_restart(running.process.pid, code)
+      restart = self._may_restart(running.process.pid, running.started, code)
     if not restart:
       running.cancelled = True  # asked once: the answer has been charged for
       return 'gone'
-    running.process = self._start(running.job)
+    running.process, running.started = self._start(running.job)
     return 'running'
 
-  def _start(self, job: Job) -> subprocess.Popen:
+  def _start(self, job: Job) -> tuple[subprocess.Popen, int]:
     self._logs.mkdir(parents=True, exist_ok=True)
     with open(self.log(job.id), 'ab') as log:
-      return subprocess.Popen(
+      process = subprocess.Popen(
         job.argv,
         env=os.environ | job.env,
         stdin=subprocess.DEVNULL,
@@ -90,6 +92,7 @@ class Local:
         start_new_session=True,
         preexec_fn=functools.partial(_end_with_parent, os.getpid()) if _LIBC else None,
       )
+    return process, lease.process_start(process.pid)
 
 
 def device_env(worker: int, workers: int) -> dict[str, str]:
