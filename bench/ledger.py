@@ -83,7 +83,9 @@ def lines(record: dict[str, Any]) -> str:
     row = record['rows'][name]
     cost = f'{100 * row["share"]:.1f} % of a core' if 'share' in row else f'{row["cpu_s"]:.2f} s'
     out.append(f'| {text} | {cost} | {_GOALS[name]} | {row["seconds"]:.1f} |')
-  return '\n'.join([*out, '', f'{record["date"]}, {record["machine"]}'])
+  return '\n'.join(
+    [*out, '', f'{record["date"]}, {record["machine"]["cpu"]}, {record["machine"]["cores"]} cores']
+  )
 
 
 def _grid(folder: pathlib.Path, name: str, count: int) -> tuple[str, ...]:

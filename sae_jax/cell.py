@@ -227,7 +227,9 @@ class Config:
 
   def flat(self) -> dict[str, Any]:
     """Dotted keys to values, in declaration order."""
-    return flatten(_values(self))
+    flat: dict[str, Any] = {}
+    _flat_into(flat, self, '')
+    return flat
 
   @functools.cached_property
   def id(self) -> str:
@@ -281,13 +283,18 @@ def from_json(data: bytes) -> Config:
     raise UserError(f'not a cell configuration: {error}; was it edited by hand?') from None
 
 
-def from_record(record: dict[str, Any]) -> Config:
-  """The configuration of a parsed config.json. Raises `UserError` when it is foreign or was edited."""
+def from_record(record: dict[str, Any], *, verified: bool = False) -> Config:
+  """The configuration of a parsed config.json. Raises `UserError` when it is foreign or was edited.
+
+  `verified` says that the digest of a larger record covers it, so that its own is not computed too.
+  """
   try:
-    schema.check_digest(record)
+    if not verified:
+      schema.check_digest(record)
     own = {key: value for key, value in record.items() if key not in ('schema', 'id', schema.DIGEST)}
     number, recorded_id = record['schema'], record['id']
-    config = build(Config, unflatten(without_retired(flatten(own))))
+    flat = flatten(own)
+    config = build(Config, own if RETIRED.keys().isdisjoint(flat) else unflatten(without_retired(flat)))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
       f'not a cell configuration ({type(error).__name__}: {error}); was it edited by hand?'
@@ -377,12 +384,13 @@ def _read(cls: type, name: str, kind: Any, value: Any) -> Any:
   return value
 
 
-def _values(section: Any) -> dict[str, Any]:
-  """The nested values of a configuration: `dataclasses.asdict` without its copies, of which it makes many."""
-  return {
-    name: _values(value) if hasattr(value, '__dataclass_fields__') else value
-    for name, value in ((name, getattr(section, name)) for name in section.__dataclass_fields__)
-  }
+def _flat_into(flat: dict[str, Any], section: Any, prefix: str) -> None:
+  for name in section.__dataclass_fields__:
+    value = getattr(section, name)
+    if hasattr(value, '__dataclass_fields__'):
+      _flat_into(flat, value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = value
 
 
 def _record(section: Any) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def read(
   max_failures: int = MAX_FAILURES,
   holder: Holder | None = None,
   known: dict[str, Any] | None = None,
+  registered: dict[str, Any] | None = None,
 ) -> CellState:
   """The state of the cell in `folder`.
 
@@ -62,6 +63,7 @@ def read(
     holder: who holds its lease, for an observer that has looked before; by default whoever claimed it last and is not
       known to be dead.
     known: config.json, from a former look that found it sound: it is written once, and so not read again.
+    registered: what config.json should be, already checked; an equal one needs no check of its own.
   """
   names = set(files.listdir(folder))
   if not names and files.is_file(folder):
@@ -70,7 +72,7 @@ def read(
   if config is None and schema.CONFIG in names:
     try:
       config = schema.parse(files.read(files.join(folder, schema.CONFIG)))
-      wrong = _wrong_config(config, cell_id)
+      wrong = '' if config == registered else _wrong_config(config, cell_id)
     except (schema.Broken, OSError) as error:
       wrong = _why(error)
     if wrong:

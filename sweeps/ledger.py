@@ -176,11 +176,14 @@ class Ledger:
     """
     record = self._record()
     if self._listed is None or self._listed[0] is not record:
-      parsed = self._parsed
+      parsed, verified = self._parsed, schema.verified(record)
       self._parsed = {
         cell_id: parsed[cell_id]
         if cell_id in parsed and parsed[cell_id][0] == entry
-        else (entry, Cell(cell_id, entry['overrides'], config.from_record(entry['config'])))
+        else (
+          entry,
+          Cell(cell_id, entry['overrides'], config.from_record(entry['config'], verified=verified)),
+        )
         for cell_id, entry in record['cells'].items()
       }
       self._listed = record, [cell for _, cell in self._parsed.values()]
@@ -196,7 +199,7 @@ class Ledger:
       return done if done.cell is cell else dataclasses.replace(done, cell=cell)
     found = cell_state.read(
       self.folder(cell.id), cell.id, max_failures=max_failures, holder=lambda: self._observer.holder(self.folder(cell.id)),
-      known=self._configs.get(cell.id),
+      known=self._configs.get(cell.id), registered=self._parsed[cell.id][0]['config'] if cell.id in self._parsed else None,
     )  # fmt: skip
     state = CellState(cell, found.state, found.attempts, found.reason, found.result)
     if state.state == schema.DONE:  # what is done stays so
