@@ -131,3 +131,29 @@ def test_other_errors_are_not_of_the_host():
     MemoryError('of the model'),
   ):
     assert not files.is_host_error(error)
+
+
+def test_create_missing_makes_what_is_not_there(tmp_path):
+  for path in (str(tmp_path / 'local'), 'memory://missing'):
+    files.create(files.join(path, 'a', 'x'), b'old')
+    new, old = files.join(path, 'b', 'x'), files.join(path, 'a', 'x')
+    assert files.create_missing({old: b'new', new: b'new'}) == [new]
+    assert (files.read(old), files.read(new)) == (b'old', b'new')
+  assert sorted(p.name for p in tmp_path.rglob('*')) == ['a', 'b', 'local', 'x', 'x']  # and nothing temporary
+
+
+def test_version_changes_with_the_file(tmp_path):
+  path = str(tmp_path / 'x')
+  with pytest.raises(FileNotFoundError):
+    files.version(path)
+  files.replace(path, b'1')
+  before = files.version(path)
+  assert files.version(path) == before
+  files.replace(path, b'2')
+  assert files.version(path) != before
+
+
+def test_replace_does_not_make_a_folder_that_is_gone(tmp_path):
+  with pytest.raises(FileNotFoundError):
+    files.replace(str(tmp_path / 'gone' / 'x'), b'', parents=False)
+  assert not (tmp_path / 'gone').exists()

@@ -311,13 +311,13 @@ def test_worker_that_its_machine_ends_is_restarted_while_something_is_gained(tmp
   restarts = launch.Restarts(store, 3, tmp_path)
   first, second = (s.cell for s in store.states())
   held = store.claim(first.id)  # what a worker may leave that could not even release its lease
-  assert restarts(os.getpid(), HOST_BROKEN) and restarts(os.getpid(), HOST_BROKEN)
+  assert restarts(os.getpid(), 0, HOST_BROKEN) and restarts(os.getpid(), 0, HOST_BROKEN)
   (tmp_path / 'ledger/cells' / first.id / 'ckpt/5').mkdir(parents=True)
-  assert restarts(os.getpid(), HOST_BROKEN) and restarts(os.getpid(), HOST_BROKEN)
+  assert restarts(os.getpid(), 0, HOST_BROKEN) and restarts(os.getpid(), 0, HOST_BROKEN)
   cells.finish(store.folder(second.id), second.config)
-  assert restarts(os.getpid(), HOST_BROKEN) and restarts(os.getpid(), HOST_BROKEN)
+  assert restarts(os.getpid(), 0, HOST_BROKEN) and restarts(os.getpid(), 0, HOST_BROKEN)
   assert not restarts.host_broken
-  assert not restarts(os.getpid(), HOST_BROKEN) and restarts.host_broken
+  assert not restarts(os.getpid(), 0, HOST_BROKEN) and restarts.host_broken
   assert [s.attempts for s in store.states()] == [0, 0]
   held.release()
 
