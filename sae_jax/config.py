@@ -103,7 +103,9 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
   Facts about a store (width, identity, normalisation, subject, …) come from its store.json and must agree with
   whatever the config states. Raises `UserError`.
   """
-  flat = cell.without_retired(cell.flatten(config.to_dict()))
+  flat: dict[str, Any] = {}
+  _flatten_into(flat, config, '')
+  flat = cell.without_retired(flat)
   facts = _store_facts(flat) if flat['data.source'] == 'store' else _source_defaults(flat['data.source'])
   for key, value in facts.items():
     if flat[key] is None:
@@ -129,6 +131,16 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     if flat[key] is None:
       flat[key] = value
   return cell.build(Config, cell.unflatten(flat))
+
+
+def _flatten_into(flat: dict[str, Any], config: ml_collections.ConfigDict, prefix: str) -> None:
+  """Dotted keys to values, without the copy that `to_dict` makes first."""
+  for key in config:
+    value = config[key]
+    if isinstance(value, ml_collections.ConfigDict):
+      _flatten_into(flat, value, f'{prefix}{key}.')
+    else:
+      flat[prefix + key] = value
 
 
 def read_store_file(path: str) -> dict[str, Any]:

@@ -199,7 +199,7 @@ class Ledger:
       return done if done.cell is cell else dataclasses.replace(done, cell=cell)
     found = cell_state.read(
       self.folder(cell.id), cell.id, max_failures=max_failures, holder=lambda: self._observer.holder(self.folder(cell.id)),
-      known=self._configs.get(cell.id), registered=self._parsed[cell.id][0]['config'] if cell.id in self._parsed else None,
+      known=self._configs.get(cell.id), registered=self._registered(cell.id),
     )  # fmt: skip
     state = CellState(cell, found.state, found.attempts, found.reason, found.result)
     if state.state == schema.DONE:  # what is done stays so
@@ -208,6 +208,18 @@ class Ledger:
     elif found.config is not None:
       self._configs[cell.id] = found.config
     return state
+
+  def _registered(self, cell_id: str) -> dict[str, Any] | None:
+    """What config.json of a cell should be, where this process has it from a record that it checked."""
+    if cell_id in self._parsed:
+      return self._parsed[cell_id][0]['config']
+    if (
+      self._read is None
+      or not schema.verified(self._read.record)
+      or cell_id not in self._read.record['cells']
+    ):
+      return None
+    return self._read.record['cells'][cell_id]['config']
 
   def claim(self, cell_id: str) -> lease.Lease | None:
     """The right to train a cell, or None when it is done or cancelled, or someone holds it or was faster."""
