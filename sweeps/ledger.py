@@ -123,7 +123,8 @@ class Ledger:
 
   def _merge(self, sweep: grid.Sweep, cells: dict[str, dict[str, Any]]) -> None:
     """Adds entries to sweep.json, one process at a time: under a lease of the whole ledger."""
-    if self._union(sweep, cells) is None:
+    version = f'{sae_jax.__version__} {metrics.git_commit()}'.strip()
+    if self._union(sweep, cells, version) is None:
       return
     waited_for: dict[str, Any] | None = None
     while True:
@@ -140,7 +141,7 @@ class Ledger:
         time.sleep(_POLL_S)
         continue
       with contextlib.suppress(lease.LeaseLost), held:
-        if (union := self._union(sweep, cells)) is not None:
+        if (union := self._union(sweep, cells, version)) is not None:
           data = schema.dump_large(union)
           held.check(fresh=True)
           files.replace(self._sweep_file, data)
@@ -149,7 +150,9 @@ class Ledger:
       if cells.keys() <= self._record()['cells'].keys():
         return
 
-  def _union(self, sweep: grid.Sweep, cells: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+  def _union(
+    self, sweep: grid.Sweep, cells: dict[str, dict[str, Any]], version: str
+  ) -> dict[str, Any] | None:
     """sweep.json with these cells in it, or None when it has them. Raises `UserError` when it is another sweep's.
 
     Cells that left the grid stay: their results are worth keeping and another launch may be running them.
@@ -159,7 +162,7 @@ class Ledger:
     union = {
       'name': sweep.name,
       'experiment': sweep.experiment,
-      'code_version': f'{sae_jax.__version__} {metrics.git_commit()}'.strip(),
+      'code_version': version,
       'cells': record['cells'] | cells,
     }
     return None if union == schema.content(record) else union
