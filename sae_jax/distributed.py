@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ def stated_gang(
   return {'coordinator_address': address, 'num_processes': count, 'process_id': rank}
 
 
-def stop_flag() -> Callable[[], bool]:
+def stop_flag() -> 'Vote | Signalled':
   """A function to poll after every step: true once the run was asked to stop (SIGTERM, or SIGINT on one process).
 
   Among several processes it is a vote: all see true at the same step, whichever of them got the signal. Call from
@@ -111,10 +111,22 @@ def stop_flag() -> Callable[[], bool]:
   """
   if jax.process_count() > 1:
     return Vote()
-  stopping = threading.Event()
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: stopping.set())
-  return stopping.is_set
+  return Signalled()
+
+
+class Signalled:
+  """True once this process was sent SIGTERM or SIGINT; `signum` is the last of them."""
+
+  def __init__(self) -> None:
+    self.signum: int | None = None
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, self._hear)
+
+  def __call__(self) -> bool:
+    return self.signum is not None
+
+  def _hear(self, signum: int, frame: object) -> None:
+    self.signum = signum
 
 
 class Vote:
@@ -123,6 +135,8 @@ class Vote:
   The preemption service that `initialize` started has SIGTERM; a handler of ours would take it away. A rank that
   polls while the others do not must bring them to its `polls` before they go on together.
   """
+
+  signum: int | None = None  # which signal it was is not part of the vote
 
   def __init__(self) -> None:
     self.polls = 0

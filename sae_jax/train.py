@@ -12,6 +12,7 @@ import errno
 import functools
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -304,7 +305,8 @@ def main(argv: list[str]) -> int:
   held = _claim(workdir)
   try:
     with held or contextlib.nullcontext(), watchdog.Watchdog() as alive:
-      asked = alive.beating(distributed.stop_flag())
+      flag = distributed.stop_flag()
+      asked = alive.beating(flag)
 
       def should_stop() -> bool:
         if held is not None:
@@ -343,7 +345,7 @@ def main(argv: list[str]) -> int:
     raise
   if outcome == 'preempted':
     print(f'{config.id}: preempted, checkpoint saved; the same command resumes', file=sys.stderr)
-    return PREEMPTED
+    return 128 + signal.SIGINT if flag.signum == signal.SIGINT else PREEMPTED
   print(files.read(files.join(workdir, schema.RESULT)).decode(), end='')
   return 0
 

@@ -243,7 +243,8 @@ def command(workdir, **overrides) -> list[str]:
   ]
 
 
-def test_sigterm_saves_and_exits_42(tmp_path):
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 42), (signal.SIGINT, 130)])
+def test_signal_saves_and_says_which_it_was(number, code, tmp_path):
   process = subprocess.Popen(
     command(tmp_path, **{'train.tokens': 4_000_000, 'train.checkpoint_every': 400}),
     cwd=ROOT,
@@ -252,9 +253,9 @@ def test_sigterm_saves_and_exits_42(tmp_path):
   )
   while not (tmp_path / 'metrics.jsonl').exists() and process.poll() is None:
     time.sleep(0.05)
-  process.send_signal(signal.SIGTERM)
+  process.send_signal(number)
   _, err = process.communicate()
-  assert process.returncode == 42, err
+  assert process.returncode == code, err
   assert [p.name for p in (tmp_path / 'ckpt').iterdir()] and 'preempted' in err
 
 

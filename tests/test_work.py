@@ -228,16 +228,16 @@ def test_single_run_is_not_charged_for_its_host(tmp_path, monkeypatch, capsys):
     raise SystemExit(code)
 
   def broken(config, workdir, **_):
-    files.create(files.join(workdir, 'config.json'), config.to_json())
     raise of_host(wrapped=True)
 
   monkeypatch.setattr(training, 'train', broken)
   monkeypatch.setattr(training.distributed, 'initialize', lambda: None)
-  monkeypatch.setattr(training.distributed, 'stop_flag', lambda: never)
+  monkeypatch.setattr(training.distributed, 'stop_flag', cells.NeverTold)
   monkeypatch.setattr(os, '_exit', exit_)
   with pytest.raises(SystemExit) as ended:
     training.main(['--config=experiments/tiny.py', f'--workdir={tmp_path}'])
-  assert ended.value.code == 135 and os.listdir(tmp_path) == ['config.json']
+  assert ended.value.code == 135 and sorted(os.listdir(tmp_path)) == ['claims', 'config.json']
+  assert json.loads((tmp_path / 'claims' / '1.json').read_text())['released']
   (said,) = capsys.readouterr().err.splitlines()
   assert said.startswith('error: this machine cannot go on')
 
