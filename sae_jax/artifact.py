@@ -20,7 +20,7 @@ from sae_jax.errors import UserError
 from sae_jax.sae import SAE
 
 _WEIGHTS = ('raw', 'ema')
-_TENSORS = ('w_enc_FD', 'w_dec_FD', 'b_enc_F', 'b_pre_D')
+TENSORS = ('w_enc_FD', 'w_dec_FD', 'b_enc_F', 'b_pre_D')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def save(workdir: str, weights: dict[str, dict[str, np.ndarray]], info: dict[str
   """
   digests = {}
   for name, params in weights.items():
-    data = safetensors.numpy.save({key: np.ascontiguousarray(params[key]) for key in _TENSORS})
+    data = safetensors.numpy.save({key: np.ascontiguousarray(params[key]) for key in TENSORS})
     files.replace(files.join(workdir, schema.ARTIFACT, f'{name}.safetensors'), data)
     digests[name] = hashlib.sha256(data).hexdigest()
   record = schema.dump(info | {'sha256': digests})
