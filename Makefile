@@ -32,9 +32,9 @@ calibrate: install
 	$(BIN)/python -m sweeps.launch --sweep=sweeps/grids/calibration_large.py --ledger=$(CALIBRATION)/large --executor=local
 	$(BIN)/python -m analysis.calibrate --check=$(CALIBRATION)/predictions.json --ledger=$(CALIBRATION)/large
 
-# Whoever is done first takes tests from the others.
+# A file stays with one process, so that what its tests share is made once.
 test: install
-	$(BIN)/pytest -n auto --maxprocesses=4 --dist worksteal
+	$(BIN)/pytest -n auto --maxprocesses=4 --dist loadfile
 
 # libtpu stays out of the environment: beside it, every jax process would look for a TPU first and complain.
 test-tpu: install

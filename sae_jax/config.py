@@ -38,11 +38,13 @@ __all__ = [
   'PlantedConfig',
   'SAEConfig',
   'TrainConfig',
+  'flatten',
   'from_json',
   'from_record',
   'override',
   'read_store_file',
   'resolve',
+  'resolve_flat',
   'template',
 ]
 
@@ -103,8 +105,18 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
   Facts about a store (width, identity, normalisation, subject, …) come from its store.json and must agree with
   whatever the config states. Raises `UserError`.
   """
+  return resolve_flat(flatten(config))
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Dotted keys of a configuration to their values."""
   flat: dict[str, Any] = {}
   _flatten_into(flat, config, '')
+  return flat
+
+
+def resolve_flat(flat: dict[str, Any]) -> Config:
+  """`resolve` for dotted keys and their values, every key of the template among them."""
   flat = cell.without_retired(flat)
   facts = _store_facts(flat) if flat['data.source'] == 'store' else _source_defaults(flat['data.source'])
   for key, value in facts.items():

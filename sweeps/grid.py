@@ -15,6 +15,7 @@ from sae_jax import config
 from sae_jax.errors import UserError
 
 Overrides = dict[str, Any]
+_SCALARS = (bool, int, float, str)
 
 
 def param(name: str, values: Iterable[Any]) -> list[Overrides]:
@@ -81,10 +82,18 @@ def build(path: str) -> Sweep:
       f'sweep() of {path} gave {str(listed)[:80]!r}; return a list of dicts such as grid.param makes'
     )
   base = grid.EXPERIMENT.get_config()
+  flat = config.flatten(base.copy_and_resolve_references())
   cells: dict[str, tuple[Overrides, config.Config]] = {}
+  checked: set[tuple[str, type]] = set()
   for overrides in listed:
+    # ml_collections takes most of the time of a large grid. It looks at keys and types, so once for each of them.
+    kinds = {(key, type(value)) for key, value in overrides.items()}
     try:
-      resolved = config.resolve(config.override(base, overrides))
+      if kinds <= checked:
+        resolved = config.resolve_flat(flat | overrides)
+      else:
+        resolved = config.resolve(config.override(base, overrides))
+        checked |= {(key, kind) for key, kind in kinds if kind in _SCALARS}
     except UserError as error:
       raise UserError(f'cell {overrides} of {path}: {error}') from None
     cells.setdefault(resolved.id, (overrides, resolved))

@@ -2,6 +2,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from experiments import tiny
+from sae_jax import config
 from sae_jax.errors import UserError
 from sweeps import grid
 
@@ -87,3 +89,25 @@ def test_build_refuses_what_is_no_python_file(tmp_path):
   for path in (str(tmp_path), str(tmp_path / 'missing.py'), write(tmp_path, 'x', 'grid.txt')):
     with pytest.raises(UserError, match='no grid file'):
       grid.build(path)
+
+
+def test_cells_of_a_large_grid_are_those_of_each_override_alone(tmp_path):
+  """Most are not made by ml_collections."""
+  (tmp_path / 'many.py').write_text(
+    'from experiments import tiny\nfrom sweeps import grid\nEXPERIMENT = tiny\n'
+    'def sweep(): return grid.product(grid.param("sae.k", [2, 3, 5]), grid.param("optim.learning_rate", [1, 2e-3, 1e-3]),'
+    ' grid.param("data.planted.noise", [0, 0.5]), grid.param("mesh.member", [1]))\n'
+  )
+  for overrides, made in grid.build(str(tmp_path / 'many.py')).cells:
+    assert made == config.resolve(config.override(tiny.get_config(), overrides))
+
+
+@pytest.mark.parametrize(
+  'bad', ['{"sae.k": "3"}', '{"sae.k": 3.5}', '{"sae.n": 3}', '{"sae.k": 10**6}', '{"sae.k": None}']
+)
+def test_mistake_after_many_good_cells_is_still_found(bad, tmp_path):
+  (tmp_path / 'many.py').write_text(
+    f'from experiments import tiny\nEXPERIMENT = tiny\ndef sweep(): return [{{"sae.k": 3}}, {{"sae.k": 5}}, {bad}]\n'
+  )
+  with pytest.raises(UserError, match=r'cell .* of '):
+    grid.build(str(tmp_path / 'many.py'))
