@@ -40,11 +40,11 @@ def digests(path: pathlib.Path) -> dict[str, str]:
 # Each kills this process at one moment of a cell's life. The first ends the driver, the others a worker.
 HOOKS = {
   'config': """
-create = files.create
-def killed(path, data):
-  create(path, data)
-  if path.endswith('config.json'): die()
-files.create = killed
+create_missing = files.create_missing
+def killed(contents):
+  create_missing(contents)
+  die()
+files.create_missing = killed
 """,
   'claim': """
 acquire = lease.Lease.acquire
