@@ -58,7 +58,7 @@ def report(store: ledger.Ledger, max_failures: int) -> dict[str, Any]:
       'id': s.cell.id, 'overrides': s.cell.overrides, 'state': s.state, 'attempts': s.attempts, 'reason': s.reason,
       'steps': s.cell.config.train.steps,
     }  # fmt: skip
-    cost = flops.cell_flops(s.cell.config)['dense']
+    cost = 0.0 if s.result is not None else flops.cell_flops(s.cell.config)['dense']
     if s.result is not None:
       row |= {'step': s.result['steps'], 'nmse': s.result['nmse']}
     elif last := progress(store, s.cell.id):
