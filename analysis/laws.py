@@ -91,8 +91,8 @@ class Law:
 
   def log_prediction(
     self, theta_MP: Array, u_NQ: Array, features: list[Array] | None = None
-  ) -> tuple[Array, Array]:
-    """ln L at N points under M parameter vectors, and its gradient.
+  ) -> tuple[Array, Array, Array]:
+    """ln L at N points under M parameter vectors, its gradient, and what share of L each term has.
 
     Args:
       theta_MP: parameters in fit coordinates.
@@ -100,7 +100,7 @@ class Law:
       features: those of `u_NQ`, where they are at hand.
 
     Returns:
-      f_MN and jacobian_MNP = df / dtheta.
+      f_MN, jacobian_MNP = df / dtheta, and share_JMN.
     """
     features = features or self.features(u_NQ)
     t_JMN = self.log_terms(theta_MP, u_NQ, features)
@@ -111,7 +111,7 @@ class Law:
     jacobian_MNP = np.concatenate(
       [share[:, :, None] * f for share, f in zip(share_JMN, features, strict=True)], axis=2
     )
-    return top_MN + np.log(total_MN), jacobian_MNP
+    return top_MN + np.log(total_MN), jacobian_MNP, share_JMN
 
   def starts(self, u_NQ: Array, v_N: Array, count: int, rng: np.random.Generator) -> Array:
     """Random starting points [count, P] whose terms add up to the data's centre.

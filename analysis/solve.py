@@ -1,10 +1,13 @@
 """Fits a law many times at once: hundreds of starts and resamples in one batched Levenberg-Marquardt.
 
+Steps are turned to second order, for a law with a floor has narrow curved valleys.
+
 Everything is float64 and in fit coordinates. The objective is the sum over points of r^2 / 2, or Huber(r), where r
 is ln predicted - ln observed; logls is delta = inf. No variable projection: on logs a sum of terms is not linear in
 its amplitudes, so projecting needs an inner iteration, which finds the same optimum.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +18,7 @@ from sae_jax.errors import UserError
 _STARTS = 200
 _STEPS = 300
 _REACH = 4.0  # largest change of the log of a term in one step
+_TURN = 0.375  # how far a step may turn, as a share of its length; beyond, its second order says nothing
 _CHUNK = 2_000_000  # numbers in one batch of Jacobians
 
 
@@ -72,7 +76,7 @@ def settings(law: Law, x_NQ: Array, columns: Sequence[str]) -> Array:
 
 def at(law: Law, theta_P: Array, u_NQ: Array, v_N: Array) -> tuple[Array, Array]:
   """Log residuals [N] and their Jacobian [N, P]."""
-  f_MN, jacobian_MNP = law.log_prediction(theta_P[None], u_NQ)
+  f_MN, jacobian_MNP, _ = law.log_prediction(theta_P[None], u_NQ)
   return f_MN[0] - v_N, jacobian_MNP[0]
 
 
@@ -95,42 +99,77 @@ def _solve(law, u_NQ, v_N, weight_BN, which_M, theta_MP, delta, free_MP=None) ->
 
 
 def _solve_chunk(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP) -> tuple[Array, Array]:
-  theta_MP = theta_MP.copy()
+  found_MP, least_M = theta_MP.copy(), np.full(len(theta_MP), np.nan)
   eye_PP, features = np.eye(theta_MP.shape[1]), law.features(u_NQ)
-  value_M, normal_MPP, gradient_MP = _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP, features)
-  damping_M = np.full(len(theta_MP), 1e-2)
-  active = np.flatnonzero(np.isfinite(value_M))
+  now = _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP, features)
+  damping_M, active = np.full(len(theta_MP), 1e-2), np.arange(len(theta_MP))
+  going = np.isfinite(now.value_M)
   for _ in range(_STEPS):
+    if not going.all():  # what is finished leaves the arrays: most steps are taken by few problems
+      found_MP[active], least_M[active] = theta_MP, now.value_M
+      active, theta_MP, damping_M = active[going], theta_MP[going], damping_M[going]
+      weight_MN, free_MP, now = weight_MN[going], free_MP[going], now.of(going)
     if not active.size:
       break
-    scale = np.diagonal(normal_MPP[active], axis1=1, axis2=2)
+    scale = np.diagonal(now.normal_MPP, axis1=1, axis2=2)
     # The second term keeps the matrix regular when a term of the law has vanished from all points.
-    ridge = damping_M[active, None] * scale + 1e-15 * scale.sum(axis=1, keepdims=True) + 1e-300
-    matrix = normal_MPP[active] + ridge[:, :, None] * eye_PP
-    step = np.linalg.solve(matrix, gradient_MP[active, :, None])[:, :, 0]
-    # Terms are linear in the parameters, so this is the largest change of any term at any point. Without a cap a
-    # vanishing term runs away to exp(-hundreds).
-    change = np.abs(law.log_terms(step, u_NQ, features)).max(axis=(0, 2))
-    trial = theta_MP[active] - step * np.minimum(1, _REACH / np.maximum(change, 1e-300))[:, None]
-    value, normal, gradient = _quadratic(
-      law, u_NQ, v_N, weight_MN[active], trial, delta, free_MP[active], features
-    )
-    better = value < value_M[active]  # False for NaN
-    gain = (value_M[active] - value) / np.maximum(value_M[active], 1e-300)
-    moved = active[better]
-    theta_MP[moved], value_M[moved] = trial[better], value[better]
-    normal_MPP[moved], gradient_MP[moved] = normal[better], gradient[better]
+    ridge = damping_M[:, None] * scale + 1e-15 * scale.sum(axis=1, keepdims=True) + 1e-300
+    matrix = now.normal_MPP + ridge[:, :, None] * eye_PP
+    step = np.linalg.solve(matrix, -now.gradient_MP[:, :, None])[:, :, 0]
+    # Terms are linear in the parameters, so this is the change of the log of every term at every point.
+    change_JMN = law.log_terms(step, u_NQ, features)
+    # Along the step ln L bends by the variance of these changes. Following the bend is what makes narrow curved
+    # valleys short (geodesic acceleration, Transtrum and Sethna 2012).
+    bend_MN = (now.share_JMN * change_JMN**2).sum(axis=0) - (now.share_JMN * change_JMN).sum(axis=0) ** 2
+    turn = np.linalg.solve(matrix, -0.5 * now.weighted_MPN @ bend_MN[:, :, None])[:, :, 0]
+    turned_JMN = law.log_terms(turn, u_NQ, features)
+    far_M, aside_M = (np.abs(t_JMN).max(axis=(0, 2)) for t_JMN in (change_JMN, turned_JMN))
+    trusted_M = aside_M <= _TURN * far_M
+    step[trusted_M] += turn[trusted_M]
+    change_JMN[:, trusted_M] += turned_JMN[:, trusted_M]
+    # Without a cap a vanishing term runs away to exp(-hundreds).
+    far_M = np.abs(change_JMN).max(axis=(0, 2))
+    trial = theta_MP + step * np.minimum(1, _REACH / np.maximum(far_M, 1e-300))[:, None]
+    then = _quadratic(law, u_NQ, v_N, weight_MN, trial, delta, free_MP, features)
+    better = then.value_M < now.value_M  # False for NaN
+    gain_M = (now.value_M - then.value_M) / np.maximum(now.value_M, 1e-300)
+    theta_MP = np.where(better[:, None], trial, theta_MP)
+    now.take(then, better)
     # A small gain under heavy damping is a short step, not a minimum.
-    done = (better & (gain < 1e-10) & (damping_M[active] <= 1e-3)) | (damping_M[active] > 1e10)
-    damping_M[active] = np.where(better, np.maximum(0.2 * damping_M[active], 1e-12), 5 * damping_M[active])
-    active = active[~done]
-  return theta_MP, value_M
+    going = ~((better & (gain_M < 1e-10) & (damping_M <= 1e-3)) | (damping_M > 1e10))
+    damping_M = np.where(better, np.maximum(0.3 * damping_M, 1e-12), 3 * damping_M)
+  found_MP[active], least_M[active] = theta_MP, now.value_M
+  return found_MP, least_M
 
 
-def _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP, features) -> tuple[Array, Array, Array]:
-  """Objective [M], and normal matrix [M, P, P] and gradient [M, P] of its quadratic in what is free."""
+@dataclasses.dataclass
+class _Quadratic:
+  """Of M problems: the objective, its quadratic in the parameters that are free, and what turning a step needs."""
+
+  value_M: Array
+  gradient_MP: Array
+  normal_MPP: Array
+  weighted_MPN: Array
+  share_JMN: Array
+
+  def of(self, some: Array) -> '_Quadratic':
+    return _Quadratic(
+      self.value_M[some],
+      self.gradient_MP[some],
+      self.normal_MPP[some],
+      self.weighted_MPN[some],
+      self.share_JMN[:, some],
+    )
+
+  def take(self, other: '_Quadratic', some: Array) -> None:
+    self.value_M[some], self.gradient_MP[some] = other.value_M[some], other.gradient_MP[some]
+    self.normal_MPP[some], self.weighted_MPN[some] = other.normal_MPP[some], other.weighted_MPN[some]
+    self.share_JMN[:, some] = other.share_JMN[:, some]
+
+
+def _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP, features) -> _Quadratic:
   with np.errstate(over='ignore', invalid='ignore'):  # a wild trial step becomes NaN and is refused
-    f_MN, jacobian_MNP = law.log_prediction(theta_MP, u_NQ, features)
+    f_MN, jacobian_MNP, share_JMN = law.log_prediction(theta_MP, u_NQ, features)
     jacobian_MNP *= free_MP[:, None, :]  # a parameter without a gradient takes no step
     residual_MN = f_MN - v_N
     size_MN = np.abs(residual_MN)
@@ -138,4 +177,5 @@ def _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP, features) ->
     loss_MN = np.where(size_MN <= delta, size_MN**2 / 2, delta * (size_MN - delta / 2))
     weighted_MPN = (jacobian_MNP * curvature_MN[:, :, None]).swapaxes(1, 2)
     gradient_MP = (weighted_MPN @ residual_MN[:, :, None])[:, :, 0]
-    return (weight_MN * loss_MN).sum(axis=1), weighted_MPN @ jacobian_MNP, gradient_MP
+    value_M = (weight_MN * loss_MN).sum(axis=1)
+    return _Quadratic(value_M, gradient_MP, weighted_MPN @ jacobian_MNP, weighted_MPN, share_JMN)

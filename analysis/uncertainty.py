@@ -44,7 +44,7 @@ def band(
   fitted), and standard errors with Student's t. Alone, the first is too narrow on few points, where resamples leave
   out whole sizes, and the second knows nothing of a curved law far away. NaN when there is neither.
   """
-  f_MM, gradient_MMP = law.log_prediction(theta_P[None], u_MQ)
+  f_MM, gradient_MMP, _ = law.log_prediction(theta_P[None], u_MQ)
   center_M, gradient_MP = f_MM[0], gradient_MMP[0]
   nothing_M = np.full(len(u_MQ), np.nan)
   lows, highs = [nothing_M], [nothing_M]

@@ -19,7 +19,7 @@ def law(request):
 def test_law_gradient_is_that_of_finite_differences(law):
   rng = np.random.default_rng(0)
   u_NQ, theta_MP = rng.normal(size=(5, len(law.axes))), 0.5 * rng.normal(size=(3, len(law.names)))
-  _, jacobian_MNP = law.log_prediction(theta_MP, u_NQ)
+  _, jacobian_MNP, _ = law.log_prediction(theta_MP, u_NQ)
   for p in range(theta_MP.shape[1]):
     step_P = 1e-6 * (np.arange(theta_MP.shape[1]) == p)
     above, below = (law.log_prediction(theta_MP + sign * step_P, u_NQ)[0] for sign in (1, -1))
@@ -67,5 +67,5 @@ def test_law_starts_are_finite_and_at_the_level_of_the_data(law):
   u_NQ, v_N = rng.uniform(1, 9, size=(7, len(law.axes))), rng.normal(-2, 0.1, size=7)
   theta_MP = law.starts(u_NQ, v_N, 50, rng)
   assert theta_MP.shape == (50, len(law.names))
-  f_MN, _ = law.log_prediction(theta_MP, u_NQ)
+  f_MN, *_ = law.log_prediction(theta_MP, u_NQ)
   assert np.isfinite(f_MN).all() and abs(np.median(f_MN) - v_N.mean()) < 1

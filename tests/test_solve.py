@@ -54,3 +54,15 @@ def test_solver_keeps_what_is_not_free(gao):
   assert value == pytest.approx(residual_N @ residual_N / 2)
   gradient_P = residual_N @ jacobian_NP / np.linalg.norm(jacobian_NP, axis=0) / np.linalg.norm(residual_N)
   assert np.abs(gradient_P[[0, 2, 3, 4]]).max() < 1e-4
+
+
+def test_narrow_curved_valley_takes_few_steps(monkeypatch):
+  """Steps of the first order alone crawl along it: after 120 of them no start has arrived."""
+  monkeypatch.setattr(solve, '_STEPS', 120)
+  n_N = np.geomspace(1024, 32768, 6)
+  v_N = np.log((0.24 + 0.85 * n_N**-0.069) * np.exp(0.001 * np.random.default_rng(0).normal(size=6)))
+  law = laws.LAWS['power']
+  _, _, agree, _ = solve.estimate(
+    law, np.log(n_N)[:, None], v_N, np.ones(6), np.inf, np.random.default_rng(0)
+  )
+  assert agree == 1
