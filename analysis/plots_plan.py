@@ -46,7 +46,7 @@ def allocation(fit: Fit, flops_per_latent_token: float) -> Figure:
     edge = 10.0**decade / (cost * t_N[-1])  # where it meets the upper side
     if n_N[0] < edge < n_N[-1]:
       ax.annotate(
-        f'$10^{{{decade}}}$',
+        style.power_of_ten(decade),
         (edge, t_N[-1]),
         (0, 2),
         textcoords='offset points',

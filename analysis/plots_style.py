@@ -33,6 +33,8 @@ LABELS = {
   'normalized_mse': 'normalised MSE (1 = predicting the mean)',
 }
 WARNING = '#a34f00'
+_MINUS = '\N{MINUS SIGN}'
+_RAISED = str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹')
 _LOSSES = ('nmse', 'normalized_mse')
 _MARKERS = 'osD^vP*X<>'
 _X_SYMBOLS = SYMBOLS | {'budget': 'C', 'nmse': r'\mathrm{NMSE}'}
@@ -191,15 +193,20 @@ def estimate(value: float, low: float, high: float, nothing: float = 0.0) -> str
 
 
 def number(value: float, nothing: float = 0.0) -> str:
-  """Three digits in mathtext, so that minus signs and powers of ten look right; 0 up to `nothing`."""
+  """Three digits with true minus signs and powers of ten; 0 up to `nothing`. Plain text, for mathtext is slow to draw."""
   if abs(value) <= nothing:
-    return '$0$'
+    return '0'
   if 1e-3 <= abs(value) < 1e3:
-    return f'${value:.3g}$'
+    return f'{value:.3g}'.replace('-', _MINUS)
   if 1e3 <= abs(value) < 1e5:
-    return f'${float(f"{value:.3g}"):.0f}$'
+    return f'{float(f"{value:.3g}"):.0f}'.replace('-', _MINUS)
   mantissa, exponent = f'{value:.1e}'.split('e')
-  return f'${mantissa}{{\\times}}10^{{{int(exponent)}}}$'
+  return f'{mantissa.replace("-", _MINUS)}\N{MULTIPLICATION SIGN}{power_of_ten(int(exponent))}'
+
+
+def power_of_ten(exponent: int) -> str:
+  """Such as 10⁻³."""
+  return '10' + str(exponent).translate(_RAISED)
 
 
 def plain(text: Any, most: int = 40) -> str:
@@ -212,7 +219,7 @@ def linear(ax: Axes) -> None:
   """A plain y axis, for differences in per cent."""
   ax.set_yscale('linear')
   ax.yaxis.set_major_locator(ticker.MaxNLocator(7, steps=[1, 2, 5, 10]))
-  ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f'{v:g}'.replace('-', '\N{MINUS SIGN}')))
+  ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f'{v:g}'.replace('-', _MINUS)))
 
 
 def _round_ticks(axis: Axis, low: float, high: float, most: float) -> None:
@@ -235,4 +242,4 @@ def _round_ticks(axis: Axis, low: float, high: float, most: float) -> None:
 def _power(value: float) -> str:
   exponent = math.floor(math.log10(value) + 1e-9)
   mantissa = f'{value / 10.0**exponent:.3g}'
-  return f'$10^{{{exponent}}}$' if mantissa == '1' else f'${mantissa}{{\\times}}10^{{{exponent}}}$'
+  return ('' if mantissa == '1' else f'{mantissa}\N{MULTIPLICATION SIGN}') + power_of_ten(exponent)
