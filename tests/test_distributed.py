@@ -40,7 +40,12 @@ def launch(argv: list[str], processes: int, devices: int = 8) -> list[subprocess
       }  # fmt: skip
     gang.append(
       subprocess.Popen(
-        [sys.executable, *argv], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, '-m', 'tests.rank', *argv],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
       )
     )
   return gang

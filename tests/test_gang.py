@@ -60,7 +60,7 @@ def start():
     gang = []
     for rank in range(ranks):
       code = ['-c', DISTURBED % disturb[1]] if disturb and disturb[0] == rank else ['-m', 'sweeps.work']
-      argv = [sys.executable, *code, f'--ledger={store.path}', *flags]
+      argv = [sys.executable, '-m', 'tests.rank', *code, f'--ledger={store.path}', *flags]
       if ranks > 1:
         argv += [f'--coordinator=127.0.0.1:{port}', f'--num_processes={ranks}', f'--process_id={rank}']
       devices = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(2 // ranks)}
