@@ -48,6 +48,7 @@ test-chaos: install
 	$(BIN)/pytest -m chaos -n auto --maxprocesses=2 --dist worksteal
 
 chaos: install
+	$(BIN)/pytest -m storm
 	$(BIN)/python -m tests.chaos --kills=200 --seed=0
 
 lint: install

@@ -11,8 +11,9 @@ import time
 import pytest
 
 from sae_jax import metrics
-from sweeps import grid, ledger
-from tests import chaos
+from sae_jax import train as training
+from sweeps import grid, ledger, work
+from tests import cells, chaos
 
 pytestmark = pytest.mark.chaos
 ONE = """
@@ -108,7 +109,7 @@ def test_kill_at_any_moment_of_a_cell_changes_nothing(hook, trained, tmp_path):
   if hook != 'config':
     assert run('-c', KILLED % HOOKS[hook], f'--ledger={store.path}') == -signal.SIGKILL
     assert (folder / 'result.json').exists() == (hook == 'release')
-  assert run('-m', 'sweeps.work', f'--ledger={store.path}') == 0
+  assert work.run(store, training.train_group, stop=cells.NeverTold()) == 0
   got, expected = (
     json.loads((path / 'result.json').read_text()) for path in (folder, trained / 'cells' / cell.id)
   )

@@ -266,13 +266,15 @@ def test_attempts_that_ended_with_an_exception_leave_nothing(tmp_path):
   assert [restored(tmp_path / str(i))[1] for i in range(5)] == [{'at': 1}] * 5
 
 
-@pytest.mark.chaos
-def test_thousand_checkpoints_keep_a_process_as_it_was(tmp_path):
+@pytest.mark.parametrize(
+  'count', [pytest.param(200, marks=pytest.mark.chaos), pytest.param(1000, marks=pytest.mark.storm)]
+)
+def test_many_checkpoints_keep_a_process_as_it_was(tmp_path, count):
   checkpoints = checkpoint.Checkpoints(str(tmp_path), 'cell')
   found, memory = [], []
-  for step in range(1001):
+  for step in range(count + 1):
     checkpoints.save(step, state(1.0), {'at': step})
-    if step % 250 == 0 and step:
+    if step % (count // 4) == 0 and step:
       checkpoints.wait()
       found.append(held())
       memory.append(resident_mb())
@@ -283,13 +285,15 @@ def test_thousand_checkpoints_keep_a_process_as_it_was(tmp_path):
   assert memory[-1] - memory[0] < 25
 
 
-@pytest.mark.chaos
-def test_fifty_cells_keep_a_process_as_it_was(tmp_path):
+@pytest.mark.parametrize(
+  'count', [pytest.param(8, marks=pytest.mark.chaos), pytest.param(50, marks=pytest.mark.storm)]
+)
+def test_many_cells_keep_a_process_as_it_was(tmp_path, count):
   found, memory = [], []
-  for seed in range(50):
+  for seed in range(count):
     one = cells.cell(**{'train.seed': seed})
     assert training.train(one, str(tmp_path / one.id)) == 'done'
-    if seed % 10 == 9:
+    if seed % (count // 4) == count // 4 - 1:
       found.append(held())
       memory.append(resident_mb())
   print(found, memory)

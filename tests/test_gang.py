@@ -12,7 +12,8 @@ import time
 import pytest
 
 from sae_jax import schema
-from sweeps import cancel, grid, ledger
+from sae_jax import train as training
+from sweeps import cancel, grid, ledger, work
 from tests import cells
 
 pytestmark = pytest.mark.chaos
@@ -53,17 +54,16 @@ def start():
   """Starts the ranks of a gang as an engine would; `disturb` gives one of them a line to run in its 11th step."""
   started = []
 
-  def begin(store, *flags, ranks=2, disturb=None, **env):
+  def begin(store, *flags, disturb=None, **env):
     with socket.socket() as s:
       s.bind(('127.0.0.1', 0))
       port = s.getsockname()[1]
     gang = []
-    for rank in range(ranks):
+    for rank in range(2):
       code = ['-c', DISTURBED % disturb[1]] if disturb and disturb[0] == rank else ['-m', 'sweeps.work']
       argv = [sys.executable, '-m', 'tests.rank', *code, f'--ledger={store.path}', *flags]
-      if ranks > 1:
-        argv += [f'--coordinator=127.0.0.1:{port}', f'--num_processes={ranks}', f'--process_id={rank}']
-      devices = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(2 // ranks)}
+      argv += [f'--coordinator=127.0.0.1:{port}', '--num_processes=2', f'--process_id={rank}']
+      devices = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
       gang.append(
         subprocess.Popen(
           argv,
@@ -89,6 +89,11 @@ def finish(gang) -> list[int]:
   return [process.returncode for process in gang]
 
 
+def finish_here(store) -> int:
+  """Trains the rest in this process: on the same mesh the processes do not matter. What a worker would exit with."""
+  return work.run(store, training.train_group, stop=cells.NeverTold())
+
+
 def digests(store) -> dict[str, str]:
   found = {}
   for cell in store.cells():
@@ -102,9 +107,7 @@ def digests(store) -> dict[str, str]:
 def alone(tmp_path_factory):
   """Digests of two cells as one process trains them on the same mesh, by seed."""
   store = make_ledger(tmp_path_factory.mktemp('one') / 'ledger', {}, {'train.seed': 5})
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
-  argv = [sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}']
-  assert subprocess.run(argv, cwd=ROOT, env=env, capture_output=True).returncode == 0
+  assert finish_here(store) == 0
   found = digests(store)
   return {cell.config.train.seed: {cell.id: found[cell.id]} for cell in store.cells()}
 
@@ -178,7 +181,7 @@ def test_disturbed_gang_ends_and_resumes_to_the_same_bits(
   if 'raise ValueError' in happens:  # rank 0 writes down where rank 1 was
     record = json.loads(pathlib.Path(store.folder(state.cell.id), 'failure.json').read_text())
     assert record['kind'] == 'RankFailed' and 'in disturbed' in record['traceback']
-  assert finish(start(store, ranks=1)) == [0]  # on the same mesh the processes do not matter
+  assert finish_here(store) == 0
   assert digests(store) == undisturbed
 
 
@@ -194,7 +197,7 @@ def test_gang_that_waited_for_work_stops_together_idle_or_training(undisturbed, 
   time.sleep(10)  # rank 0 has asked for a stop many times, rank 1 never
   held.release()
   assert finish(gang) == [42, 42]
-  assert finish(start(store, ranks=1)) == [0]
+  assert finish_here(store) == 0
   assert digests(store) == undisturbed
 
 
@@ -205,5 +208,5 @@ def test_cancelled_cell_is_left_by_all_ranks_at_one_step(undisturbed, start, tmp
   assert finish(start(store, disturb=(0, write))) == [42, 42]
   assert store.states()[0].state == 'cancelled'
   assert [state.cell.id for state in cancel.undo(store, [])] == [cell.id]
-  assert finish(start(store, ranks=1)) == [0]  # on the same mesh the processes do not matter
+  assert finish_here(store) == 0
   assert digests(store) == undisturbed
