@@ -80,7 +80,11 @@ if (table) {
 
 
 def render(
-  title: str, found: Findings, pictures: Mapping[str, bytes], digests: Mapping[str, str] | None = None
+  title: str,
+  found: Findings,
+  pictures: Mapping[str, bytes],
+  digests: Mapping[str, str] | None = None,
+  facts: str = '',
 ) -> str:
   """The page as a string.
 
@@ -88,11 +92,12 @@ def render(
     title: of the page.
     found: what it is about.
     pictures: PNGs by the names of `report.figures`.
+    facts: a line below the title.
     digests: of the files of figures beside the page, by name: kept in it for `figure_digests`.
   """
   parts = [
     f'<h1>{_text(title)}</h1>',
-    f'<p class="note">{_text(_states(found.cells))}</p>',
+    f'<p class="note">{_text(" ".join([_states(found.cells) + ".", facts]).strip())}</p>',
     '<h2>Warnings</h2>',
   ]
   items = [line.partition(':') for line in found.warning_lines()]

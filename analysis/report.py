@@ -4,6 +4,7 @@ A law that cannot be fitted is named with its reason, and the report is written 
 """
 
 import argparse
+import datetime
 import hashlib
 import io
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis import page, plots
+from analysis import heading, page, plots
 from analysis.findings import Findings
 from analysis.fitted import Fit, write_json
 from analysis.survey import analyse
@@ -63,15 +64,15 @@ def figures(found: Findings) -> dict[str, Figure]:
   return out
 
 
-def write(found: Findings, out: str, title: str) -> str:
-  """Writes the report into a folder or fsspec URL and returns the path of its page."""
+def write(found: Findings, out: str, title: str, facts: str = '') -> str:
+  """Writes the report into a folder or fsspec URL and returns the path of its page; title and facts as of `heading`."""
   pictures, digests = {}, {}
   for name, figure in figures(found).items():
     # No dates and versions in files, so that the same findings give the same bytes.
     metadata: dict[str, dict[str, Any]] = {'png': {'Software': None}, 'pdf': {'CreationDate': None}}
-    for kind, facts in metadata.items():
+    for kind, said in metadata.items():
       buffer = io.BytesIO()
-      figure.savefig(buffer, format=kind, metadata=facts)
+      figure.savefig(buffer, format=kind, metadata=said)
       figure.set_layout_engine('none')  # it is laid out now; once more would double the time
       data = buffer.getvalue()
       _replace(files.join(out, f'{name}.{kind}'), data)
@@ -82,7 +83,7 @@ def write(found: Findings, out: str, title: str) -> str:
   write_json(files.join(out, 'laws.json'), found.to_json())
   path = files.join(out, 'index.html')
   _remove_stale(out, path, set(digests))
-  _replace(path, page.render(title, found, pictures, digests).encode())
+  _replace(path, page.render(title, found, pictures, digests, facts).encode())
   return path
 
 
@@ -126,7 +127,7 @@ def main(argv: list[str]) -> int:
   )
   args = parser.parse_args(argv)
   found = analyse(args.ledger, args.bootstrap, args.subject)
-  path = write(found, args.out, files.join(args.ledger).rstrip('/').rsplit('/', 1)[-1])
+  path = write(found, args.out, *heading.heading(args.ledger, found.done, datetime.date.today()))
   for fit in found.fits:
     if 'flops_dense' not in fit.x:  # those are in laws.json and on the page
       print(fit.summary())
