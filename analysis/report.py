@@ -17,7 +17,7 @@ from analysis import heading, page, plots
 from analysis.findings import Findings
 from analysis.fitted import Fit, write_json
 from analysis.survey import analyse
-from sae_jax import files
+from sae_jax import files, schema
 from sae_jax.errors import UserError, one_line_errors
 
 
@@ -90,12 +90,12 @@ def write(found: Findings, out: str, title: str, facts: str = '') -> str:
 def _remove_stale(out: str, path: str, drawn: set[str]) -> None:
   """Deletes figures of the report that was here which are drawn no more, while they are what that report wrote."""
   try:
-    before = page.figure_digests(files.read(path).decode())
+    before = page.figure_digests(files.read(path, schema.LARGE).decode())
     for name in sorted(set(before) - drawn):
       file = files.join(out, name)
-      if files.exists(file) and hashlib.sha256(files.read(file)).hexdigest() == before[name]:
+      if files.exists(file) and hashlib.sha256(files.read(file, schema.LARGE)).hexdigest() == before[name]:
         files.remove(file)
-  except (FileNotFoundError, UnicodeDecodeError):
+  except (FileNotFoundError, UnicodeDecodeError, schema.Broken):
     return
   except OSError as error:
     raise UserError(f'cannot tidy {out} ({error.strerror}); choose another --out') from None

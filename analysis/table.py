@@ -191,7 +191,7 @@ def version_warnings(table: pd.DataFrame) -> list[dict[str, str]]:
 def read_csv(path: str) -> pd.DataFrame:
   """A CSV file, local or an fsspec URL. Raises `UserError` when it cannot be read as a table with rows."""
   try:
-    table = pd.read_csv(io.BytesIO(files.read(path)))
+    table = pd.read_csv(io.BytesIO(files.read(path, schema.LARGE)))
   except (OSError, ValueError) as error:  # pandas' own errors and bad encodings are ValueErrors
     raise UserError(
       f'cannot read {str(path)!r} as a CSV table ({type(error).__name__}); check the path and file'

@@ -90,7 +90,7 @@ def load(cell: str, weights: str | None = None) -> Autoencoder:
     weights = weights or str(info.get('weights'))
     if weights not in _WEIGHTS:
       raise UserError(f'weights={weights!r} is not one of {", ".join(_WEIGHTS)}')
-    data = files.read(files.join(folder, f'{weights}.safetensors'))
+    data = files.read(files.join(folder, f'{weights}.safetensors'), 2**60)
     if schema.verified(info) and hashlib.sha256(data).hexdigest() != info['sha256'][weights]:
       raise schema.Broken(f'{weights}.safetensors does not fit its digest: it was changed')
     params = safetensors.numpy.load(data)

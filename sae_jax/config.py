@@ -161,7 +161,7 @@ def read_store_file(path: str) -> dict[str, Any]:
   Those of early versions have no digest, and only types are checked.
   """
   try:
-    meta = schema.parse_large(files.read(files.join(path, schema.STORE)))
+    meta = schema.parse_large(files.read(files.join(path, schema.STORE), schema.LARGE))
     schema.check_digest(meta)
     fields = (
       schema.STORES if schema.verified(meta) else [f for f in schema.STORES if f.name in meta or f.must]

@@ -197,7 +197,10 @@ def last_claim(cell_folder: str) -> tuple[int, bytes]:
   generations = [int(m[1]) for m in map(_CLAIM.fullmatch, files.listdir(folder)) if m]
   if not generations:
     return 0, b''
-  return max(generations), files.read(files.join(folder, f'{max(generations)}.json'))
+  try:
+    return max(generations), files.read(files.join(folder, f'{max(generations)}.json'))
+  except schema.Broken:
+    return max(generations), b'?'  # far too large, and to `holder_of` as unreadable as other rubbish
 
 
 def last_holder(cell_folder: str) -> dict[str, Any] | None:

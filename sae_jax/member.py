@@ -209,7 +209,7 @@ def claim_folder(config: Config, workdir: str) -> None:
     multihost_utils.sync_global_devices(schema.CONFIG)
   try:
     found = from_json(files.read(path))
-  except (UserError, IsADirectoryError) as error:
+  except (UserError, IsADirectoryError, schema.Broken) as error:
     raise _broken(path, getattr(error, 'strerror', None) or str(error)) from None
   if found.id != config.id:
     raise UserError(

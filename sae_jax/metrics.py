@@ -27,6 +27,7 @@ _CPU = (
   'CPU implementer', 'CPU architecture', 'CPU variant', 'CPU part', 'Features',
 )  # fmt: skip
 _METRICS = re.compile(r'metrics(\.([0-9]+))?\.jsonl')
+_ALL_LINES = 2**26  # bytes of a metrics file, about 100,000 lines; more is not read
 _KINDS = {field.line: field.kind for field in schema.CURVES}
 
 
@@ -76,8 +77,8 @@ def newest_lines(workdir: str, cell_id: str) -> Iterator[dict[str, Any]]:
   names = [name for name in files.listdir(workdir) if _METRICS.fullmatch(name)]
   for name in sorted(names, key=_attempt, reverse=True):
     try:
-      data = files.read(files.join(workdir, name))
-    except (FileNotFoundError, IsADirectoryError):
+      data = files.read(files.join(workdir, name), _ALL_LINES)
+    except (FileNotFoundError, IsADirectoryError, schema.Broken):
       continue
     for text in reversed(data.split(b'\n')):
       if not text:
@@ -232,5 +233,6 @@ def _drop_partial_line(path: pathlib.Path) -> None:
   if not path.exists():
     return
   with open(path, 'rb+') as f:
-    data = f.read()
-    f.truncate(data.rfind(b'\n') + 1)
+    start = max(0, f.seek(0, os.SEEK_END) - schema.SMALL)  # no line is longer
+    f.seek(start)
+    f.truncate(start + f.read().rfind(b'\n') + 1)

@@ -34,7 +34,8 @@ MEASURES, MEASURES_INFO = 'measures', 'measures.json'
 SWEEP, CELLS, STORE = 'sweep.json', 'cells', 'store.json'
 
 DIGEST = 'digest'  # last key of a sealed record
-_SMALL = 2**22  # bytes of a record; more is refused unread
+SMALL = 2**22  # bytes of a record; more is refused unread
+LARGE = 2**30  # of one that grows with a sweep, a store or a run
 _DEEP = 32  # levels of nesting that no record comes near
 _WHOLE = 2**63  # whole numbers of a record stay below: beyond, neither arrays nor floats hold them
 
@@ -271,8 +272,8 @@ def dump_line(record: dict[str, Any], owner: str) -> bytes:
 
 def parse(data: bytes) -> dict[str, Any]:
   """The JSON object in a file, with finite numbers and text that can be written again. Raises `Broken`."""
-  if len(data) > _SMALL:
-    raise Broken(f'it has {len(data)} bytes, more than {_SMALL}')
+  if len(data) > SMALL:
+    raise Broken(f'it has {len(data)} bytes, more than {SMALL}')
   return parse_large(data)
 
 

@@ -267,7 +267,7 @@ class Ledger:
       )  # before reading: of a file replaced in between, this is the older
       if self._read is not None and version is not None and version == self._read.version:
         return self._read.record
-      data = files.read(self._sweep_file)
+      data = files.read(self._sweep_file, schema.LARGE)
       digest = hashlib.sha256(data).digest()
       if self._read is not None and digest == self._read.digest:
         self._read = dataclasses.replace(self._read, version=version)

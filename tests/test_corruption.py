@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -199,12 +200,16 @@ def check(place: Place, name: str, truth: dict, folder: pathlib.Path) -> dict:
   return said
 
 
-@pytest.mark.parametrize('harm', [*HARMS, 'the other kind', "another cell's"])
+@pytest.mark.parametrize('harm', [*HARMS, 'ten gigabytes', 'the other kind', "another cell's"])
 @pytest.mark.parametrize('name', FILES)
 def test_damaged_file_is_named_or_changes_nothing(place, truth, tmp_path, name, harm):
   path = place.file(name)
   if harm == 'the other kind':
     replaced_by_the_other_kind(place, name)
+  elif harm == 'ten gigabytes':
+    if name.endswith('.safetensors'):
+      pytest.skip('they may be so large')
+    os.truncate(path, 10 * 2**30)
   elif harm == "another cell's":
     if name in (schema.SWEEP, schema.FAILURE, 'claims/1.json'):
       pytest.skip('they name no cell')

@@ -2,11 +2,12 @@ import errno
 import importlib
 import os
 import sys
+import tracemalloc
 
 import fsspec
 import pytest
 
-from sae_jax import files
+from sae_jax import files, schema
 from sae_jax.errors import UserError
 
 
@@ -157,3 +158,37 @@ def test_replace_does_not_make_a_folder_that_is_gone(tmp_path):
   with pytest.raises(FileNotFoundError):
     files.replace(str(tmp_path / 'gone' / 'x'), b'', parents=False)
   assert not (tmp_path / 'gone').exists()
+
+
+def test_file_of_ten_gigabytes_is_refused_in_little_memory(tmp_path):
+  path = tmp_path / 'x'
+  path.touch()
+  os.truncate(path, 10 * 2**30)
+  for limit in (schema.SMALL, schema.LARGE):
+    tracemalloc.start()
+    with pytest.raises(schema.Broken, match=f'it has {10 * 2**30} bytes, more than {limit}'):
+      files.read(str(path), limit)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**20
+
+
+def test_file_is_read_up_to_its_limit(folder):
+  path = files.join(folder, 'x')
+  for size in (0, 1, 5):
+    files.replace(path, b'a' * size)
+    assert files.read(path, 5) == b'a' * size
+  files.replace(path, b'a' * 6)
+  with pytest.raises(schema.Broken, match='bytes, more than 5'):
+    files.read(path, 5)
+
+
+def test_file_that_grows_while_it_is_read_is_read_to_its_end_or_refused(tmp_path, monkeypatch):
+  path = tmp_path / 'x'
+  path.write_bytes(b'a' * 3)
+  size = os.stat(path)
+  path.write_bytes(b'a' * 5)
+  monkeypatch.setattr(os, 'fstat', lambda _: size)
+  assert files.read(str(path), 5) == b'a' * 5
+  with pytest.raises(schema.Broken):
+    files.read(str(path), 4)

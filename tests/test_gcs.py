@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, files, lease, metrics
+from sae_jax import checkpoint, files, lease, metrics, schema
 from sae_jax import train as training
 from sae_jax.errors import UserError
 from sweeps import grid, ledger
@@ -85,6 +85,16 @@ def test_reader_sees_a_whole_file_while_it_is_replaced(store):
   store.after = lambda method, path: store.write('x', b'rather long')
   assert files.read('gs://bucket/x') == b'short'
   assert files.read('gs://bucket/x') == b'rather long'
+
+
+def test_no_more_is_read_than_the_limit_allows(store):
+  store.write('empty', b'')
+  assert files.read('gs://bucket/empty') == b''
+  store.write('large', b'x' * (schema.SMALL + 10))
+  with pytest.raises(schema.Broken, match=f'more bytes, more than {schema.SMALL}'):
+    files.read('gs://bucket/large')
+  with pytest.raises(FileNotFoundError):
+    files.read('gs://bucket/nothing')
 
 
 def test_folders(store):

@@ -159,7 +159,7 @@ class StoreWriter:
     except OSError as error:
       raise UserError(f'{self.path} cannot be written ({error}); name another folder') from None
     try:
-      there = schema.parse_large(files.read(plan_path))
+      there = schema.parse_large(files.read(plan_path, schema.LARGE))
       schema.check_digest(there)
     except (schema.Broken, IsADirectoryError) as error:
       why = getattr(error, 'strerror', None) or str(error)
