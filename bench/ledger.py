@@ -5,6 +5,7 @@ Fake finished cells with complete records; nothing is trained. Every number is t
 imports included, so that it can be compared with a stopwatch beside one's own sweep.
 """
 
+import hashlib
 import os
 import pathlib
 import signal
@@ -18,7 +19,7 @@ import numpy as np
 
 from bench import command
 from bench.alternate import ROOT, cpu_time, machine
-from sae_jax import arguments, config, flops, metrics, schema
+from sae_jax import arguments, config, flops, metrics, product, schema
 from sae_jax.errors import UserError, one_line_errors
 from sweeps import grid
 
@@ -97,7 +98,7 @@ def _grid(folder: pathlib.Path, name: str, count: int) -> tuple[str, ...]:
 
 
 def _finish(sweep: grid.Sweep, where: pathlib.Path) -> None:
-  """Gives every cell the result and the curve of a law, without waiting for the disk."""
+  """Gives every cell the result and the curve of a law, and a small autoencoder, without waiting for the disk."""
   rng = np.random.default_rng(0)
   for _, c in sweep.cells:
     folder = where / schema.CELLS / c.id
@@ -105,7 +106,22 @@ def _finish(sweep: grid.Sweep, where: pathlib.Path) -> None:
     steps = np.unique(np.geomspace(1, c.train.steps, 12).astype(int)).tolist()
     curve = [_line(c, step, final * (1 + 2 * step**-0.5 - 2 * c.train.steps**-0.5)) for step in steps]
     (folder / schema.METRICS).write_bytes(b''.join(schema.dump_line(line, c.id) for line in curve))
-    (folder / schema.RESULT).write_bytes(schema.dump(_result(c, curve[-1])))
+    result = _result(c, curve[-1])
+    product_folder = folder / schema.ARTIFACT
+    product_folder.mkdir()
+    tensors = {name: b'none' for name in ('raw', 'ema')}
+    for name, data in tensors.items():
+      (product_folder / f'{name}.safetensors').write_bytes(data)
+    info = schema.dump(_info(result, tensors))
+    (product_folder / schema.ARTIFACT_INFO).write_bytes(info)
+    facts = product.facts(info, {name: len(data) for name, data in tensors.items()})
+    (folder / schema.RESULT).write_bytes(schema.dump(result | facts))
+
+
+def _info(result: dict[str, Any], tensors: dict[str, bytes]) -> dict[str, Any]:
+  sizes = {name: result[name] for name in ('id', 'n_latents', 'k', 'd_model', 'activation', 'weights')}
+  digests = {name: hashlib.sha256(data).hexdigest() for name, data in tensors.items()}
+  return sizes | {'subject': '', 'site': '', 'normalize': 'none', 'identity': '', 'sha256': digests}
 
 
 def _line(c: config.Config, step: int, nmse: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ activations to an autoencoder trained on normalised ones is the commonest silent
 
 import dataclasses
 import hashlib
+import io
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sae_jax import cell_state, files, schema
+from sae_jax import cell_state, files, product, schema
 from sae_jax.data.normalize import normalize
 from sae_jax.errors import UserError
 from sae_jax.sae import SAE
@@ -57,19 +58,20 @@ class Autoencoder:
     return (x_hat_BD * norm_B1 + mean_B1).reshape(x.shape)
 
 
-def save(workdir: str, weights: dict[str, dict[str, np.ndarray]], info: dict[str, Any]) -> None:
-  """Writes `<workdir>/sae/{raw,ema}.safetensors` and then sae.json, each atomically.
+def save(workdir: str, weights: dict[str, dict[str, np.ndarray]], info: dict[str, Any]) -> dict[str, Any]:
+  """Writes `<workdir>/sae/{raw,ema}.safetensors` and then sae.json, each atomically; returns what the result says of them.
 
   sae.json holds the SHA-256 of the tensor files, and a digest over itself.
   """
-  digests = {}
+  digests, sizes = {}, {}
   for name, params in weights.items():
     data = safetensors.numpy.save({key: np.ascontiguousarray(params[key]) for key in TENSORS})
     files.replace(files.join(workdir, schema.ARTIFACT, f'{name}.safetensors'), data)
-    digests[name] = hashlib.sha256(data).hexdigest()
+    digests[name], sizes[name] = hashlib.sha256(data).hexdigest(), len(data)
   record = schema.dump(info | {'sha256': digests})
   schema.check(schema.parse(record), schema.ARTIFACTS)
   files.replace(files.join(workdir, schema.ARTIFACT, schema.ARTIFACT_INFO), record)
+  return product.facts(record, sizes)
 
 
 def load(cell: str, weights: str | None = None) -> Autoencoder:
@@ -83,23 +85,20 @@ def load(cell: str, weights: str | None = None) -> Autoencoder:
     UserError: nothing there, changed since it was written, of another cell, or sizes that do not agree.
   """
   folder = files.join(str(cell), schema.ARTIFACT)
+  data = io.BytesIO()
   try:
-    info = schema.parse(files.read(files.join(folder, schema.ARTIFACT_INFO)))
-    schema.check(info, schema.ARTIFACTS)
-    _check_owner(str(cell), info)
+    info = product.info(str(cell))
     weights = weights or str(info.get('weights'))
     if weights not in _WEIGHTS:
       raise UserError(f'weights={weights!r} is not one of {", ".join(_WEIGHTS)}')
-    data = files.read(files.join(folder, f'{weights}.safetensors'), 2**60)
-    if schema.verified(info) and hashlib.sha256(data).hexdigest() != info['sha256'][weights]:
-      raise schema.Broken(f'{weights}.safetensors does not fit its digest: it was changed')
-    params = safetensors.numpy.load(data)
+    product.tensors(str(cell), info, weights, data.write)
+    params = safetensors.numpy.load(data.getvalue())
   except FileNotFoundError:
     raise UserError(f'{folder} holds no trained autoencoder; is the cell finished?') from None
   except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-    why = getattr(error, 'strerror', None) or str(error)
+    why = cell_state.printable(product.why(error))[:120]
     raise UserError(
-      f'{folder} is damaged ({cell_state.printable(why)[:120]}); python -m sweeps.retry with its id has it trained again'
+      f'{cell} is damaged ({why}); python -m sweeps.retry with its id has it trained again'
     ) from None
   n, d, k = info['n_latents'], info['d_model'], info['k']
   expected = {'w_enc_FD': (n, d), 'w_dec_FD': (n, d), 'b_enc_F': (n,), 'b_pre_D': (d,)}
@@ -108,15 +107,3 @@ def load(cell: str, weights: str | None = None) -> Autoencoder:
     raise UserError(f'{folder}: tensors {found} are not finite arrays of {expected}; train the cell again')
   facts = schema.content(info) | {'weights': weights, 'verified': schema.verified(info)}
   return Autoencoder(SAE({name: jnp.asarray(t) for name, t in params.items()}, k=k), facts)
-
-
-def _check_owner(cell: str, info: dict[str, Any]) -> None:
-  """Raises `schema.Broken` when the cell beside an autoencoder is another than it was trained as."""
-  if info.get('imported_from') or not info.get('id'):
-    return
-  try:
-    config = schema.parse(files.read(files.join(cell, schema.CONFIG)))
-  except (OSError, schema.Broken):
-    return  # sae/ alone was copied, or somebody else says what is wrong with the configuration
-  if config.get('id') != info['id']:
-    raise schema.Broken(f'it is of cell {info["id"]!r} and {schema.CONFIG} of {config.get("id")!r}')

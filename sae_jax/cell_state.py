@@ -1,11 +1,10 @@
 """What the files of one cell's folder say of it: its state, the reason, its result. The same for every reader."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from sae_jax import cell, files, lease, metrics, schema
+from sae_jax import cell, files, lease, metrics, product, schema
 
 MAX_FAILURES = 3  # attempts of a cell before it has failed for good
 _REASON = 200  # characters of a reason shown to people
@@ -82,6 +81,10 @@ def read(
       result = _result(folder, cell_id, config)
     except (schema.Broken, OSError) as error:
       return _invalid(schema.RESULT, _why(error), config)
+    try:
+      product.glance(folder, result)
+    except (schema.Broken, OSError) as error:
+      return product_is_broken(error, config)
     return CellState(
       schema.DONE, result=schema.content(result), verified=schema.verified(result), config=config
     )
@@ -96,20 +99,9 @@ def printable(text: str) -> str:
   return line if len(line) <= _REASON else line[: _REASON - 3] + '...'
 
 
-def artifact_problem(folder: str) -> str:
-  """Why the autoencoder of a finished cell cannot be believed; empty when it can. Reads its files whole."""
-  product = files.join(folder, schema.ARTIFACT)
-  name = schema.ARTIFACT_INFO
-  try:
-    info = schema.parse(files.read(files.join(product, name)))
-    schema.check(info, schema.ARTIFACTS)
-    for weights, expected in (info.get('sha256') or {}).items():
-      name = f'{weights}.safetensors'
-      if hashlib.sha256(files.read(files.join(product, name), 2**60)).hexdigest() != expected:
-        raise schema.Broken('it does not fit its digest: it was changed')
-  except (schema.Broken, OSError) as error:
-    return printable(f'{schema.ARTIFACT}/{name}: {_why(error)}')
-  return ''
+def product_is_broken(error: Exception, config: dict[str, Any] | None = None) -> CellState:
+  """The state of a finished cell whose autoencoder cannot be believed, by what `sae_jax.product` raised."""
+  return CellState(schema.INVALID, printable(product.why(error)), config=config, broken=schema.ARTIFACT)
 
 
 def _invalid(name: str, why: str, config: dict[str, Any] | None = None) -> CellState:

@@ -13,8 +13,9 @@ import pathlib
 import posixpath
 import secrets
 import shutil
+import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import fsspec
@@ -33,6 +34,7 @@ os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
 fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
 logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs the traceback of what it also raises
 _EXTRAS = {'gs': 'gcs', 'gcs': 'gcs'}  # what to install for a protocol
+_PIECE = 2**22  # bytes read at once of a file that may be larger than memory
 _NO_BUCKET = 'No such bucket'  # a new file brings its folders, so nothing else can be missing
 # What only the machine can be blamed for. EAGAIN comes from a fork without room for another process.
 _OF_HOST = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO, errno.ESTALE)
@@ -113,6 +115,36 @@ def read(path: str, limit: int = schema.SMALL) -> bytes:
   if held > limit:
     raise schema.Broken(f'it has {held if is_local(path) else "more"} bytes, more than {limit}')
   return data
+
+
+def pieces(path: str) -> Iterator[bytes]:
+  """The bytes of a file of any size, in turn. Raises FileNotFoundError."""
+  if is_local(path):
+    with open(local(path), 'rb') as f:
+      while piece := f.read(_PIECE):
+        yield piece
+    return
+  with _remote(path) as (fs, name):
+    whole = fs.info(name)['size']
+    for start in range(0, whole, _PIECE):
+      yield fs.cat_file(name, start=start, end=min(start + _PIECE, whole))
+
+
+def sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
+  """Bytes of those of the named files of a folder that are there."""
+  if is_local(folder):
+    found = {}
+    base = str(local(folder))
+    for name in names:
+      with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        about = os.stat(f'{base}/{name}')
+        if stat.S_ISREG(about.st_mode):
+          found[name] = about.st_size
+    return found
+  with contextlib.suppress(FileNotFoundError), _remote(folder) as (fs, name):
+    listed = {posixpath.basename(one['name']): one for one in fs.ls(name, detail=True)}
+    return {name: listed[name]['size'] for name in names if name in listed and listed[name]['type'] == 'file'}
+  return {}
 
 
 def version(path: str) -> tuple[Any, ...] | None:

@@ -136,7 +136,7 @@ class Member:
         'activation': config.sae.activation,
       }  # fmt: skip
       self._before_write()
-      artifact.save(
+      written = artifact.save(
         self.workdir, weights, sizes | {'weights': line['eval/weights']} | self._source.provenance
       )
       measured = {
@@ -147,6 +147,7 @@ class Member:
         self.workdir,
         sizes
         | measured
+        | written
         | {
           'seed': config.train.seed,
           'learning_rate': config.optim.learning_rate,
@@ -217,10 +218,13 @@ def claim_folder(config: Config, workdir: str) -> None:
     )
   state = cell_state.read(workdir, config.id)
   if state.state == schema.INVALID:
-    raise _broken(files.join(workdir, state.broken), state.reason.removeprefix(f'{state.broken}: '))
+    name, _, why = state.reason.partition(': ') if state.broken else ('', '', state.reason)
+    # Without its result too, the cell would go on saying that it has an autoencoder.
+    what = f'{schema.RESULT} and {schema.ARTIFACT}' if state.broken == schema.ARTIFACT else 'it'
+    raise _broken(files.join(workdir, name), why, what)
 
 
-def _broken(path: str, why: str) -> BrokenFile:
+def _broken(path: str, why: str, what: str = 'it') -> BrokenFile:
   return BrokenFile(
-    f'{path}: {cell_state.printable(why)[:120]}; move it aside (python -m sweeps.retry does) and start again'
+    f'{path}: {cell_state.printable(why)[:120]}; move {what} aside (python -m sweeps.retry does) and start again'
   )

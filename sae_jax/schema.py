@@ -119,6 +119,13 @@ RESULTS = (
   Field('mesh', list, '[data, latent] of the last attempt'),
   Field('versions', dict, 'of what decides the bits'),
   Field('git_commit', str, "of the checkout, '+' when changed, empty outside one"),
+  Field(
+    'artifact_sha256',
+    str,
+    'of sae.json, which has those of the tensor files; early results lack it',
+    may=True,
+  ),
+  Field('artifact_bytes', dict, 'of the files in sae/, by name; early results lack it', may=True),
 )
 ARTIFACTS = (
   Field('id', str, 'of the cell, or a name for an imported autoencoder'),

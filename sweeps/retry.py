@@ -3,14 +3,14 @@
 python -m sweeps.retry --ledger=DIR [ID ...]
 
 failure.json of a failed cell is deleted. A broken file of an invalid one is moved to its corrupt/, and the cell waits to
-be trained again, from its last checkpoint on. Of a finished cell that is named, an autoencoder that cannot be believed
-is moved there together with its result.
+be trained again, from its last checkpoint on. An autoencoder is moved there together with its result. Those of named
+cells are read to the last byte, so that also a changed one is found.
 """
 
 import argparse
 import dataclasses
 
-from sae_jax import cell_state, files, schema
+from sae_jax import cell_state, files, product, schema
 from sae_jax.errors import UserError, one_line_errors
 from sweeps import grid, ledger, work
 
@@ -41,11 +41,10 @@ def retry(store: ledger.Ledger, ids: list[str], max_failures: int = ledger.MAX_F
     if cell_id not in states:
       raise UserError(f'no cell {cell_id!r} in {store.path}; python -m sweeps.status lists the ids')
     state = states[cell_id]
-    if state.state == schema.DONE and (why := _damaged_artifact(store.folder(cell_id))):
+    finished = state.state in (schema.DONE, schema.IMPORTED)
+    if finished and (why := _damaged_artifact(store.folder(cell_id))):
       damaged[cell_id] = why
-    elif state.state != schema.INVALID and (
-      state.state in (schema.DONE, schema.RUNNING) or not state.attempts
-    ):
+    elif state.state != schema.INVALID and (finished or state.state == schema.RUNNING or not state.attempts):
       raise UserError(f'cell {cell_id} is {state.state}, with no failure to clear; leave it out')
   chosen = (
     [states[cell_id] for cell_id in ids]
@@ -58,9 +57,7 @@ def retry(store: ledger.Ledger, ids: list[str], max_failures: int = ledger.MAX_F
 def _clear(store: ledger.Ledger, state: ledger.CellState, damaged: str) -> Retried:
   folder = store.folder(state.cell.id)
   if damaged:
-    # The result first: from then on the cell is unfinished, whatever happens here.
-    moved = tuple((name, _set_aside(folder, name)) for name in (schema.RESULT, schema.ARTIFACT))
-    return Retried(state.cell, damaged, moved)
+    return Retried(state.cell, damaged, _set_product_aside(folder))
   if state.state != schema.INVALID:
     files.remove(files.join(folder, schema.FAILURE))
     return Retried(state.cell, state.reason)
@@ -68,10 +65,19 @@ def _clear(store: ledger.Ledger, state: ledger.CellState, damaged: str) -> Retri
   while (found := cell_state.read(folder, state.cell.id)).state == schema.INVALID:
     if not found.broken:
       raise UserError(f'{folder} is a file and not a folder; move it away')
+    if found.broken == schema.ARTIFACT and schema.RESULT in files.listdir(folder):
+      moved += _set_product_aside(folder)
+      continue
     moved += ((found.broken, _set_aside(folder, found.broken)),)
     if found.broken == schema.CONFIG:
       files.create(files.join(folder, schema.CONFIG), state.cell.config.to_json())
   return Retried(state.cell, state.reason, moved)
+
+
+def _set_product_aside(folder: str) -> tuple[tuple[str, str], ...]:
+  # The result first: from then on the cell is unfinished, whatever happens here.
+  there = files.listdir(folder)
+  return tuple((name, _set_aside(folder, name)) for name in (schema.RESULT, schema.ARTIFACT) if name in there)
 
 
 def _set_aside(folder: str, name: str) -> str:
@@ -92,7 +98,11 @@ def _damaged_artifact(folder: str) -> str:
   """Why the autoencoder in the folder of a finished cell cannot be believed, empty when it can or there is none."""
   if schema.ARTIFACT not in files.listdir(folder):
     return ''
-  return cell_state.artifact_problem(folder)
+  try:
+    product.check(folder)
+  except (schema.Broken, OSError) as error:
+    return cell_state.printable(product.why(error))
+  return ''
 
 
 def _parser() -> argparse.ArgumentParser:

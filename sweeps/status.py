@@ -1,6 +1,6 @@
 """What a ledger's cells are doing, and why: done, running, failed, cancelled, waiting.
 
-python -m sweeps.status --ledger=DIR [--watch] [--json]
+python -m sweeps.status --ledger=DIR [--watch | --verify] [--json]
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 
 from sae_jax import cell_state, files, flops, metrics, schema
 from sae_jax.errors import one_line_errors
-from sweeps import grid, ledger, work
+from sweeps import grid, ledger, verify, work
 
 # As summaries say them; the first four always.
 _COUNTED = (
@@ -45,12 +45,14 @@ def summary(counts: dict[str, int]) -> str:
   return ', '.join(f'{number} {state}' for state, number in counts.items() if number or state in _COUNTED[:4])
 
 
-def report(store: ledger.Ledger, max_failures: int) -> dict[str, Any]:
+def report(store: ledger.Ledger, max_failures: int, every_byte: bool = False) -> dict[str, Any]:
   """Name, counts, seconds left and one row a cell, as JSON would have it.
 
-  Speeds are those of the metrics' last line, over all of the cell's training time; they are missing before it.
+  Of finished autoencoders it sees what `product.glance` does, and with `every_byte` what `product.check` does. Speeds are those of the metrics' last line, over all of the cell's training time; they are missing before it.
   """
   states = store.states(max_failures)
+  if every_byte:
+    states = verify.verify(store, states)
   rows = []
   speed = left = 0.0  # dense FLOPs a second of what runs now, and what is left to do
   for s in states:
@@ -148,10 +150,16 @@ def _parser() -> argparse.ArgumentParser:
     epilog='A lease held on another machine counts as running until --watch has seen it unchanged for 90 s.',
   )
   parser.add_argument('--ledger', required=True, help='folder or fsspec URL of the sweep')
-  parser.add_argument(
+  how = parser.add_mutually_exclusive_group()
+  how.add_argument(
     '--watch',
     action='store_true',
     help='refresh every 2 s until nothing is left to do; on a terminal, in place',
+  )
+  how.add_argument(
+    '--verify',
+    action='store_true',
+    help='read every byte of the finished autoencoders, too; exit code 1 if a cell is invalid',
   )
   parser.add_argument('--json', action='store_true', help='print one JSON object instead of a table')
   work.add_max_failures(parser)
@@ -166,7 +174,7 @@ def main(argv: list[str]) -> int:
   try:
     while True:
       began = time.process_time()
-      found = report(store, args.max_failures)
+      found = report(store, args.max_failures, args.verify)
       now = json.dumps(found) if args.json else text(found)
       if sys.stdout.isatty() and args.watch:
         print(f'{_CLEAR}{fitted(now, *shutil.get_terminal_size())}', flush=True)
@@ -174,7 +182,7 @@ def main(argv: list[str]) -> int:
         print(now, flush=True)
       shown = now
       if not args.watch or not (found['counts']['running'] or found['counts']['waiting']):
-        return 0
+        return 1 if args.verify and found['counts'][schema.INVALID] else 0
       time.sleep(ledger.nap_s(2.0, time.process_time() - began))
   except KeyboardInterrupt:
     return 0
