@@ -125,6 +125,10 @@ class Signalled:
   def __call__(self) -> bool:
     return self.signum is not None
 
+  def ask(self) -> None:
+    """Asks this run to stop, as a SIGTERM would."""
+    self.signum = self.signum or signal.SIGTERM
+
   def _hear(self, signum: int, frame: object) -> None:
     self.signum = signum
 
@@ -140,12 +144,18 @@ class Vote:
 
   def __init__(self) -> None:
     self.polls = 0
-    self._stopped = False
+    self._stopped = self._asked = False
 
   def __call__(self) -> bool:
     self.polls += 1
     self._stopped = self._stopped or _service[0].reached_sync_point(self.polls)
     return self._stopped
+
+  def ask(self) -> None:
+    """Has all ranks stop at one step, as a SIGTERM to this one would."""
+    if not self._asked:
+      self._asked = True
+      os.kill(os.getpid(), signal.SIGTERM)
 
 
 def tell(key: str, value: str) -> None:

@@ -257,12 +257,14 @@ def _claim(workdir: str) -> lease.Lease | None:
   """The lease of a cell's folder for this run; None for a finished cell, and in every process but the first.
 
   A holder of this machine is known to live or to be dead. One of another is watched until its lease changes or is stale.
-  Raises `UserError` when another process trains the cell.
+  Raises `UserError` when another process trains the cell, and when it is cancelled.
   """
   refused, held = '', None
   if jax.process_index() == 0 and not files.exists(files.join(workdir, schema.RESULT)):
+    if files.exists(files.join(workdir, schema.CANCEL)):
+      refused = f'{workdir} is cancelled; python -m sweeps.cancel --undo takes it up again'
     observer, first = lease.Observer(), None
-    while (held := observer.claim(workdir)) is None and not refused:
+    while not refused and (held := observer.claim(workdir)) is None:
       holder = observer.holder(workdir)
       elsewhere = holder is not None and (holder['pid_space'] or 'unknown') != lease.pid_space()
       if first is None and holder is not None and elsewhere:
@@ -311,6 +313,8 @@ def main(argv: list[str]) -> int:
       def should_stop() -> bool:
         if held is not None:
           held.check()
+          if held.cancelled:
+            flag.ask()
         return asked()
 
       before_write = functools.partial(held.check, fresh=True) if held is not None else None
@@ -343,6 +347,10 @@ def main(argv: list[str]) -> int:
       # Not sys.exit: what waits for a thread or a descriptor at the end might wait for ever.
       os._exit(HOST_BROKEN)
     raise
+  if outcome == 'preempted' and held is not None and held.cancelled:
+    undo = 'after python -m sweeps.cancel --undo the same command resumes'
+    print(f'{config.id}: cancelled, checkpoint saved; {undo}', file=sys.stderr)
+    return PREEMPTED
   if outcome == 'preempted':
     print(f'{config.id}: preempted, checkpoint saved; the same command resumes', file=sys.stderr)
     return 128 + signal.SIGINT if flag.signum == signal.SIGINT else PREEMPTED

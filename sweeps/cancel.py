@@ -2,7 +2,8 @@
 
 python -m sweeps.cancel --ledger=DIR (ID ... | --all) [--undo]
 
-A running worker hears of it when it refreshes its lease, within 30 s. Undone, a cell goes on from its checkpoint.
+A running worker, or a single sae_jax.train in the cell's folder, hears of it when it refreshes its lease, within 30 s.
+Undone, a cell goes on from its checkpoint.
 """
 
 import argparse

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import threading
 import time
 
@@ -12,7 +13,7 @@ import pytest
 
 from sae_jax import files, lease, schema
 from sae_jax import train as training
-from sweeps import ledger, work
+from sweeps import cancel, ledger, work
 from tests import cells
 
 
@@ -287,6 +288,31 @@ def test_a_run_that_lost_its_lease_ends_without_a_word_in_the_folder(alone, one,
   monkeypatch.setattr(os, '_exit', exited)
   assert run(folder) == 42
   assert 'lease lost: ' in capsys.readouterr().err and not (folder / schema.FAILURE).exists()
+
+
+def test_a_run_hears_that_its_cell_is_cancelled(alone, one, monkeypatch, capsys):
+  store, folder = one
+  observer = lease.Observer
+  monkeypatch.setattr(lease, 'Observer', lambda: observer(refresh_s=0.01))
+  monkeypatch.setattr(signal, 'signal', lambda *_: None)
+  monkeypatch.setattr(training.distributed, 'stop_flag', training.distributed.Signalled)
+
+  def train(config, workdir, *, should_stop, **_):
+    assert not should_stop()
+    cancel.cancel(store, [folder.name])
+    while not should_stop():
+      time.sleep(0.01)
+    return 'preempted'
+
+  monkeypatch.setattr(training, 'train', train)
+  assert run(folder) == 42 and 'cancelled, checkpoint saved; after' in capsys.readouterr().err
+  assert store.states()[0].state == schema.CANCELLED
+  before = sorted(folder.rglob('*'))
+  assert run(folder) == 2 and 'is cancelled; python -m sweeps.cancel --undo' in capsys.readouterr().err
+  assert sorted(folder.rglob('*')) == before
+  cancel.undo(store, [])
+  fake(monkeypatch, lambda _: 'preempted')
+  assert run(folder) == 42 and 'preempted' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('lives', [True, False])
