@@ -212,7 +212,7 @@ def _work_here(
 
 
 def _tail(logs: pathlib.Path, lines: int = 5) -> str:
-  texts = [path.read_text(errors='replace') for path in sorted(logs.glob('worker-*.log'))]
+  texts = map(status.log_tail, sorted(logs.glob('worker-*.log')))
   return '\n'.join(cell_state.printable(line) for text in texts for line in text.splitlines()[-lines:])
 
 

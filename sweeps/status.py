@@ -6,6 +6,8 @@ python -m sweeps.status --ledger=DIR [--watch | --verify] [--json]
 import argparse
 import collections
 import json
+import os
+import pathlib
 import shutil
 import sys
 import time
@@ -26,7 +28,7 @@ _COUNTED = (
   schema.IMPORTED,
 )
 _CLEAR = '\033[H\033[2J'
-_TAIL = 1 << 16  # bytes of a log that are searched for a cell's last words
+_TAIL = 1 << 16  # bytes of a log that are searched for the last words of cells
 
 
 def progress(store: ledger.Ledger, cell_id: str) -> dict[str, Any] | None:
@@ -48,11 +50,13 @@ def summary(counts: dict[str, int]) -> str:
 def report(store: ledger.Ledger, max_failures: int, every_byte: bool = False) -> dict[str, Any]:
   """Name, counts, seconds left and one row a cell, as JSON would have it.
 
-  Of finished autoencoders it sees what `product.glance` does, and with `every_byte` what `product.check` does. Speeds are those of the metrics' last line, over all of the cell's training time; they are missing before it.
+  Of finished autoencoders it sees what `product.glance` does, and with `every_byte` what `product.check` does. Speeds
+  are those of the metrics' last line, over all of the cell's training time; they are missing before it.
   """
   states = store.states(max_failures)
   if every_byte:
     states = verify.verify(store, states)
+  words = last_words(store) if any(s.state == schema.FAILED for s in states) else {}
   rows = []
   speed = left = 0.0  # dense FLOPs a second of what runs now, and what is left to do
   for s in states:
@@ -72,30 +76,34 @@ def report(store: ledger.Ledger, max_failures: int, every_byte: bool = False) ->
         speed += last['flops_dense'] / last['wall_s']
     if s.state in schema.UNFINISHED:
       left += cost
-    if s.state == 'failed' and (words := last_words(store, s.cell.id)):
-      row |= {'log': words}
+    if s.state == schema.FAILED and s.cell.id in words:
+      row |= {'log': cell_state.printable(words[s.cell.id])}
     rows.append(row)
   found = {'name': store.name(), 'counts': count(states), 'cells': rows}
   return found | ({'left_s': left / speed} if speed and left else {})
 
 
-def last_words(store: ledger.Ledger, cell_id: str) -> str:
-  """The last line that a worker's log has of a cell, '' where there is none: on object stores, or in another place."""
+def last_words(store: ledger.Ledger) -> dict[str, str]:
+  """The last line that a worker's log has of each cell, by id; nothing on object stores, or where logs lie elsewhere."""
+  found: dict[str, str] = {}
   if not files.is_local(store.path):
-    return ''
-  found = ''
+    return found
   logs = files.local(files.join(store.path, 'logs'))
   for path in sorted(logs.glob('**/*.log'), key=lambda path: path.stat().st_mtime):
-    with open(path, 'rb') as f:
-      f.seek(max(0, path.stat().st_size - _TAIL))
-      text = f.read().decode(errors='replace')
-    about_cell = False
-    for line in filter(str.strip, text.splitlines()):
+    cell_id = ''
+    for line in filter(str.strip, log_tail(path).splitlines()):
       if line.startswith('cell '):
-        about_cell = line.startswith(f'cell {cell_id} ')
-      if about_cell:
-        found = f'{path.name}: {cell_state.printable(line)}'
+        cell_id = line.split(' ')[1]
+      if cell_id:
+        found[cell_id] = f'{path.name}: {line}'
   return found
+
+
+def log_tail(path: pathlib.Path) -> str:
+  """The end of a log, which may have grown for weeks."""
+  with open(path, 'rb') as f:
+    f.seek(max(0, f.seek(0, os.SEEK_END) - _TAIL))
+    return f.read(_TAIL).decode(errors='replace')
 
 
 def text(found: dict[str, Any]) -> str:

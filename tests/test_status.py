@@ -61,6 +61,25 @@ def test_status_shows_counts_progress_and_reasons(store, capsys):
   assert waiting[1:] == ['k=7', 'waiting']
 
 
+def test_last_words_cost_one_read_of_the_end_of_each_log(store, monkeypatch):
+  second, fourth = (store.cells()[i].id for i in (1, 3))
+  metrics.record_failure(store.folder(fourth), UserError('no such file'))
+  logs = pathlib.Path(store.path) / 'logs'
+  logs.mkdir()
+  (logs / 'worker-0.log').write_text(f'cell {second} k=3: starts\nold\n')
+  long = logs / 'worker-1.log'
+  long.touch()
+  os.truncate(long, 10 * 2**30)
+  with open(long, 'a') as f:
+    f.write(f'\ncell {fourth} k=7: starts\nfourth\ncell {second} k=3: starts\nnew\n')
+  os.utime(logs / 'worker-0.log', (1, 1))
+  read, tail = [], status.log_tail
+  monkeypatch.setattr(status, 'log_tail', lambda path: read.append(path.name) or tail(path))
+  rows = status.report(store, 3)['cells']
+  assert [row.get('log') for row in rows] == [None, 'worker-1.log: new', None, 'worker-1.log: fourth']
+  assert read == ['worker-0.log', 'worker-1.log']
+
+
 def test_screen_holds_what_fits():
   shown = status.fitted('\n'.join(f'line {i}' for i in range(9)), columns=4, lines=5)
   assert shown.splitlines()[:3] == ['line'] * 3 and len(shown.splitlines()) == 4
