@@ -335,6 +335,9 @@ def _read_local(path: str, limit: int) -> tuple[bytes, int]:
     ):
       data, size = data + more, -1  # it grows, or came in parts: up to the end then
     return data, len(data)
+  except OSError as error:
+    error.filename = path  # of a folder, say, which can be opened and not read
+    raise
   finally:
     os.close(at)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sae_jax import files, schema
+from sae_jax.errors import BrokenFile
 
 GONE, UNSEEN = -1, 0  # in place of a process's start
 _CLAIM = re.compile(r'([1-9][0-9]{0,8})\.json')
@@ -179,14 +180,20 @@ class Observer:
     return None if began - since >= self._stale_s or is_dead_here(record) else record
 
   def claim(self, folder: str) -> Lease | None:
-    """The lease of a folder, or None when someone holds it or was faster."""
-    generation, _ = last_claim(folder)
-    if self.holder(folder) is not None:
-      return None
+    """The lease of a folder, or None when someone holds it or was faster. Raises `BrokenFile` for no claim in its place."""
+    claims = files.join(folder, schema.CLAIMS)
+    try:
+      generation, _ = last_claim(folder)
+      if self.holder(folder) is not None:
+        return None
+    except (IsADirectoryError, PermissionError) as error:
+      raise BrokenFile(f'{claims}: a claim cannot be read ({error.strerror}); move it aside') from error
     taken = Lease(folder, generation + 1, refresh_s=self._refresh_s, stale_s=self._stale_s, clock=self._clock)
     try:
       taken.acquire()
     except FileExistsError:
+      if files.is_file(claims):
+        raise BrokenFile(f'{claims} is a file and not a folder; move it aside') from None
       return None
     return taken
 

@@ -13,7 +13,7 @@ from typing import Any
 import sae_jax
 from sae_jax import cell_state, config, files, lease, metrics, schema
 from sae_jax.cell_state import MAX_FAILURES
-from sae_jax.errors import UserError
+from sae_jax.errors import BrokenFile, UserError
 from sweeps import grid
 
 _ID = re.compile(r'[0-9a-f]{12}')
@@ -225,10 +225,13 @@ class Ledger:
     return self._read.record['cells'][cell_id]['config']
 
   def claim(self, cell_id: str) -> lease.Lease | None:
-    """The right to train a cell, or None when it is done or cancelled, or someone holds it or was faster."""
+    """The right to train a cell, or None when it is done, cancelled or invalid, or someone holds it or was faster."""
     folder = self.folder(cell_id)
-    if self._is_settled(folder) or (taken := self._observer.claim(folder)) is None:
-      return None
+    try:
+      if self._is_settled(folder) or (taken := self._observer.claim(folder)) is None:
+        return None
+    except BrokenFile:
+      return None  # `state` says what is wrong
     if self._is_settled(folder):  # since the look above
       taken.release()
       return None
@@ -240,7 +243,7 @@ class Ledger:
     `started` is its `lease.process_start`, where that is known: it tells the process from a later one with its id.
     """
     ids = [cell.id for cell in self.cells() if cell.id not in self._done]
-    holders = ((cell_id, lease.holder_of(lease.last_claim(self.folder(cell_id))[1])) for cell_id in ids)
+    holders = ((cell_id, self._last_holder(cell_id)) for cell_id in ids)
     here = lease.pid_space()
     unknown = (lease.UNSEEN, lease.GONE)
     return [
@@ -249,6 +252,12 @@ class Ledger:
       if r and (r['pid'], r['pid_space']) == (pid, here)
       if started in unknown or r['started'] in (started, *unknown)
     ]
+
+  def _last_holder(self, cell_id: str) -> dict[str, Any] | None:
+    try:
+      return lease.holder_of(lease.last_claim(self.folder(cell_id))[1])
+    except (IsADirectoryError, PermissionError):
+      return None  # `state` says what is wrong
 
   @staticmethod
   def _is_settled(folder: str) -> bool:

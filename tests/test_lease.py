@@ -13,6 +13,7 @@ import pytest
 
 from sae_jax import files, lease, schema
 from sae_jax import train as training
+from sae_jax.errors import BrokenFile, UserError
 from sweeps import cancel, ledger, work
 from tests import cells
 
@@ -111,6 +112,31 @@ def test_a_worker_that_wakes_after_a_takeover_writes_nothing(one, step):
   assert {p: p.read_bytes() for p in folder.glob('*') if p.is_file()} == before
   assert saved(folder) <= before_steps | {5}  # a save that had begun ends by itself
   assert not (folder / schema.ARTIFACT).exists() and not (folder / schema.RESULT).exists()
+
+
+@pytest.mark.parametrize('at', ['claims', 'claims/1.json'])
+def test_what_is_no_claim_in_its_place_is_one_line_and_stops_no_other_cell(tmp_path, at):
+  store = ledger.Ledger(str(tmp_path / 'ledger'))
+  store.register(cells.sweep({'sae.k': 2}, {'sae.k': 3}))
+  first, second = (cell.id for cell in store.cells())
+
+  def harm(folder):
+    shutil.rmtree(f'{folder}/claims', ignore_errors=True)
+    if at == 'claims':
+      files.create(f'{folder}/claims', b'x')
+    else:
+      os.makedirs(f'{folder}/claims/1.json')
+
+  harm(store.folder(first))
+  assert store.claim(first) is None and store.held_by(os.getpid()) == []
+  assert [s.state for s in store.states()] == [schema.INVALID, schema.WAITING]
+  with pytest.raises(BrokenFile, match=r'claim.*; move it aside'):
+    lease.Observer().claim(store.folder(first))
+  with store.claim(second):
+    assert store.held_by(os.getpid()) == [second]
+  harm(store.path)  # of the ledger itself
+  with pytest.raises(UserError, match=r'claim.*; move it aside'):
+    store.register(cells.sweep({'sae.k': 2}, {'sae.k': 5}))
 
 
 def saved(folder):
