@@ -185,12 +185,18 @@ class Ledger:
         if cell_id in parsed and parsed[cell_id][0] == entry
         else (
           entry,
-          Cell(cell_id, entry['overrides'], config.from_record(entry['config'], verified=verified)),
+          self._cell(cell_id, entry, verified),
         )
         for cell_id, entry in record['cells'].items()
       }
       self._listed = record, [cell for _, cell in self._parsed.values()]
     return self._listed[1]
+
+  def _cell(self, cell_id: str, entry: dict[str, Any], verified: bool) -> Cell:
+    try:
+      return Cell(cell_id, entry['overrides'], config.from_record(entry['config'], verified=verified))
+    except UserError as error:
+      raise self._broken(f'cell {cell_id}: {str(error).partition(";")[0]}') from None
 
   def states(self, max_failures: int = MAX_FAILURES) -> list[CellState]:
     """Of every cell. Of finished ones nothing is read twice, and of the others only what can have changed."""
@@ -295,4 +301,9 @@ class Ledger:
     except (FileNotFoundError, NotADirectoryError):
       raise UserError(f'no sweep at {self.path!r}; start one with python -m sweeps.launch') from None
     except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
-      raise UserError(f'{self._sweep_file} is not a sweep record ({error}); was it edited by hand?') from None
+      raise self._broken(str(error)) from None
+
+  def _broken(self, why: str) -> UserError:
+    return UserError(
+      f'{self._sweep_file} is not a sweep record ({why}); move it aside and launch again: finished cells are found'
+    )
