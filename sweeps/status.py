@@ -62,7 +62,7 @@ def report(store: ledger.Ledger, max_failures: int, every_byte: bool = False) ->
   for s in states:
     row: dict[str, Any] = {
       'id': s.cell.id, 'overrides': s.cell.overrides, 'state': s.state, 'attempts': s.attempts, 'reason': s.reason,
-      'steps': s.cell.config.train.steps,
+      'steps': s.cell.config.train.steps if s.result is None else s.result['steps'],
     }  # fmt: skip
     cost = 0.0 if s.result is not None else flops.cell_flops(s.cell.config)['dense']
     if s.result is not None:

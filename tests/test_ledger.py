@@ -16,7 +16,7 @@ import pytest
 from sae_jax import cell as cell_module
 from sae_jax import config, files, lease, metrics, schema
 from sae_jax.errors import UserError
-from sweeps import ledger, work
+from sweeps import ledger, status, work
 from tests import cells
 
 
@@ -450,14 +450,25 @@ def test_a_second_look_parses_nothing_again(path, counted):
 def test_a_grown_sweep_is_parsed_where_it_grew(path, counted):
   store = make_many(path)
   listed = store.cells()
+  assert len({cell.config.id for cell in listed}) == 30
   assert store.cells() is listed
   ledger.Ledger(path).register(cells.sweep(*({'train.seed': seed} for seed in range(32))))
   clear(counted)
   assert len(store.cells()) == 32 and store.cells()[:30] == listed
-  assert counted['from_record'] == 2 and counted['parse_large'] == 1
+  assert counted['from_record'] == 0 and counted['parse_large'] == 1
+  assert len({cell.config.id for cell in store.cells()}) == 32 and counted['from_record'] == 2
   ledger.Ledger(path).register(cells.sweep({'train.seed': 3, 'mesh.data': 2}))
   clear(counted)
   assert store.cells()[3].config.mesh.data == 2 and counted['from_record'] == 1
+  assert {cell.config.train.seed for cell in store.cells()} == set(range(32)) and counted['from_record'] == 1
+
+
+def test_status_of_finished_cells_makes_no_configuration(path, counted):
+  make_many(path, count=5, finished=5)
+  clear(counted)
+  rows = status.report(ledger.Ledger(path), 3)['cells']
+  assert [row['state'] for row in rows] == ['done'] * 5 and rows[0]['steps'] == 200
+  assert counted['from_record'] == counted['id_of'] == 0
 
 
 def test_registering_leaves_nothing_to_parse(path, counted):
@@ -488,7 +499,7 @@ def test_a_sweep_costs_reads_in_proportion_to_its_cells(tmp_path, counted, count
 
   clear(counted)
   assert work.run(store, train, stop=lambda: False) == 0
-  assert counted['from_record'] == 0
+  assert counted['from_record'] == count  # once for each cell
   assert counted['listdir'] <= 10 * count and len(counted['read']) <= 10 * count + 2
 
 
