@@ -11,8 +11,9 @@ _REASON = 200  # characters of a reason shown to people
 
 # What a result repeats of the configuration it belongs to.
 _REPEATED = {
-  'sae.n_latents': 'n_latents', 'sae.k': 'k', 'sae.d_model': 'd_model', 'optim.learning_rate': 'learning_rate',
-  'train.seed': 'seed', 'train.batch_tokens': 'batch_tokens', 'train.tokens': 'tokens_asked',
+  ('sae', 'n_latents'): 'n_latents', ('sae', 'k'): 'k', ('sae', 'd_model'): 'd_model',
+  ('optim', 'learning_rate'): 'learning_rate', ('train', 'seed'): 'seed', ('train', 'batch_tokens'): 'batch_tokens',
+  ('train', 'tokens'): 'tokens_asked',
 }  # fmt: skip
 # What a result repeats of the evaluation at the last step; not the time, which another attempt spends again.
 _MEASURED = {line: name for line, name in schema.line_names(schema.MEASURED).items() if name != 'wall_s'}
@@ -131,10 +132,10 @@ def _result(folder: str, cell_id: str, config: dict[str, Any] | None) -> dict[st
   schema.check(result, schema.RESULTS)
   if result.get('id') != cell_id:
     raise schema.Broken(f'it is of cell {result.get("id")!r}')
-  flat = cell.flatten(config or {})
-  for key, name in _REPEATED.items():
-    if key in flat and name in result and flat[key] != result[name]:
-      raise schema.Broken(f'{name}={result[name]!r}, and {flat[key]!r} in {schema.CONFIG}')
+  for (section, key), name in _REPEATED.items():
+    said = (config or {}).get(section)
+    if isinstance(said, dict) and key in said and name in result and said[key] != result[name]:
+      raise schema.Broken(f'{name}={result[name]!r}, and {said[key]!r} in {schema.CONFIG}')
   # A digest says all there is to say. Results of earlier versions have none, and their metrics are the only witness.
   if not schema.verified(result):
     _compare_with_metrics(folder, cell_id, result)

@@ -289,7 +289,7 @@ def parse_large(data: bytes) -> dict[str, Any]:
   if not data.strip():
     raise Broken('it is empty')
   try:
-    record = json.loads(data, parse_constant=_not_finite, parse_float=_finite)
+    record = _DECODER.decode(data.decode())
     if data.count(b'{') + data.count(b'[') > _DEEP:
       _check_depth(record)
     if b'\\' in data or not data.isascii():
@@ -368,7 +368,7 @@ def is_kind(value: Any, kind: type) -> bool:
 def _digest(record: dict[str, Any], owner: str) -> str:
   """32 hex digits over everything in a record but the digest itself, in an order that does not depend on the writer."""
   rest = {key: value for key, value in record.items() if key != DIGEST}
-  text = json.dumps(rest, sort_keys=True, allow_nan=False)
+  text = _CANONICAL.encode(rest)
   return hashlib.sha256(f'{owner}\n{text}'.encode()).hexdigest()[:32]
 
 
@@ -376,8 +376,8 @@ def _check_depth(record: Any) -> None:
   """Raises `Broken` for nesting that the parser still follows and recursive readers would not."""
   level = [record]
   for _ in range(_DEEP):
-    inner = (value for one in level for value in (one.values() if isinstance(one, dict) else one))
-    level = [value for value in inner if isinstance(value, dict | list)]
+    inner = (one.values() if type(one) is dict else one for one in level)
+    level = [value for values in inner for value in values if type(value) in _NESTED]
     if not level:
       return
   raise Broken('it is nested too deeply')
@@ -396,3 +396,9 @@ def _finite(text: str) -> float:
 
 def _short(value: Any) -> str:
   return repr(value)[:40]
+
+
+# Made once: each costs as much as a small record takes.
+_NESTED = (dict, list)
+_DECODER = json.JSONDecoder(parse_constant=_not_finite, parse_float=_finite)
+_CANONICAL = json.JSONEncoder(sort_keys=True, allow_nan=False)
