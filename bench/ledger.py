@@ -20,6 +20,7 @@ import numpy as np
 from bench import command
 from bench.alternate import ROOT, cpu_time, machine
 from sae_jax import arguments, config, flops, metrics, product, schema
+from sae_jax.cell import log_spaced
 from sae_jax.errors import UserError, one_line_errors
 from sweeps import grid
 
@@ -103,7 +104,7 @@ def _finish(sweep: grid.Sweep, where: pathlib.Path) -> None:
   for _, c in sweep.cells:
     folder = where / schema.CELLS / c.id
     final = float((0.05 + 3 * c.sae.n_latents**-0.5) * c.sae.k**-0.2 * np.exp(0.003 * rng.normal()))
-    steps = np.unique(np.geomspace(1, c.train.steps, 12).astype(int)).tolist()
+    steps = sorted(log_spaced(c.train.steps, c.eval.per_decade))
     curve = [_line(c, step, final * (1 + 2 * step**-0.5 - 2 * c.train.steps**-0.5)) for step in steps]
     (folder / schema.METRICS).write_bytes(b''.join(schema.dump_line(line, c.id) for line in curve))
     result = _result(c, curve[-1])

@@ -10,12 +10,13 @@ import numpy as np
 
 import analysis
 from analysis.findings import Findings
+from sae_jax.cell import log_spaced
 from tests import cells
 
 SIZES, KS, SUBJECTS = (128, 256, 512, 1024, 2048, 4096), (3, 7), ('planted-a', 'planted-b')
 TOKENS, RATES = (40_000, 300_000, 6_000_000), (0.1, 0.3, 1.0, 3.0)
 A, ALPHA, B, BETA = 4.0, 0.45, 385.0, 0.8
-D, BATCH = 13, 40
+D, BATCH, PER_DECADE = 13, 40, 6
 RATE_EXPONENT = 0.5
 
 
@@ -37,12 +38,12 @@ def write(path, ks=KS, noise=0.001, seed=0):
     c = cells.cell(**{
       'sae.n_latents': n, 'sae.k': k, 'sae.d_model': D, 'sae.k_aux': 0, 'train.batch_tokens': BATCH,
       'train.tokens': tokens, 'optim.learning_rate': 0.1 * n**-RATE_EXPONENT * rate, 'data.subject': subject,
-      'data.site': 'resid_post.1',
+      'data.site': 'resid_post.1', 'eval.per_decade': PER_DECADE,
     })  # fmt: skip
     worse = float(np.exp(0.05 * np.log(rate) ** 2 + noise * rng.normal()))
     lines = [
-      cells.line(c, int(t / BATCH), worse * loss(n, t, k, subject), **_spent(n, t))
-      for t in np.geomspace(1000, tokens, 24).tolist()
+      cells.line(c, step, worse * loss(n, step * BATCH, k, subject), **_spent(n, step * BATCH))
+      for step in sorted(log_spaced(c.train.steps, PER_DECADE))  # when a cell is evaluated
     ]
     cells.write(path, c, lines, nmse=worse * loss(n, tokens, k, subject), **_spent(n, tokens))
   return str(path)

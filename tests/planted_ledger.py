@@ -3,13 +3,14 @@
 import numpy as np
 
 from sae_jax import config
+from sae_jax.cell import log_spaced
 from tests import cells
 
 PLOTTED = dict(
   alpha=-0.42271827, beta_k=0.2397685, beta_n=-0.02708159, gamma=-0.03828648, zeta=-1.31862432, eta=-0.0964778
 )
 SIZES, KS = (1024, 2048, 4096, 8192, 16384, 32768), (3, 7, 17)
-D, BATCH, STEPS = 13, 11, 512
+D, BATCH, STEPS, PER_DECADE = 13, 11, 512, 9
 
 
 def loss(n, k):
@@ -32,7 +33,7 @@ def write(path, sizes=SIZES, ks=KS, noise=0.001, rates=(1.0,), converged=True, d
         c = cell(n, k, 0.1 * n**-0.5 * rate, d_model)
         nmse = float(loss(n, k) * np.exp(0.05 * np.log(rate) ** 2 + noise * rng.normal()))
         curve = {}
-        for step in np.unique(np.geomspace(2, STEPS, 25).astype(int)).tolist():
+        for step in sorted(log_spaced(STEPS, PER_DECADE)):  # when a cell is evaluated
           excess = (n**0.5 / (BATCH * step)) ** 2 if converged else 2 * step**-0.3 - 2 * STEPS**-0.3
           curve[step] = nmse * (1 + excess)
         lines = [cells.line(c, step, value, **_spent(n, step)) for step, value in curve.items()]
@@ -43,7 +44,7 @@ def write(path, sizes=SIZES, ks=KS, noise=0.001, rates=(1.0,), converged=True, d
 def cell(n: int, k: int, learning_rate: float, d_model: int = D) -> config.Config:
   return cells.cell(**{
     'sae.n_latents': n, 'sae.k': k, 'sae.d_model': d_model, 'sae.k_aux': 0, 'optim.learning_rate': learning_rate,
-    'train.batch_tokens': BATCH, 'train.tokens': BATCH * STEPS,
+    'train.batch_tokens': BATCH, 'train.tokens': BATCH * STEPS, 'eval.per_decade': PER_DECADE,
   })  # fmt: skip
 
 

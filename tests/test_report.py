@@ -7,6 +7,7 @@ import pytest
 from analysis import report, table
 from analysis.fit import fit_law
 from sae_jax import files, metrics
+from sae_jax.cell import log_spaced
 from sae_jax.errors import UserError
 from tests import cells, full_ledger, planted_ledger
 
@@ -14,6 +15,7 @@ PLOTTED = dict(
   alpha=-0.42271827, beta_k=0.2397685, beta_n=-0.02708159, gamma=-0.03828648, zeta=-1.31862432, eta=-0.0964778
 )
 SIZES, KS = [1024, 2048, 4096, 8192, 16384, 32768], [3, 17]
+PER_DECADE = 8
 
 
 def law(n, k):
@@ -27,7 +29,7 @@ def law(n, k):
 def cell(n, k, learning_rate=1e-3):
   return cells.cell(**{
     'sae.n_latents': n, 'sae.k': k, 'sae.d_model': 13, 'sae.k_aux': 0, 'optim.learning_rate': learning_rate,
-    'train.batch_tokens': 11, 'train.tokens': 1100,
+    'train.batch_tokens': 11, 'train.tokens': 1100, 'eval.per_decade': PER_DECADE,
   })  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def write_ledger(path, sizes=SIZES, ks=KS, noise=0.001, rates=(1e-3,)):
         c = cell(n, k, rate)
         lines = [
           cells.line(c, step, nmse * (1 + (n / 1024) ** 0.6 / step), **spent(n, step))
-          for step in np.unique(np.geomspace(3, 100, 13).astype(int)).tolist()
+          for step in sorted(log_spaced(100, PER_DECADE))
         ]
         cells.write(path, c, lines, nmse=nmse, **spent(n, 100))
 
@@ -112,6 +114,15 @@ def plain(tmp_path_factory):
   folder = str(tmp_path_factory.mktemp('plain'))
   write_ledger(folder)
   return report.analyse(folder, bootstrap=0)
+
+
+def test_planted_curves_have_the_evaluations_that_were_planned(plain, tmp_path):
+  for path in (
+    planted_ledger.write(tmp_path / 'planted', ks=(3,)),
+    full_ledger.write(tmp_path / 'full', ks=(3,)),
+  ):
+    assert table.load_curves(path).attrs['warnings'] == []
+  assert not [w for w in plain.warnings if w['code'] == 'holes']
 
 
 def test_report_of_a_ledger_without_metrics_fits_what_needs_no_curves(tmp_path):
