@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from sae_jax import files, schema
+from sae_jax import faults, files, schema
 from sae_jax.errors import UserError
 
 _BLOCK = 1024  # rows of a hashed block; a power of two, so that power-of-two shards hold whole blocks
@@ -131,7 +131,7 @@ class Checkpoints:
         except UserError:
           raise
         except Exception as error:
-          if files.is_host_error(error):
+          if faults.is_host_error(error):
             raise
           problem = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
       note(f'checkpoint at step {step} is damaged ({problem}); moved to corrupt/, trying the one before')
@@ -236,7 +236,7 @@ class _disk_full_is_user_error:
     return self
 
   def __exit__(self, kind, error, trace):
-    if error is not None and files.is_disk_full(error):
+    if error is not None and faults.is_disk_full(error):
       raise UserError(
         f'{self._path}: no space left on the device; free some and start again: it resumes'
       ) from error

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sae_jax import files, schema
+from sae_jax import faults, files, schema
 from sae_jax.errors import UserError
 
 # What /proc/cpuinfo says of a processor, on x86 and on Arm, that compiled code depends on.
@@ -121,7 +121,7 @@ def record_failure(
     'kind': type(error).__name__,
     'traceback': ''.join(traceback.format_exception(error))[-8000:],
     'attempts': attempts + 1,
-    'permanent': permanent or (isinstance(error, UserError) and not files.is_disk_full(error)),
+    'permanent': permanent or (isinstance(error, UserError) and not faults.is_disk_full(error)),
     'exit_code': exit_code,
     'host': socket.gethostname(),
     'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),

@@ -26,6 +26,7 @@ from sae_jax import (
   checkpoint,
   config_flags,
   distributed,
+  faults,
   files,
   flops,
   lease,
@@ -290,7 +291,7 @@ def _claim(workdir: str) -> lease.Lease | None:
 
 
 def _is_of_host(error: Exception) -> bool:
-  return not files.is_disk_full(error) and files.is_host_error(error)
+  return not faults.is_disk_full(error) and faults.is_host_error(error)
 
 
 @one_line_errors

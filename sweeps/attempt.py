@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from sae_jax import cell_state, files, lease, metrics, watchdog
+from sae_jax import cell_state, faults, lease, metrics, watchdog
 from sae_jax.errors import HOST_BROKEN, PREEMPTED, USER_ERROR_EXIT, UserError
 from sweeps import grid, ledger
 
@@ -41,7 +41,7 @@ def attempt(
 
   Raises:
     LeaseLost: another worker took over. UserError: the disk is full, which is no fault of the cells. An error of the
-      machine (`files.is_host_error`) comes out as it is, and no cell is charged: this process must end.
+      machine (`faults.is_host_error`) comes out as it is, and no cell is charged: this process must end.
   """
   group = f' in a group of {len(held)}' if len(held) > 1 else ''
   label = f'{len(held)} cells' if group else grid.label(held[0][0].overrides)
@@ -58,10 +58,10 @@ def attempt(
   def charge(error: Exception) -> int:
     """Records an error before the process ends, and returns the exit code."""
     once.acquire()
-    if files.is_disk_full(error):
+    if faults.is_disk_full(error):
       print(f'error: {_disk_full(store)}', file=sys.stderr, flush=True)
       return USER_ERROR_EXIT
-    if files.is_host_error(error):
+    if faults.is_host_error(error):
       say_host_broken(store, error)
       for _, lease_ in held:
         lease_.release()
@@ -117,9 +117,9 @@ def attempt(
     except Exception as error:  # whatever cells raise is theirs: the sweep goes on
       if leader is not None:
         leader.outlive(error)
-      if files.is_disk_full(error):
+      if faults.is_disk_full(error):
         raise UserError(_disk_full(store)) from error
-      if files.is_host_error(error):
+      if faults.is_host_error(error):
         raise
       for cell, lease_ in held:
         record(cell, lease_, error)

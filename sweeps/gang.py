@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import jax
 
-from sae_jax import config, distributed, files, watchdog
+from sae_jax import config, distributed, faults, watchdog
 from sae_jax.errors import UserError
 from sweeps import ledger
 
@@ -38,7 +38,7 @@ def outlive(error: Exception) -> None:
   A collective whose peer died raises what it likes; the coordination service then ends this process within its
   heartbeat (exit code 134), before a failure is written down. What is known to be the rank's own needs no wait.
   """
-  if not (isinstance(error, UserError) or files.is_disk_full(error) or files.is_host_error(error)):
+  if not (isinstance(error, UserError) or faults.is_disk_full(error) or faults.is_host_error(error)):
     time.sleep(1.5 * distributed.heartbeat_s() + GRACE_S)
 
 
@@ -171,8 +171,8 @@ def _report(error: Exception) -> NoReturn:
   trouble = {
     'error': f'{type(error).__name__} on {socket.gethostname()}: {error}'[:2000],
     'traceback': ''.join(traceback.format_exception(error))[-6000:],
-    'disk_full': files.is_disk_full(error),
-    'of_host': files.is_host_error(error),
+    'disk_full': faults.is_disk_full(error),
+    'of_host': faults.is_host_error(error),
   }
   # The first rank to fail is the one that counts, and rank 0 may be gone.
   with contextlib.suppress(jax.errors.JaxRuntimeError):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from sae_jax import arguments, files, flops, lease, schema
+from sae_jax import arguments, faults, files, flops, lease, schema
 from sae_jax.errors import HOST_BROKEN, PREEMPTED, USER_ERROR_EXIT, UserError, one_line_errors
 from sweeps import groups, ledger
 from sweeps.attempt import Held, TrainGroup, attempt, say_host_broken
@@ -75,7 +75,7 @@ def run(
   is recorded in its cells and leaves the others alone; after a `UserError` or one of `permanent` a cell is not tried
   again. With a `leader` such an exception also ends the whole gang, for a fresh start. Raises `LeaseLost` when another
   worker took over a cell in training: this process must end without touching it again. Raises `UserError` when the disk
-  is full, which is no fault of the cell, and for an unknown `only`. An error of the machine (`files.is_host_error`) comes
+  is full, which is no fault of the cell, and for an unknown `only`. An error of the machine (`faults.is_host_error`) comes
   out as it is and is no fault of the cell either: this process must end for a fresh start.
   """
   if unknown := sorted(set(only) - {cell.id for cell in store.cells()}):
@@ -251,7 +251,7 @@ def main(argv: list[str]) -> int:
     # Not sys.exit: a checkpoint still being written belongs to a cell that is no longer ours.
     os._exit(PREEMPTED)
   except Exception as error:
-    if not files.is_disk_full(error) and files.is_host_error(error):
+    if not faults.is_disk_full(error) and faults.is_host_error(error):
       say_host_broken(store, error)
       if leader is not None:
         leader.disband(HOST_BROKEN)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, files, metrics, schema
+from sae_jax import checkpoint, faults, files, metrics, schema
 from sae_jax import train as training
 from sae_jax.errors import UserError
 from tests import cells
@@ -81,7 +81,7 @@ def test_full_disk_at_metrics_and_result_leaves_no_half_line_and_no_result(small
   with pytest.raises(OSError, match='No space') as full:
     for step in range(2, 1000):  # what is left of the last block of the file
       log.write(step, {'eval/nmse': 0.5, 'text': 'x' * 100})
-  assert files.is_disk_full(full.value)
+  assert faults.is_disk_full(full.value)
   with pytest.raises(OSError, match='No space'):
     cells.finish(str(mount), cells.cell(), git_commit='x' * 5000)
   assert files.listdir(str(mount)) == ['metrics.jsonl', 'of someone else']

@@ -188,7 +188,7 @@ def test_imports_go_one_way(folder):
       assert name.split('.')[0] not in FORBIDDEN[folder], f'{path.relative_to(ROOT)} imports {name}'
 
 
-INNER = {'cell', 'config', 'recipe', 'flops', 'errors', 'files', 'schema'}
+INNER = {'cell', 'config', 'recipe', 'flops', 'errors', 'faults', 'files', 'schema'}
 MATHEMATICS = {'sae', 'losses', 'topk', 'sparse'}
 RUN = {'train', 'evaluate', 'optim', 'checkpoint', 'metrics', 'sharding', 'artifact'}
 

@@ -7,7 +7,7 @@ import tracemalloc
 import fsspec
 import pytest
 
-from sae_jax import files, schema
+from sae_jax import faults, files, schema
 from sae_jax.errors import UserError
 
 
@@ -57,16 +57,16 @@ def test_unknown_protocol_is_one_line():
 
 
 def test_disk_full_is_told_from_other_errors():
-  assert files.is_disk_full(OSError(errno.EDQUOT, 'over quota'))
-  assert not files.is_disk_full(OSError(errno.EIO, 'bad disk'))
+  assert faults.is_disk_full(OSError(errno.EDQUOT, 'over quota'))
+  assert not faults.is_disk_full(OSError(errno.EIO, 'bad disk'))
   try:
     try:
       raise ValueError('RESOURCE_EXHAUSTED: [OS error 28: ENOSPC No space left on device]')
     except ValueError as error:
       raise RuntimeError('a save failed') from error
   except RuntimeError as error:
-    assert files.is_disk_full(error)
-  assert not files.is_disk_full(ValueError('RESOURCE_EXHAUSTED: out of memory while allocating'))
+    assert faults.is_disk_full(error)
+  assert not faults.is_disk_full(ValueError('RESOURCE_EXHAUSTED: out of memory while allocating'))
 
 
 def test_failed_write_leaves_the_old_file_and_no_rest(folder, monkeypatch):
@@ -108,13 +108,13 @@ HOST = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO, errno
 @pytest.mark.parametrize('number', HOST, ids=errno.errorcode.get)
 def test_error_of_the_host_is_known_also_when_it_is_wrapped(number):
   error = OSError(number, os.strerror(number))
-  assert all(map(files.is_host_error, (error, wrapped(error), told(error), wrapped(told(wrapped(error))))))
+  assert all(map(faults.is_host_error, (error, wrapped(error), told(error), wrapped(told(wrapped(error))))))
 
 
 def test_error_of_the_host_is_known_by_its_text():
   tensorstore = 'RESOURCE_EXHAUSTED: Error opening "x": Too many open files [os_error_code=\'24\']'
   for text in (tensorstore, 'Stale file handle', "can't start new thread", 'Cannot allocate memory'):
-    assert files.is_host_error(ValueError(text)) and files.is_host_error(wrapped(ValueError(text)))
+    assert faults.is_host_error(ValueError(text)) and faults.is_host_error(wrapped(ValueError(text)))
 
 
 def test_other_errors_are_not_of_the_host():
@@ -131,7 +131,7 @@ def test_other_errors_are_not_of_the_host():
     UserError('k=3 is odd'),
     MemoryError('of the model'),
   ):
-    assert not files.is_host_error(error)
+    assert not faults.is_host_error(error)
 
 
 def test_create_missing_makes_what_is_not_there(tmp_path):

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from sae_jax import files, lease
+from sae_jax import faults, files, lease
 from sae_jax.errors import UserError
 from sweeps import ledger, work
 from tests import cells
@@ -191,7 +191,7 @@ def test_error_of_the_host_ends_the_worker_and_is_no_fault_of_the_cell(store, wr
   train = FakeTrain({5: [of_host(wrapped)]})
   with pytest.raises((OSError, RuntimeError)) as ended:
     run(store, train, stop=never)
-  assert files.is_host_error(ended.value) and train.order == [5]
+  assert faults.is_host_error(ended.value) and train.order == [5]
   five = states(store)[5]
   assert (five.state, five.attempts) == ('waiting', 0)
   assert not files.exists(files.join(store.folder(five.cell.id), 'failure.json'))
