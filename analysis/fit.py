@@ -5,6 +5,7 @@ All starts and all resamples are solved together by one batched Levenberg-Marqua
 """
 
 import argparse
+import csv
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,13 @@ from sae_jax.errors import UserError, one_line_errors
 Array = np.ndarray
 
 _MOST_RESAMPLES = 100_000
+_EXAMPLES = """examples:
+  python -m analysis.fit points.csv --law=joint_nk --x=n_latents,k --y=nmse --holdout="n_latents>65536" --json=fit.json
+  python -m analysis.fit points.csv --law=power --x=n_latents --y=loss --objective=huber --delta=1e-3 --bootstrap=1000
+  python -m analysis.fit german.csv --law=power --x=n_latents --sep=";" --decimal=, --thousands=.
+  python -m analysis.fit excel.txt --law=power --x=n_latents --sep=tab --encoding=utf-16
+  python -m analysis.fit curves.jsonl --law=additive2 --x=n_latents,tokens --group=run
+"""
 
 
 def with_holdout(fit: Callable[[str | None], Fit], holdout: str | None) -> Fit:
@@ -211,12 +219,33 @@ def _held_out(law, x, u_NQ, v_N, holdout, delta, rng) -> dict[str, Any]:
   }
 
 
+def _names(text: str, points: pd.DataFrame) -> list[str]:
+  """Names separated by commas, quoted as in a CSV file; one name of the table may have commas without quotes."""
+  if text in points.columns:
+    return [text]
+  try:
+    return [name.strip() for name in next(csv.reader([text], strict=True, skipinitialspace=True))]
+  except (csv.Error, StopIteration):
+    raise UserError(
+      f'--x={text!r} is not a list of names; separate them by commas and close every quote'
+    ) from None
+
+
 @one_line_errors
 def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser(prog='python -m analysis.fit', description=__doc__.splitlines()[0])
-  parser.add_argument('table', metavar='TABLE.csv', help='a CSV file with a header; a path or an fsspec URL')
+  parser = argparse.ArgumentParser(
+    prog='python -m analysis.fit', description=__doc__.splitlines()[0], epilog=_EXAMPLES,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
+  parser.add_argument(
+    'table', metavar='TABLE', help='a CSV file with a header, JSONL or Parquet; a path or an fsspec URL'
+  )
   parser.add_argument('--law', default='joint_nk', help='one of ' + ', '.join(laws.LAWS))
-  parser.add_argument('--x', metavar='COLS', help='columns of the variables, separated by commas')
+  parser.add_argument(
+    '--x',
+    metavar='COLS',
+    help='columns of the variables, separated by commas; quote a name that has one: \'"n, all",k\'',
+  )
   parser.add_argument('--y', metavar='COL', default='nmse', help='column of the loss (default: nmse)')
   parser.add_argument('--objective', default='logls', help='logls (log least squares, the default) or huber')
   parser.add_argument('--delta', type=float, default=1e-3, help='of Huber, in log loss (default: 1e-3)')
@@ -230,9 +259,22 @@ def main(argv: list[str]) -> int:
     '--group', metavar='COL', help='resample by this column: rows of one run are not independent'
   )
   parser.add_argument('--json', metavar='OUT', help='write the fit there, as an entry of laws.json')
+  parser.add_argument(
+    '--sep', default=',', help='between the fields of a line: one character, or the word tab'
+  )
+  parser.add_argument('--decimal', default='.', help='decimal sign: "." (the default) or ","')
+  parser.add_argument(
+    '--thousands', default='', metavar='SIGN', help='between groups of three digits; none by default'
+  )
+  parser.add_argument(
+    '--encoding', default='utf-8', help='of the text: utf-8 (the default), utf-16, latin-1, …'
+  )
   args = parser.parse_args(argv)
+  points = table.read_csv(
+    args.table, sep=args.sep, decimal=args.decimal, thousands=args.thousands, encoding=args.encoding
+  )
   fit = fit_law(
-    table.read_csv(args.table), args.law, args.x.split(',') if args.x else None, args.y,
+    points, args.law, _names(args.x, points) if args.x else None, args.y,
     objective=args.objective, delta=args.delta, bootstrap=args.bootstrap, holdout=args.holdout, group=args.group,
   )  # fmt: skip
   print('\n'.join([fit.summary(), *(f'  warning: {line}' for line in warning_lines([fit]))]))

@@ -4,7 +4,6 @@ Missing never becomes zero: a cell without a sound result is listed with its sta
 """
 
 import hashlib
-import io
 import json
 import math
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis import notation, read_table
 from sae_jax import cell, cell_state, files, metrics, schema
 from sae_jax.errors import UserError
 
@@ -159,15 +159,18 @@ def warning(code: str, message: str) -> dict[str, str]:
 
 
 def useful(rows: pd.DataFrame) -> pd.DataFrame:
-  """Cells, or measurements of cells, that are better than the mean as far as the table says."""
-  return rows[rows[USELESS].astype(str) != 'True'] if USELESS in rows else rows
+  """Cells, or measurements of cells, that are better than the mean as far as the table says.
+
+  Raises `UserError` where the column says neither true nor false.
+  """
+  return rows[~_useless(rows)] if USELESS in rows else rows
 
 
 def useless_warnings(table: pd.DataFrame) -> list[dict[str, str]]:
   """One warning that names the cells no better than the mean; none when there are none."""
   if USELESS not in table:
     return []
-  found = table[table[USELESS].astype(str) == 'True'].to_dict('records')
+  found = table[_useless(table)].to_dict('records')
   if not found:
     return []
   named = [
@@ -188,17 +191,11 @@ def version_warnings(table: pd.DataFrame) -> list[dict[str, str]]:
   return [warning('mixed_versions', f'cells of {mixed} are in one table')] if mixed else []
 
 
-def read_csv(path: str) -> pd.DataFrame:
-  """A CSV file, local or an fsspec URL. Raises `UserError` when it cannot be read as a table with rows."""
-  try:
-    table = pd.read_csv(io.BytesIO(files.read(path, schema.LARGE)))
-  except (OSError, ValueError) as error:  # pandas' own errors and bad encodings are ValueErrors
-    raise UserError(
-      f'cannot read {str(path)!r} as a CSV table ({type(error).__name__}); check the path and file'
-    ) from None
-  if table.empty:
-    raise UserError(f'{str(path)!r} has no rows; give a table with a header and one row a point')
-  return table
+def read_csv(
+  path: str, *, sep: str = ',', decimal: str = '.', thousands: str = '', encoding: str = 'utf-8'
+) -> pd.DataFrame:
+  """A table from a CSV, JSONL or Parquet file, as `read_table.read` gives it. Raises `UserError`."""
+  return read_table.read(path, notation.Notation(sep, decimal, thousands, encoding))
 
 
 def positive(table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
@@ -213,7 +210,8 @@ def positive(table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
     if bad.size:
       value = table[column].iloc[bad[0]]
       raise UserError(
-        f'{column}={value} in row {bad[0] + 1} is not a finite positive number; laws are fitted to logs'
+        f'{column}={value} in {read_table.place(table, bad[0])} is not a finite positive number; laws are fitted to '
+        'logs: correct that row or leave it out'
       )
   return out
 
@@ -238,15 +236,31 @@ def matching(table: pd.DataFrame, rule: str) -> np.ndarray:
   return compare[operator]
 
 
+def _useless(table: pd.DataFrame) -> np.ndarray:
+  said = table[USELESS].map(lambda value: '' if pd.isna(value) else str(value).strip().lower())
+  bad = np.flatnonzero(~said.isin(['true', 'false', '1', '0', '1.0', '0.0', '']))
+  if bad.size:
+    raise UserError(
+      f'{USELESS}={str(table[USELESS].iloc[bad[0]])[:40]!r} in {read_table.place(table, bad[0])} is neither true nor '
+      'false; write true or false in every row'
+    )
+  return said.isin(['true', '1', '1.0']).to_numpy()
+
+
 def _floats(table: pd.DataFrame, column: str) -> np.ndarray:
-  series = table[column]
-  numbers = pd.to_numeric(series, errors='coerce')
+  series = read = table[column]
+  form = table.attrs.get(read_table.NOTATION)
+  if form is not None:  # pandas would take 1.024 for a number in a file of decimal commas
+    read = series.map(lambda value: form.number(value) if isinstance(value, str) else value)
+  numbers = pd.to_numeric(read, errors='coerce')
   bad = np.flatnonzero(
     (numbers.isna() & series.notna()) | series.map(lambda value: isinstance(value, bool | np.bool_))
   )
   if bad.size:
+    value = series.iloc[bad[0]]
+    what = notation.remedy(value) if form is not None else 'remove or correct that row'
     raise UserError(
-      f'{column}={str(series.iloc[bad[0]])[:40]!r} in row {bad[0] + 1} is not a number; remove or correct that row'
+      f'{column}={str(value)[:40]!r} in {read_table.place(table, bad[0])} is not a number; {what}'
     )
   return numbers.to_numpy(dtype=np.float64, na_value=np.nan)
 
