@@ -30,11 +30,7 @@ class Family:
     """Probability (F test) of a gain at least this large from separate exponents when all are the same."""
     small, large = (float(np.sum(fit.residuals() ** 2)) for fit in (self.common, self.separate))
     more = len(self.separate.theta_P) - len(self.common.theta_P)
-    freedom = len(self.separate.table) - len(self.separate.theta_P)
-    if freedom < 1:
-      return float('nan')
-    gain = max(small - large, 0.0) / more / (max(large, 1e-300) / freedom)
-    return float(special.fdtrc(more, freedom, gain))
+    return uncertainty.nested(small, large, more, len(self.separate.table) - len(self.separate.theta_P))
 
   @property
   def verdict(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import laws, profile, resample, seeds, solve, table, uncertainty
+from analysis import doubts, laws, profile, resample, seeds, solve, table, uncertainty
 from analysis.fitted import Fit, warning_lines, write_json
 from sae_jax.errors import UserError, one_line_errors
 
@@ -23,6 +23,7 @@ _MOST_RESAMPLES = 100_000
 _EXAMPLES = """examples:
   python -m analysis.fit points.csv --law=joint_nk --x=n_latents,k --y=nmse --holdout="n_latents>65536" --json=fit.json
   python -m analysis.fit points.csv --law=power --x=n_latents --y=loss --objective=huber --delta=1e-3 --bootstrap=1000
+  python -m analysis.fit models.csv --law=power --x=n_latents --y=nmse --by=model --json=fits.json
   python -m analysis.fit german.csv --law=power --x=n_latents --sep=";" --decimal=, --thousands=.
   python -m analysis.fit excel.txt --law=power --x=n_latents --sep=tab --encoding=utf-16
   python -m analysis.fit curves.jsonl --law=additive2 --x=n_latents,tokens --group=run
@@ -95,31 +96,47 @@ def fit_law(
       f'id {str(twice)[:40]!r} is in the table twice; drop the copies, or resample by run with group (--group=id)'
     )
   rng = np.random.default_rng(seed)
-  point_N = solve.settings(chosen, table.positive(points, columns), columns)
-  repeat_N = seeds.replicates(points, columns)
-  within = group is None and repeat_N is not None
-  label_N = repeat_N if within else resample.labels(points, group)
-  # With no point beyond the constants, every resample that carries the law is these points again.
-  count = bootstrap if len(points) > len(chosen.names) else 0
-  weight_BN = resample.weights(label_N, point_N, len(chosen.names), count, rng, within=within)
+  weight_BN, label_N, repeat_N = resamples(points, chosen, columns, group, bootstrap, rng)
   held = None
   if holdout:
     test_N = table.matching(points, holdout)
     held = (holdout, (~test_N).astype(float), test_N)
-  by = 'setting, then seed' if within else group or 'row'
+  by = group or ('row' if repeat_N is None else 'setting, then seed')
   fit = fit_weighted(
     points, chosen, columns, y, weight_BN, objective=objective, delta=delta, holdout=held, by=by, rng=rng
   )  # fmt: skip
   residual_N = fit.residuals()
-  noise, doubts = seeds.judge(
+  noise, found = seeds.judge(
     repeat_N, np.log(fit.table[y].to_numpy(float)), residual_N @ residual_N, len(chosen.names), objective == 'logls'
   )  # fmt: skip
   share = np.bincount(label_N).max() / len(label_N)
   if group and share > 0.5:
-    doubts.append(table.warning('one_run_dominates', f'one {group} holds {share:.0%} of the points'))
+    found.append(table.warning('one_run_dominates', f'one {group} holds {share:.0%} of the points'))
   return dataclasses.replace(fit, diagnostics=fit.diagnostics | {'seed_noise': noise}).warned(
-    *useless, *doubts
+    *useless,
+    *found,
+    *doubts.of_rows(points, columns, y),
+    *doubts.of_residuals(points, chosen, columns, y, residual_N, group),
   )
+
+
+def resamples(
+  points: pd.DataFrame,
+  law: laws.Law,
+  x: Sequence[str],
+  group: str | None,
+  bootstrap: int,
+  rng: np.random.Generator,
+) -> tuple[Array, Array, Array | None]:
+  """Weights [1 + B, N] of the rows as `resample.weights` makes them, what was drawn together [N], and the settings that
+  were run with several seeds [N], as from `seeds.replicates`. Raises `UserError` where the rows cannot carry the law."""
+  point_N = solve.settings(law, table.positive(points, x), x)
+  repeat_N = seeds.replicates(points, x)
+  within = group is None and repeat_N is not None
+  label_N = repeat_N if within else resample.labels(points, group)
+  # With no point beyond the constants, every resample that carries the law is these points again.
+  count = bootstrap if len(points) > len(law.names) else 0
+  return resample.weights(label_N, point_N, len(law.names), count, rng, within=within), label_N, repeat_N
 
 
 def fit_weighted(
@@ -258,7 +275,12 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     '--group', metavar='COL', help='resample by this column: rows of one run are not independent'
   )
-  parser.add_argument('--json', metavar='OUT', help='write the fit there, as an entry of laws.json')
+  parser.add_argument(
+    '--by', metavar='COL', help='fit the rows of each value of COL, and one law with common exponents to all'
+  )
+  parser.add_argument(
+    '--json', metavar='OUT', help='write the fit there, as an entry of laws.json; with --by a list of them'
+  )
   parser.add_argument(
     '--sep', default=',', help='between the fields of a line: one character, or the word tab'
   )
@@ -273,13 +295,25 @@ def main(argv: list[str]) -> int:
   points = table.read_csv(
     args.table, sep=args.sep, decimal=args.decimal, thousands=args.thousands, encoding=args.encoding
   )
-  fit = fit_law(
-    points, args.law, _names(args.x, points) if args.x else None, args.y,
-    objective=args.objective, delta=args.delta, bootstrap=args.bootstrap, holdout=args.holdout, group=args.group,
-  )  # fmt: skip
-  print('\n'.join([fit.summary(), *(f'  warning: {line}' for line in warning_lines([fit]))]))
+  x = _names(args.x, points) if args.x else None
+  how = dict(
+    objective=args.objective,
+    delta=args.delta,
+    bootstrap=args.bootstrap,
+    holdout=args.holdout,
+    group=args.group,
+  )
+  if args.by:
+    from analysis import grouped  # it fits by this module
+
+    found = grouped.fit_by(points, args.by, args.law, x, args.y, **how)
+    fits = [*found.fits, found.common]
+  else:
+    found = fit_law(points, args.law, x, args.y, **how)
+    fits = [found]
+  print('\n'.join([found.summary(), *(f'  warning: {line}' for line in warning_lines(fits))]))
   if args.json:
-    write_json(args.json, fit.to_json())
+    write_json(args.json, found.to_json())
   return 0
 
 

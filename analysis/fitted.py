@@ -33,16 +33,26 @@ class Fit:
   theta_P: Array  # estimates in fit coordinates
   draws_BP: Array  # the same for every resample; empty without bootstrap
   covariance_PP: Array | None = None  # of theta_P; None when the points do not determine it
-  where: dict[str, float] = dataclasses.field(default_factory=dict)  # common to all points, e.g. {'k': 32}
+  where: dict[str, float | str] = dataclasses.field(
+    default_factory=dict
+  )  # common to all points, e.g. {'k': 32}
 
   @property
   def label(self) -> str:
     """Such as 'L(n), k = 8', or 'n(C)' for a best size, or 'L_s(n)' for a family."""
     family = self.law.name.startswith('family')
     quantity = 'L_s' if family else laws.QUANTITIES.get(self.y, 'L')
-    shown = self.x[:1] if family else self.x  # the others only tell subjects apart
+    shown = self.x[:1] if family else self.variables  # the others only tell subjects apart
     symbols = ', '.join(laws.SYMBOLS.get(column, column) for column in shown)
-    return f'{quantity}({symbols})' + ''.join(f', {key} = {value:g}' for key, value in self.where.items())
+    return f'{quantity}({symbols})' + ''.join(
+      f', {key} = {value if isinstance(value, str | bool) else f"{value:g}"}'
+      for key, value in self.where.items()
+    )
+
+  @property
+  def variables(self) -> tuple[str, ...]:
+    """The columns that are variables, without those that tell curves apart."""
+    return self.x[: len(self.x) - self.law.inner]
 
   def predict(self, at: pd.DataFrame | Mapping[str, Any]) -> Array:
     """Loss [N] at the rows of a table, or at scalars or arrays by column name."""
@@ -85,7 +95,7 @@ class Fit:
   def to_json(self) -> dict[str, Any]:
     """An entry of laws.json: strict JSON, null where a number is unknown."""
     record = {
-      'law': self.law.name, 'formula': self.law.formula, 'x': list(self.x), 'y': self.y, 'where': self.where,
+      'law': self.law.name, 'formula': self.law.formula, 'x': list(self.variables), 'y': self.y, 'where': self.where,
       'params': self.params, 'meaning': {p.name: p.meaning for p in self.law.parameters},
       'objective': self.objective, 'n_points': len(self.table), 'start_agreement': self.start_agreement,
       'holdout': self.holdout, 'warnings': self.warnings,
@@ -94,12 +104,13 @@ class Fit:
 
   def summary(self) -> str:
     """Lines for a terminal: the law, every constant with its interval, the checks; not the warnings."""
-    over = f'{self.law.name}: {self.y} over {", ".join(self.x)}, {len(self.table)} points'
+    over = f'{self.law.name}: {self.y} over {", ".join(self.variables)}, {len(self.table)} points'
     lines = [f'{self.label}   ({over})', f'  {self.law.formula}']
+    wide = max(7, *map(len, self.params))
     for name, p in self.params.items():
       estimate, low, high = (nothing_is_zero(name, p[key]) for key in ('estimate', 'low', 'high'))
       known = f'{low:.5g} to {high:.5g}' if np.isfinite([low, high]).any() else 'unknown'
-      lines.append(f'  {name:7s} {estimate:12.5g}   90 % interval {known}{self._profile_text(name)}')
+      lines.append(f'  {name:{wide}s} {estimate:12.5g}   90 % interval {known}{self._profile_text(name)}')
     d = self.diagnostics
     lines.append(
       f'  rms log residual {d["rms_log_residual"]:.5f}; {self.objective}; '
@@ -147,7 +158,7 @@ class Fit:
 
 def nothing_is_zero(name: str, value: float) -> float:
   """An irreducible loss that a fit has driven to nothing as 0; other constants may be small and mean it."""
-  return 0.0 if name == 'e' and abs(value) < 1e-6 else value
+  return 0.0 if name.partition('[')[0] == 'e' and abs(value) < 1e-6 else value
 
 
 def warning_lines(fits: Sequence[Fit]) -> list[str]:

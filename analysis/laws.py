@@ -62,6 +62,7 @@ class Law:
   axes: tuple[str, ...]  # the columns it is usually fitted over, in order
   terms: tuple[tuple[Parameter, ...], ...]
   floor: int | None  # the term that remains when axis 0 grows without bound
+  inner: int = 0  # of the last axes: no variables, they tell curves apart by being e inside one and 1 outside
 
   @property
   def parameters(self) -> tuple[Parameter, ...]:

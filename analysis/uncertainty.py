@@ -200,6 +200,19 @@ def floor_warnings(law, u_NQ, theta_P, draws_BP, covariance_PP, loose: bool = Fa
   return [table.warning('asymptote_not_identified', text)]
 
 
+def nested(small: float, large: float, more: int, freedom: int) -> float:
+  """Probability (F test) of a gain at least this large when the smaller of two nested laws is right.
+
+  Args:
+    small, large: sums of squared residuals under the law with fewer and with `more` more constants.
+    freedom: points beyond the constants of the larger; NaN is returned below 1.
+  """
+  if freedom < 1:
+    return float('nan')
+  gain = max(small - large, 0.0) / more / (max(large, 1e-300) / freedom)
+  return float(special.fdtrc(more, freedom, gain))
+
+
 NO_AICC = 'AICc is of a likelihood, which the Huber objective with a chosen delta is not'
 
 
