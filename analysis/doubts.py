@@ -77,7 +77,7 @@ def _broken_counts(points: pd.DataFrame, x: Sequence[str]) -> Iterator[dict[str,
     first = f'{values[broken[0]]:g} in {read_table.place(points, int(broken[0]))}'
     example = grouped.get(column)
     first = first if example is None else f'{example!r}, read as {first}'
-    where = 'in a CSV file, points that group digits are --thousands=. --decimal=,'
+    where = 'write it without grouping points; a file of decimal commas has --thousands=. --decimal=,'
     text = f'{column} is whole in {len(values) - broken.size} rows and broken in {broken.size} ({first}); a count is whole: {where}'
     yield table.warning('broken_count', text)
 

@@ -90,6 +90,10 @@ def fit_law(
   columns = tuple(x or chosen.axes)
   if sorted(columns) == sorted(chosen.axes):
     columns = chosen.axes  # these names say which axis they are, so their order cannot go wrong
+  if len({*columns, y}) < len(columns) + 1:
+    raise UserError(
+      f'{", ".join((*columns, y))} names a column twice; the loss and every variable are columns of their own'
+    )
   if group is None and 'id' in points and points['id'].duplicated().any():
     twice = points['id'][points['id'].duplicated()].iloc[0]
     raise UserError(

@@ -30,7 +30,7 @@ _CURVES_MAY = {field.line: field.name for field in schema.CURVES if field.may}
 _FACTS = ('n_latents', 'k', 'learning_rate', 'seed', 'batch_tokens')  # of the cell, repeated on its curve
 USELESS = 'no_better_than_mean'  # column of what no law is fitted to, and code of the warning
 _NAMED = 6  # cells named in a warning
-_RULE = re.compile(r'\s*([A-Za-z_][\w./-]*)\s*(>=|<=|==|!=|>|<)\s*([-+0-9.eE_]+)\s*')
+_RULE = re.compile(r'\s*("[^"]+"|[A-Za-z_][\w./-]*)\s*(>=|<=|==|!=|>|<)\s*([-+0-9.eE_]+)\s*')
 
 
 def load_cells(path: str) -> pd.DataFrame:
@@ -221,10 +221,12 @@ def matching(table: pd.DataFrame, rule: str) -> np.ndarray:
   found = _RULE.fullmatch(rule)
   try:
     column, operator, number = found.groups() if found else ('', '', '')
+    column = column.strip('"')
     bound = float(number)
   except ValueError:
     raise UserError(
-      f'{rule!r} is not a rule; write one comparison of a column and a number: n_latents>65536'
+      f'{rule!r} is not a rule; write one comparison of a column (in double quotes where it holds more than letters and '
+      'digits) and a number: n_latents>65536'
     ) from None
   if column not in table.columns:
     raise UserError(f'{rule!r} names no column of the table; it has {", ".join(map(str, table.columns))}')

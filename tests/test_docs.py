@@ -20,7 +20,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 GUIDES = sorted((ROOT / 'docs').glob('*.md'))
 ELSEWHERE = '# not run here'
 _BLOCK = re.compile(r'^```(\w+)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-_COMMAND = re.compile(r'((?:[A-Z_]+=\S+ )*)python -m (\S+)([^;|&>"\n]*)')
+# What is quoted may hold what ends a command.
+_COMMAND = re.compile(r"""((?:[A-Z_]+=\S+ )*)python -m (\S+)((?:"[^"\n]*"|'[^'\n]*'|[^;|&>"'\n])*)""")
 _NAMED_FILE = re.compile(r'# ([\w.]+)\n')
 
 
@@ -48,7 +49,7 @@ def commands(body):
 @pytest.fixture
 def guide_folder(tmp_path, monkeypatch):
   """A folder as the guides have it: the repository's, with the files that they show."""
-  for name in ('experiments', 'sweeps'):
+  for name in ('analysis', 'experiments', 'sweeps'):
     (tmp_path / name).symlink_to(ROOT / name)
   for guide in GUIDES:
     for kind, body in blocks(guide):
@@ -161,6 +162,28 @@ def test_ledger_commands_run_on_a_ledger_that_launch_filled(guide_folder, capsys
         ran.append(module)
   assert set(ran) == {'sweeps.status', 'sweeps.retry', 'sweeps.cancel', 'sweeps.gc'}
   assert 'cancelled' in capsys.readouterr().out
+
+
+def test_fits_of_the_guide_to_tables_run(guide_folder, capsys):
+  guide = ROOT / 'docs' / 'your_own_table.md'
+  (lines,) = [body for kind, body in blocks(guide) if kind == 'json']
+  (guide_folder / 'curves.jsonl').write_text(lines)
+  for module, argv in [pair for kind, body in blocks(guide) if kind == 'sh' for pair in commands(body)]:
+    assert run(module, [*argv, '--bootstrap=5']) == 0, f'{shlex.join(argv)}: {capsys.readouterr().err}'
+  out = capsys.readouterr().out
+  assert 'a[small]' in out and 'held out: 15 with n_latents>65536' in out
+  assert not re.search('warning: (broken_count|equal_rows|pooled|equal_x)', out)
+  assert run('analysis.fit', ['models.csv', '--law=power_no_floor', '--y=loss', '--bootstrap=0']) == 0
+  assert 'warning: pooled: model tells apart' in capsys.readouterr().out
+
+
+def test_examples_of_the_fit_help_parse(guide_folder, capsys):
+  assert run('analysis.fit', ['--help']) == 0
+  examples = commands(capsys.readouterr().out.split('examples:')[1])
+  assert len(examples) >= 5
+  for module, argv in examples:
+    with pytest.MonkeyPatch.context() as patched:
+      assert parse(module, argv, patched) is None, argv
 
 
 @pytest.mark.parametrize(

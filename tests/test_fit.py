@@ -258,6 +258,8 @@ BAD = {
   'unknown column': (dict(x=['n_latents', 'kk']), 'kk'),
   'unknown loss': (dict(y='loss'), 'loss'),
   'one axis missing': (dict(x=['n_latents']), '2 variable'),
+  'one axis twice': (dict(x=['k', 'k']), 'a column twice'),
+  'the loss an axis': (dict(x=['n_latents', 'nmse']), 'a column twice'),
   'unknown objective': (dict(objective='l1'), 'l1'),
   'negative delta': (dict(objective='huber', delta=-1.0), 'delta'),
   'negative bootstrap': (dict(bootstrap=-1), 'bootstrap'),

@@ -170,6 +170,11 @@ def test_matching_compares():
   frame = pd.DataFrame({'n': [1, 2, 3], 'eval/x': [0.1, np.nan, 0.3]})
   assert table.matching(frame, 'n>=2').tolist() == [False, True, True]
   assert table.matching(frame, ' eval/x < 2e-1 ').tolist() == [True, False, False]
+  assert table.matching(frame.rename(columns={'n': 'n, all (2024)'}), '"n, all (2024)" >= 2').tolist() == [
+    False,
+    True,
+    True,
+  ]
   assert table.matching(frame, 'n != 2').tolist() == [True, False, True]
 
 
