@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import math
+import sys
 import types
 import typing
 from typing import Any, TypeVar
@@ -263,6 +264,23 @@ def log_spaced(steps: int, per_decade: int) -> set[int]:
   """Steps to evaluate at: about `per_decade` a decade, and the last, so that one run is a whole loss curve."""
   count = math.ceil(math.log10(steps) * per_decade) if steps > 1 else 0
   return {round(10 ** (i / per_decade)) for i in range(count)} | {steps}
+
+
+def plain(value: Any) -> Any:
+  """A number or truth value of numpy, or an array that holds one, as Python's own; anything else as it is."""
+  numpy = sys.modules.get('numpy')  # where nothing has loaded it no value is of it, and commands start sooner
+  if numpy is None or not isinstance(value, numpy.generic | numpy.ndarray) or value.ndim:
+    return value
+  kind = value.dtype.kind
+  return (
+    bool(value)
+    if kind == 'b'
+    else int(value)
+    if kind in 'iu'
+    else float(value)
+    if kind == 'f'
+    else value.item()
+  )
 
 
 def id_of(record: dict[str, Any]) -> str:

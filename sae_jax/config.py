@@ -6,6 +6,8 @@ dataclasses it builds are those of `sae_jax.cell`, importable from here.
 """
 
 import dataclasses
+import traceback
+import types
 from typing import Any
 
 import ml_collections
@@ -38,15 +40,26 @@ __all__ = [
   'PlantedConfig',
   'SAEConfig',
   'TrainConfig',
+  'defaults',
   'flatten',
   'from_json',
   'from_record',
+  'of_file',
   'override',
   'read_store_file',
   'resolve',
   'resolve_flat',
   'template',
 ]
+
+
+class _Settings(ml_collections.ConfigDict):
+  """A ConfigDict in which numpy's numbers are numbers: 2**numpy.arange(8, 12)[0] is no int to ml_collections."""
+
+  def __setitem__(self, key: str, value: Any) -> None:
+    if isinstance(value, dict | ml_collections.ConfigDict) and not isinstance(value, _Settings):
+      value = _Settings(value)
+    super().__setitem__(key, cell.plain(value))
 
 
 def template() -> ml_collections.ConfigDict:
@@ -56,7 +69,7 @@ def template() -> ml_collections.ConfigDict:
     lambda: config_dict.placeholder(float),
     lambda: config_dict.placeholder(str),
   )
-  c = ml_collections.ConfigDict()
+  c = _Settings()
   c.recipe = dataclasses.asdict(GAO2024)
   c.sae = dict(
     d_model=unset_int(), n_latents=4096, k=32, activation='topk', k_aux=unset_int(),
@@ -86,6 +99,7 @@ def override(config: ml_collections.ConfigDict, flat: dict[str, Any]) -> ml_coll
   # A plain copy shares placeholders with the original: setting k on the copy would change both.
   config = config.copy_and_resolve_references().lock()
   for key, value in cell.without_retired(flat).items():
+    value = cell.plain(value)
     try:
       config.update_from_flattened_dict({key: value})
     except (KeyError, AttributeError):
@@ -93,10 +107,34 @@ def override(config: ml_collections.ConfigDict, flat: dict[str, Any]) -> ml_coll
       known = ', '.join(sorted(k for k in cell.flatten(config.to_dict()) if k.split('.')[0] == section))
       raise UserError(f'config key {key!r} is not known; {known and f"known keys there: {known}"}') from None
     except (TypeError, ValueError) as error:
-      raise UserError(
-        f'{key}={value!r} has the wrong type ({error}); see `template` in sae_jax/config.py'
-      ) from None
+      whole = isinstance(value, float) and value.is_integer()
+      remedy = f'write {int(value)}' if whole else 'see `template` in sae_jax/config.py'
+      raise UserError(f'{key}={value!r} has the wrong type ({error}); {remedy}') from None
   return config
+
+
+def of_file(module: types.ModuleType) -> ml_collections.ConfigDict:
+  """What `get_config()` of an experiment gives. Raises `UserError` with the line that sets what `template` refuses."""
+  path = str(module.__file__)
+  try:
+    made = module.get_config()
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    why = str(error) or type(error).__name__
+    raise UserError(
+      f'get_config() of {path} fails in line {lines[-1] if lines else "?"}: {why}; '
+      'the keys and their types are those of `template` in sae_jax/config.py'
+    ) from error
+  if not isinstance(made, ml_collections.ConfigDict):
+    raise UserError(
+      f'get_config() of {path} gives a {type(made).__name__}; return the ConfigDict of config.template() with your changes'
+    )
+  return made
+
+
+def defaults(source: str) -> dict[str, Any]:
+  """Dotted keys to the values they have when nobody sets them; None where recipe or store decide."""
+  return flatten(template()) | (_source_defaults(source) if source != 'store' else {})
 
 
 def resolve(config: ml_collections.ConfigDict) -> Config:
@@ -152,7 +190,7 @@ def _flatten_into(flat: dict[str, Any], config: ml_collections.ConfigDict, prefi
     if isinstance(value, ml_collections.ConfigDict):
       _flatten_into(flat, value, f'{prefix}{key}.')
     else:
-      flat[prefix + key] = value
+      flat[prefix + key] = cell.plain(value)  # also of a ConfigDict that is not from `template`
 
 
 def read_store_file(path: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from sae_jax import cell
+from sae_jax import cell, config
 from sae_jax.errors import UserError
 
 HELP = 'python file with get_config() -> ConfigDict; override any key with --config.KEY=VALUE'
@@ -37,9 +37,9 @@ def parse(
   if not hasattr(module, 'get_config'):
     raise UserError(f'{paths[0]} has no get_config(); see experiments/tiny.py')
   overrides = [a for a in theirs if not a.startswith('--config=') and not _is_retired(a)]
-  values = flags.FlagValues()
+  values, made = flags.FlagValues(), config.of_file(module)
   try:
-    config_flags.DEFINE_config_dict('config', module.get_config(), flag_values=values, sys_argv=overrides)
+    config_flags.DEFINE_config_dict('config', made, flag_values=values, sys_argv=overrides)
     values(['sae_jax', *overrides])
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(f'{" ".join(overrides)}: {error}; the keys are in sae_jax/config.py') from None

@@ -11,7 +11,7 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
-from sae_jax import config
+from sae_jax import cell, config
 from sae_jax.errors import UserError
 
 Overrides = dict[str, Any]
@@ -81,7 +81,8 @@ def build(path: str) -> Sweep:
     raise UserError(
       f'sweep() of {path} gave {str(listed)[:80]!r}; return a list of dicts such as grid.param makes'
     )
-  base = grid.EXPERIMENT.get_config()
+  listed = [{key: cell.plain(value) for key, value in overrides.items()} for overrides in listed]
+  base = config.of_file(grid.EXPERIMENT)
   flat = config.flatten(base.copy_and_resolve_references())
   cells: dict[str, tuple[Overrides, config.Config]] = {}
   checked: set[tuple[str, type]] = set()

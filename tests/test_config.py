@@ -1,20 +1,23 @@
 """Configuration: identity, validation, the recipe, and what may import what."""
 
+import argparse
 import ast
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import demo, tiny
 from sae_jax import cell as cells
-from sae_jax import config, flops
+from sae_jax import config, config_flags, flops
 from sae_jax.errors import UserError
 from sae_jax.recipe import GAO2024
 
@@ -110,6 +113,59 @@ def test_override_does_not_touch_the_original():
   original = tiny.get_config()
   config.override(original, {'sae.k_aux': 3})
   assert original.sae.k_aux is None
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'plain'),
+  [
+    ('sae.n_latents', np.int64(256), 256),
+    ('sae.d_model', np.uint8(16), 16),  # was None
+    ('optim.learning_rate', np.float64(1e-3), 1e-3),
+    ('optim.learning_rate', np.float32(1e-3), float(np.float32(1e-3))),
+    ('loss.aux_coefficient', np.array(0.25), 0.25),
+    ('loss.aux_coefficient', np.int32(1), 1.0),
+    ('sae.latent_bias', np.False_, False),
+    ('data.planted.noise', np.float16(0.5), 0.5),
+  ],
+)  # fmt: skip
+def test_numbers_of_numpy_make_the_cell_of_the_plain_ones(key, value, plain):
+  assigned, section = tiny.get_config(), key.rpartition('.')
+  functools.reduce(getattr, section[0].split('.'), assigned)[section[2]] = value
+  replaced = tiny.get_config()
+  replaced.data = replaced.data.to_dict() | {'planted': {
+    'n_features': np.int64(64), 'active': np.float32(3), 'exponent': np.array(0.5), 'noise': 0.05, 'seed': np.int8(0),
+  }}  # fmt: skip
+  assert config.resolve(assigned) == cell(**{key: value}) == cell(**{key: plain})
+  assert config.resolve(assigned).id == cell(**{key: plain}).id != cell().id
+  assert config.resolve(replaced).id == cell().id
+
+
+def test_references_of_an_experiment_still_follow():
+  c = tiny.get_config()
+  c.data.planted = dict(
+    n_features=c.sae.get_ref('d_model') * np.int64(2), active=3.0, exponent=0.5, noise=0.05, seed=0
+  )
+  c.sae.d_model = np.int64(16)
+  assert c.data.planted.n_features == 32
+  assert config.resolve(c).id == cell(**{'sae.d_model': 16, 'data.planted.n_features': 32}).id
+
+
+@pytest.mark.parametrize(
+  ('body', 'words'),
+  [
+    ("  c.sae.k = 'four'\n  return c", r"get_config\(\) of .*mine\.py fails in line 5: .*'k'.*template"),
+    ("  c.sae.k = __import__('numpy').arange(3)\n  return c", 'fails in line 5'),
+    ('  c.sea.k = 4\n  return c', 'fails in line 5: .*sea'),
+    ('  c.sae.k = 4', 'gives a NoneType; return the ConfigDict'),
+    ('  return c.to_dict()', 'gives a dict; return the ConfigDict'),
+  ],
+)
+def test_mistake_in_an_experiment_file_is_named_with_its_line(tmp_path, body, words):
+  path = tmp_path / 'mine.py'
+  path.write_text(f'from experiments import tiny\n\ndef get_config():\n  c = tiny.get_config()\n{body}\n')
+  with pytest.raises(UserError, match=words) as caught:
+    config_flags.parse(argparse.ArgumentParser(), [f'--config={path}'])
+  assert '\n' not in str(caught.value)
 
 
 def test_recipe_follows_a_changed_size():

@@ -111,3 +111,43 @@ def test_mistake_after_many_good_cells_is_still_found(bad, tmp_path):
   )
   with pytest.raises(UserError, match=r'cell .* of '):
     grid.build(str(tmp_path / 'many.py'))
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+  """The same ids as the plain numbers, in cells made by ml_collections and in those made without it."""
+  text = (
+    'import numpy as np\nfrom experiments import tiny\nfrom sweeps import grid\nEXPERIMENT = tiny\n'
+    'def sweep(): return grid.product(grid.param("sae.n_latents", {n}), grid.param("optim.learning_rate", {rate}),'
+    ' grid.param("sae.latent_bias", {bias}), grid.param("loss.aux_coefficient", {aux}))\n'
+  )
+  theirs = dict(
+    n='2**np.arange(6, 9)',
+    rate='[*np.logspace(-4, -3, 3), np.float32(1e-3), np.array(2e-3)]',
+    bias='[np.True_, np.False_]',
+    aux='[np.int64(1)]',
+  )
+  ours = dict(
+    n='[64, 128, 256]',
+    rate='[*np.logspace(-4, -3, 3).tolist(), float(np.float32(1e-3)), 2e-3]',
+    bias='[True, False]',
+    aux='[1]',
+  )
+  found, plain = (
+    grid.build(write(tmp_path, text.format(**how), f'{i}.py')) for i, how in enumerate((theirs, ours))
+  )
+  assert [c.id for _, c in found.cells] == [c.id for _, c in plain.cells] and len(found.cells) == 30
+  assert [repr(o) for o, _ in found.cells] == [repr(o) for o, _ in plain.cells]  # they are written down
+
+
+@pytest.mark.parametrize(
+  ('value', 'words'),
+  [
+    ('np.float64(256)', r'sae\.n_latents=256\.0 has the wrong type .*; write 256$'),
+    ('np.array([64, 128])', 'wrong type'),
+    ('np.datetime64(3, "D")', 'wrong type'),
+  ],
+)
+def test_what_is_no_whole_number_is_refused_where_one_belongs(tmp_path, value, words):
+  text = f'import numpy as np\n{FORM}def sweep(): return [{{"sae.n_latents": {value}}}]\n'
+  with pytest.raises(UserError, match=words):
+    grid.build(write(tmp_path, text))
