@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from sae_jax import flops, schema
+from sae_jax import flops, notes, schema
 from sae_jax.config import Config
 from sweeps import grid, ledger, status
 
@@ -50,6 +50,7 @@ def table(
       f'{name}: {len(states)} cells, {len(todo)} to do, {total["useful"]:.2e} useful and '
       f'{total["dense"]:.2e} dense FLOPs, about {status.duration(max(busy))} on {workers} worker{"s"[: workers > 1]}',
       f'time at {rate:.2e} dense FLOP/s a worker, {source}',
+      *(f'note: {line}' for line in notes.of_all(s.cell.config for s in states)),
     ]
   )
 
