@@ -38,10 +38,15 @@ def of_residuals(
     return []
   u_NQ = np.log(table.positive(points, x))
   shares: dict[str, float] = {}
+  likely = []  # columns that could tell curves apart, whether or not so few points show it
   for column in points.columns:
     if column not in (*x, y, *_NO_CURVE, group):
       curve_N = pd.factorize(points[column].astype(str))[0]
-      if _lie_side_by_side(curve_N, u_NQ):
+      if not _has_curves(curve_N, u_NQ):
+        continue
+      # A number that goes with the variables may be set by them (a learning rate); a name is not.
+      if _lie_side_by_side(curve_N, u_NQ) or not pd.api.types.is_numeric_dtype(points[column]):
+        likely.append(str(column))
         shares[str(column)] = _explained(curve_N, u_NQ, residual_N, len(law.names))
   setting_N = np.unique(u_NQ, axis=0, return_inverse=True)[1].ravel()
   if shares and max(shares.values()) > 0:
@@ -59,10 +64,13 @@ def of_residuals(
   if np.sqrt(squares / freedom) < _FAR:
     return []
   seen = _furthest(points, x, y, setting_N, np.arange(len(points)))
-  text = (
-    f'rows of equal {", ".join(x)} lie far apart{seen}, and no column says why; name what differs in a column'
-  )
-  return [table.warning('equal_x', f'{text}, and fit each by itself with --by=COL')]
+  text = f'rows of equal {", ".join(x)} lie far apart{seen}'
+  if likely:
+    return [
+      table.warning('equal_x', f'{text}; if {likely[0]} is why, fit each by itself with --by={likely[0]}')
+    ]
+  text += ', and no column says why; name what differs in a column, and fit each by itself with --by=COL'
+  return [table.warning('equal_x', text)]
 
 
 def _broken_counts(points: pd.DataFrame, x: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -102,17 +110,23 @@ def _equal_rows(points: pd.DataFrame, columns: Sequence[str]) -> Iterator[dict[s
   yield table.warning('equal_rows', text)
 
 
-def _lie_side_by_side(curve_N: Array, u_NQ: Array) -> bool:
-  """Whether rows of two curves, of some points each, span common ground: else the variables tell the curves apart."""
+def _has_curves(curve_N: Array, u_NQ: Array) -> bool:
+  """Whether the values of a column are few, and two of them have several settings each."""
   count = int(curve_N.max(initial=0)) + 1
-  if not 2 <= count <= min(_MOST_CURVES, len(curve_N) // 3):
+  if not 2 <= count <= min(_MOST_CURVES, len(curve_N) // 2):
     return False
-  members = [u_NQ[curve_N == c] for c in range(count)]
-  low_CQ, high_CQ = (np.array([end(mine, axis=0) for mine in members]) for end in (np.min, np.max))
-  wide_C = np.array([len(np.unique(mine, axis=0)) > 1 for mine in members])
+  return sum(len(np.unique(u_NQ[curve_N == c], axis=0)) > 1 for c in range(count)) > 1
+
+
+def _lie_side_by_side(curve_N: Array, u_NQ: Array) -> bool:
+  """Whether two curves of several settings span common ground."""
+  members = [u_NQ[curve_N == c] for c in range(int(curve_N.max()) + 1)]
+  low_CQ, high_CQ = (
+    np.array([end(mine, axis=0) for mine in members if len(np.unique(mine, axis=0)) > 1])
+    for end in (np.min, np.max)
+  )
   both_CCQ = np.minimum(high_CQ[:, None], high_CQ[None]) - np.maximum(low_CQ[:, None], low_CQ[None])
-  together_CC = (both_CCQ >= 0).all(axis=2) & wide_C[:, None] & wide_C[None]
-  return bool(together_CC[~np.eye(count, dtype=bool)].any())
+  return bool((both_CCQ >= 0).all(axis=2)[~np.eye(len(low_CQ), dtype=bool)].any())
 
 
 def _explained(curve_N: Array, u_NQ: Array, residual_N: Array, width: int) -> float:

@@ -70,11 +70,13 @@ class Notation:
 def remedy(value: Any) -> str:
   """What to do about a value that is not a number."""
   text = str(value).strip()
-  if re.fullmatch(r'[+-]?[0-9.]+,[0-9]+', text) or re.fullmatch(
-    r'[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?', text
-  ):
+  if re.fullmatch(r'[+-]?[1-9][0-9]{0,2},[0-9]{3}', text):
     return 'a comma between groups of three digits is --thousands=, and a decimal comma --decimal=,'
-  if re.fullmatch(r'[+-]?[0-9]{1,3}(\.[0-9]{3}){2,}(,[0-9]*)?', text):
+  if re.fullmatch(r'[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?', text):
+    return 'a comma between groups of three digits is --thousands=,'
+  if re.fullmatch(r'[+-]?[0-9]*,[0-9]+', text):
+    return 'a decimal comma is --decimal=,'
+  if re.fullmatch(r'[+-]?[0-9]{1,3}(\.[0-9]{3})+(,[0-9]*)?', text):
     return 'points between groups of three digits are --thousands=. --decimal=,'
   if found := re.fullmatch(r"[+-]?[0-9]{1,3}(?:(['_ \u2019\u00a0\u202f])[0-9]{3})+", text):
     return f'{found[1]!r} between groups of three digits is --thousands="{found[1]}"'

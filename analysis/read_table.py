@@ -51,7 +51,9 @@ def read(path: str, notation: Notation | None = None) -> pd.DataFrame:
       raise UserError(f'{name!r} is one JSON array; write one JSON object a line (JSONL)')
     table = _jsonl(name, text) if first == '{' else _csv(name, text, notation)
   if table.empty:
-    raise UserError(f'{name!r} has no rows; give a table with a header and one row a point')
+    raise UserError(
+      f'{name!r} has no rows; give a table with a header and one row a point (lines that begin with # are comments)'
+    )
   table.attrs['file'] = name
   return table
 

@@ -162,8 +162,8 @@ def resolve_flat(flat: dict[str, Any]) -> Config:
       flat[key] = value
     elif flat['data.source'] == 'store' and flat[key] != value:
       raise UserError(
-        f'{key}={flat[key]!r} but the store at {flat["data.path"]} has {value!r}; '
-        'drop the key to take the store as it is, or name another store'
+        f'{key}={flat[key]!r} but the store at {flat["data.path"]} has {value!r}, and what is in the store is what counts; '
+        'drop the key to take the store as it is, or name another store in data.path'
       )
   if flat['sae.d_model'] is None:
     raise UserError('sae.d_model is not set and no store gives it; set it to the width of the activations')

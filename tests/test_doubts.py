@@ -92,6 +92,21 @@ def test_models_that_cross_and_models_of_other_sizes_are_named():
     assert '--by=d_model' in said(points)['pooled']
 
 
+def test_models_of_sizes_that_do_not_overlap_are_named():
+  apart = pd.concat([curve(n=N[:4], model='a'), curve(1.5, n=N[3:] * 2, model='b')], ignore_index=True)
+  assert '--by=model' in said(apart)['pooled']
+  # A number that goes with the size may be set by it, as a learning rate is.
+  assert said(apart.assign(model=(apart['model'] == 'b') * 1e-3 + 1e-3)) == {}
+
+
+def test_column_that_few_points_do_not_prove_is_suggested():
+  few = pd.concat(
+    [curve(n=N[[0, 2]], model='a'), curve(1.5, n=N[[0, 2]], model='b', seed=3)], ignore_index=True
+  )
+  (message,) = said(few).values()
+  assert '--by=model' in message
+
+
 def test_a_variable_left_out_is_named():
   points = pd.concat([curve(a, k=k) for a, k in ((3.0, 8), (2.5, 16), (2.0, 32))], ignore_index=True)
   assert said(points)['pooled'].endswith('--by=k')

@@ -121,7 +121,7 @@ def test_read_refuses_in_one_line(read, case):
     (('2048', '1_024'), {}, "line 5 .*'_' between groups"),
     (('2048', '20,48'), {'thousands': '.', 'decimal': ','}, None),
     (('2048', '"20,48"'), {'thousands': ','}, "n_latents='20,48' in line 5"),  # groups have three digits
-    (('0.36', '"0,36"'), {}, "nmse='0,36' in line 5 .*--decimal=,"),
+    (('0.36', '"0,36"'), {}, "nmse='0,36' in line 5 .*not a number; a decimal comma is --decimal=,"),
     (('0.36', '36 %'), {}, 'line 5 .*percent'),
     (('0.36', ''), {}, 'nmse=nan in line 5 of'),
     (('0.36', 'NA'), {}, 'nmse=nan in line 5 of'),
@@ -148,6 +148,11 @@ def test_point_in_a_file_of_decimal_commas_is_named(read):
   text = 'n_latents;k;nmse\n256;4;0,5\n512;4;0,45\n1024;8;0.4\n'
   with pytest.raises(UserError, match=r"nmse='0\.4' in line 4 .*--decimal=,"):
     table.positive(read(text, sep=';', decimal=','), ['nmse'])
+
+
+def test_thousands_in_a_file_of_decimal_commas_are_named(read):
+  with pytest.raises(UserError, match=r"n='1\.024' in line 3 .*--thousands=\. --decimal=,"):
+    table.positive(read('n;y\n512;0,5\n1.024;0,4\n', sep=';', decimal=','), ['n'])
 
 
 def test_columns_are_numbers_truth_values_or_texts(read):

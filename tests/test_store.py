@@ -261,6 +261,14 @@ def test_another_width_is_refused(pristine):
     store.Store(wide)
 
 
+@pytest.mark.parametrize('key,value', [('site', 'resid_post.2'), ('subject', 'other'), ('store_tokens', 54)])
+def test_setting_that_the_store_has_otherwise_is_refused_with_what_counts(pristine, key, value):
+  words = f'data.{key}={value!r} but the store at .* has {SETTINGS[key]!r}, and what is in the store is what counts; drop'
+  with pytest.raises(UserError, match=words):
+    cell(pristine, **{f'data.{key}': value})
+  assert getattr(cell(pristine, **{f'data.{key}': SETTINGS[key]}).data, key) == SETTINGS[key]
+
+
 def test_store_replaced_after_the_cell_was_made_is_refused(tmp_path):
   write_store(tmp_path / 's')
   made = cell(tmp_path / 's')
