@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from analysis import plots
   from analysis.fit import fit_law
+  from analysis.grouped import fit_by
   from analysis.survey import analyse
-  from analysis.table import best_learning_rate, load_curves, load_ledger
+  from analysis.table import best_learning_rate, load_curves, load_ledger, read_csv
 
-__all__ = ['analyse', 'best_learning_rate', 'fit_law', 'load_curves', 'load_ledger', 'plots']
+__all__ = [
+  'analyse', 'best_learning_rate', 'fit_by', 'fit_law', 'load_curves', 'load_ledger', 'plots', 'read_csv',
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -25,11 +28,15 @@ def __getattr__(name: str) -> Any:
     from analysis.fit import fit_law
 
     return fit_law
+  if name == 'fit_by':
+    from analysis.grouped import fit_by
+
+    return fit_by
   if name == 'analyse':
     from analysis.survey import analyse
 
     return analyse
-  if name in ('load_ledger', 'load_curves', 'best_learning_rate'):
+  if name in ('load_ledger', 'load_curves', 'best_learning_rate', 'read_csv'):
     from analysis import table
 
     return getattr(table, name)

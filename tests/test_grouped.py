@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import fit, grouped
+import analysis
+from analysis import fit, grouped, table
 from sae_jax.errors import UserError
 
 N = 2.0 ** np.arange(8, 17)
@@ -125,3 +126,7 @@ def test_fit_command_by_a_column_writes_a_list(tmp_path, capsys):
   )
   assert common['x'] == ['n_latents'] and common['n_points'] == 18 and 0 <= common['p_common'] <= 1
   assert 'L(n), model = small' in printed and 'a[large]' in printed and 'pooled' not in printed
+
+
+def test_names_of_a_notebook_are_there():
+  assert analysis.fit_by is grouped.fit_by and analysis.read_csv is table.read_csv
