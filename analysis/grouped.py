@@ -70,6 +70,8 @@ def fit_by(
   chosen = laws.named(law)
   values = _values(points, by, (*(x or chosen.axes), y))
   points = table.useful(points)
+  if holdout and not table.matching(points, holdout).any():
+    raise UserError(f'holdout {holdout!r} holds nothing out; choose a bound inside the data')
   curve_N = points[by].astype(str).to_numpy()
   fits, weights = [], []
   rng = np.random.default_rng(seed)
@@ -89,7 +91,11 @@ def fit_by(
     one = mine[by].iloc[0]
     fits.append(dataclasses.replace(fit, where={by: one.item() if isinstance(one, np.generic) else str(one)}))
   columns = fits[0].x
-  common = _common(points, chosen, columns, y, by, values, weights, objective, delta, holdout, rng)
+
+  def all_of(rule: str | None) -> Fit:
+    return _common(points, chosen, columns, y, by, values, weights, objective, delta, rule, rng)
+
+  common = with_holdout(all_of, holdout) if holdout else all_of(None)
   p = float('nan')
   if objective == 'logls':
     small, large = (float(sum(np.sum(fit.residuals() ** 2) for fit in some)) for some in ((common,), fits))
@@ -145,6 +151,8 @@ def _common(
   held = None
   if holdout:
     test_N = table.matching(points, holdout)
+    if missing := [value for value in values if not (~test_N & (curve_N == value)).any()]:
+      raise UserError(f'{holdout!r} holds out every row of {by}={missing[0]}')
     held = (holdout, (~test_N).astype(float), test_N)
   solved, shown, parts = _laws(law, by, values, inside)
   fit = fit_weighted(

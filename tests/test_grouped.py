@@ -88,6 +88,14 @@ def test_holdout_is_of_every_curve_and_of_the_common_law():
   assert found.common.holdout['max_rel_err'] < 1e-6
 
 
+def test_holdout_of_a_whole_curve_is_said():
+  points = models().assign(n_latents=np.concatenate([N, N * 2**10]))
+  found = grouped.fit_by(points, 'model', 'power_no_floor', bootstrap=0, holdout='n_latents>100000')
+  assert found.fits[0].holdout is None and found.common.holdout is None
+  (message,) = [w['message'] for w in found.common.warnings if w['code'] == 'no_holdout']
+  assert "'n_latents>100000' holds out every row of model=large" in message
+
+
 @pytest.mark.parametrize(
   ('how', 'words'),
   [
@@ -98,6 +106,7 @@ def test_holdout_is_of_every_curve_and_of_the_common_law():
     (dict(by='some'), 'missing in 1 rows'),
     (dict(by='few'), 'few=b: n_latents has one value'),
     (dict(by='model', holdout='nope>3'), 'names no column'),
+    (dict(by='model', holdout='n_latents>1e9'), 'holds nothing out'),
   ],
 )
 def test_fit_by_refuses(how, words):
