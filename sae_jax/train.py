@@ -306,12 +306,11 @@ def main(argv: list[str]) -> int:
   workdir = os.path.abspath(args.workdir) if files.is_local(args.workdir) else args.workdir
   files.check_exclusive_create(workdir)
   claim_folder(config, workdir)
-  if jax.process_index() == 0:
-    for line in notes.of(config):
-      print(f'note: {line}', file=sys.stderr)
   held = _claim(workdir)
   try:
     with held or contextlib.nullcontext(), watchdog.Watchdog() as alive:
+      for line in notes.of(config) if jax.process_index() == 0 else ():
+        print(f'note: {line}', file=sys.stderr)
       flag = distributed.stop_flag()
       asked = alive.beating(flag)
 

@@ -8,6 +8,7 @@ import pytest
 from experiments import tiny
 from sae_jax import config, notes, train
 from sweeps import grid, launch
+from tests import cells
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -52,6 +53,8 @@ def test_findings_of_many_cells_are_said_once():
 
 
 def test_train_and_dry_run_say_it_in_a_line(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(train.distributed, 'initialize', lambda: None)  # jax has started already
+  monkeypatch.setattr(train.distributed, 'stop_flag', cells.NeverTold)
   monkeypatch.setattr(train, 'train', lambda config, workdir, **_: 'preempted')
   arguments = [f'--workdir={tmp_path / "cell"}', '--config.data.site=resid_post.3']
   with pytest.raises(SystemExit):
