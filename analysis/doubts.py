@@ -17,7 +17,7 @@ _ROUGH = 0.02  # rms log residual below which nothing is looked for
 _FAR = 0.05  # deviation in log loss at equal variables beyond what seeds do
 _EXPLAINED = 0.75  # share of the squares that curves of their own must take away
 _CLEAR = 1e-3  # probability of such a share by chance
-_MOST_CURVES = 32
+_MOST_CURVES = 20  # as many as --by takes
 
 
 def of_rows(points: pd.DataFrame, x: Sequence[str], y: str) -> list[dict[str, str]]:

@@ -181,6 +181,10 @@ def _csv(name: str, text: str, notation: Notation) -> pd.DataFrame:
 
 
 def _check_names(name: str, line: int, names: list[str], notation: Notation) -> None:
+  if names[0].lower().startswith('sep='):
+    raise UserError(
+      f'line {line} of {name!r}, {names[0]!r}, is a note to a spreadsheet; remove it and give --sep'
+    )
   if len(names) == 1 and (found := [s for s in ';\t|,' if s in names[0]]):
     given = 'tab' if found[0] == '\t' else f'"{found[0]}"'
     raise UserError(

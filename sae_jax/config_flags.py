@@ -42,7 +42,9 @@ def parse(
     config_flags.DEFINE_config_dict('config', made, flag_values=values, sys_argv=overrides)
     values(['sae_jax', *overrides])
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError(f'{" ".join(overrides)}: {error}; the keys are in sae_jax/config.py') from None
+    raise UserError(
+      f'{" ".join(overrides) or paths[0]}: {error}; the keys are in sae_jax/config.py'
+    ) from None
   return args, values['config'].value
 
 

@@ -83,6 +83,8 @@ REFUSED = {
   'a column without a name': (PLAIN.replace(',k,', ',,'), {}, 'line 1 .* no name for field 2'),
   'semicolons': (PLAIN.replace(',', ';'), {}, 'one name, .*--sep=";"'),
   'tabs': (PLAIN.replace(',', '\t'), {}, '--sep=tab'),
+  'a note to a spreadsheet': ('sep=;\n' + PLAIN.replace(',', ';'), {'sep': ';'}, 'line 1 .*remove it'),
+  'a title above the header': ('Our runs,,\n' + PLAIN, {}, 'line 2 .* 3 fields, line 1 names 1'),
   'a quote left open': (PLAIN + '"4096,8,0.3\n', {}, 'line 6 .* cannot be read'),
   'UTF-16': (PLAIN.encode('utf-16'), {}, 'is UTF-16.*--encoding=utf-16'),
   'UTF-16 without a mark': (PLAIN.encode('utf-16-le'), {}, 'is UTF-16.*--encoding=utf-16'),
