@@ -268,7 +268,7 @@ def _floats(table: pd.DataFrame, column: str) -> np.ndarray:
 
 
 def _cell(folder: str, name: str) -> dict[str, Any]:
-  found = cell_state.read(files.join(folder, name), name)
+  found = cell_state.read(files.join(folder, name), name, copied=True)
   row: dict[str, Any] = {'id': name, 'state': found.state, 'reason': found.reason}
   if found.config:
     flat = cell.flatten(found.config)

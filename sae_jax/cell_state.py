@@ -53,6 +53,7 @@ def read(
   holder: Holder | None = None,
   known: dict[str, Any] | None = None,
   registered: dict[str, Any] | None = None,
+  copied: bool = False,
 ) -> CellState:
   """The state of the cell in `folder`.
 
@@ -64,6 +65,7 @@ def read(
       known to be dead.
     known: config.json, from a former look that found it sound: it is written once, and so not read again.
     registered: what config.json should be, already checked; an equal one needs no check of its own.
+    copied: whether the folder may be a copy without `sae/`, as one makes for an analysis.
   """
   names = set(files.listdir(folder))
   if not names and files.is_file(folder):
@@ -82,10 +84,11 @@ def read(
       result = _result(folder, cell_id, config)
     except (schema.Broken, OSError) as error:
       return _invalid(schema.RESULT, _why(error), config)
-    try:
-      product.glance(folder, result)
-    except (schema.Broken, OSError) as error:
-      return product_is_broken(error, config)
+    if schema.ARTIFACT in names or not copied:
+      try:
+        product.glance(folder, result)
+      except (schema.Broken, OSError) as error:
+        return product_is_broken(error, config)
     return CellState(
       schema.DONE, result=schema.content(result), verified=schema.verified(result), config=config
     )
