@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax import sharding, sparse, topk
 from sae_jax.config import Config
+from sae_jax.data import soundness
 from sae_jax.data.source import Source
 from sae_jax.sae import Params, encode, reconstruct
 
@@ -48,6 +49,12 @@ class Evaluator:
     self.mean_D = total_D / self._tokens
     # The sum over the whole set of ||x - mean||^2, in float64: norms are near 1, so the difference is harmless.
     self.total_square = square - self._tokens * float(self.mean_D @ self.mean_D)
+    soundness.check_varies(
+      f'the {self._tokens} held-out rows',
+      self.total_square / self._tokens,
+      square / self._tokens,
+      'hold out other rows, or raise eval.tokens',
+    )
 
   def __call__(self, *candidates: Params) -> list[Quality]:
     """One `Quality` for each set of parameters; each batch is read and placed once."""

@@ -1,26 +1,35 @@
 """What the first tokens decide before training: the pre-bias and the constant of the loss (Gao et al., sections 1, 3)."""
 
-import math
+import sys
 
 import numpy as np
 
+from sae_jax.data import soundness
 from sae_jax.data.source import Source
 from sae_jax.errors import UserError
 
 _SAMPLE_TOKENS = 32_768  # as in the reference code
+_LEAST_VARIANCE = 1e-30  # of a component
 
 
 def start_up_sample(source: Source, tokens: int) -> tuple[np.ndarray, np.ndarray]:
   """b_pre [D], the geometric median of the first tokens, and the loss scale 1 / mean (x - mean x)^2, float32.
 
-  `tokens` is what the run may read; at most 32,768 are. Raises `UserError` when they do not vary or are not finite.
+  `tokens` is what the run may read; at most 32,768 are. Raises `UserError` when they do not vary or are not finite,
+  and warns on stderr when their norms are far from 1.
   """
   x_TD = source.rows(0, min(_SAMPLE_TOKENS, tokens)).astype(np.float64)
   variance = float(np.mean((x_TD - x_TD.mean(axis=0)) ** 2))
-  if not (math.isfinite(variance) and variance > 0):
+  soundness.check_varies(
+    f'the first {len(x_TD)} training rows', variance, float(np.mean(x_TD**2)), 'train on other rows'
+  )
+  if not _LEAST_VARIANCE < variance < 1 / _LEAST_VARIANCE:
     raise UserError(
-      f'the first {len(x_TD)} activations have variance {variance}; the source must vary and be finite'
+      f'the first {len(x_TD)} training rows have variance {variance:.3g}, and float32 squares of such numbers vanish or '
+      'overflow; import the activations with --normalize=scale (or center_unit)'
     )
+  if warning := soundness.norm_warning(float(np.mean(np.linalg.norm(x_TD, axis=1)))):
+    print(warning, file=sys.stderr, flush=True)
   return geometric_median(x_TD).astype(np.float32), np.float32(1 / variance)
 
 

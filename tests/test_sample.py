@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 
+from sae_jax import sharding
+from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
+from sae_jax.evaluate import Evaluator
 from sae_jax.sample import geometric_median, start_up_sample
+from tests import cells
 
 
 class Rows:
@@ -30,7 +34,36 @@ def test_loss_scale_makes_the_mean_cost_one():
   assert scale * np.mean((x_TD - x_TD.mean(axis=0)) ** 2) == pytest.approx(1, rel=1e-5)
 
 
-@pytest.mark.parametrize('value', [0.0, np.nan, np.inf])
-def test_tokens_that_do_not_vary_are_refused(value):
-  with pytest.raises(UserError, match='must vary and be finite'), np.errstate(invalid='ignore'):
-    start_up_sample(Rows(np.full((7, 2), value, np.float32)), 7)
+@pytest.mark.parametrize(
+  'value, why',
+  [(0.0, 'must vary'), (0.1, 'must vary'), (np.nan, 'must be finite'), (np.inf, 'must be finite')],
+)
+def test_rows_that_do_not_vary_are_refused(value, why):
+  x_TD = np.full((7, 2), value, np.float32)
+  with pytest.raises(UserError, match=f'the first 7 training rows .*{why}'), np.errstate(invalid='ignore'):
+    start_up_sample(Rows(x_TD), 7)
+
+
+@pytest.mark.parametrize('value', [0.0, 0.1, 1e-20, 3e4, np.nan])
+def test_held_out_rows_that_do_not_vary_are_refused_before_the_first_step(value):
+  c = cells.cell()
+  source = open_source(c)
+  source.held_out = lambda start, stop: np.full((stop - start, c.sae.d_model), value, np.float32)
+  with pytest.raises(UserError, match=r'the 101 held-out rows have variance .*hold out other rows'):
+    Evaluator(c, sharding.make_mesh(c.mesh), source)
+
+
+@pytest.mark.parametrize('size, said', [(1, ''), (0.2, ''), (1e-3, '0.001'), (1e-5, '1e-05'), (50, '50')])
+def test_norms_far_from_one_are_warned_of_with_the_number(size, said, capsys):
+  x_TD = np.random.default_rng(1).standard_normal((211, 50)).astype(np.float32)
+  start_up_sample(Rows(size * x_TD / np.linalg.norm(x_TD, axis=1, keepdims=True)), 211)
+  warned = capsys.readouterr().err
+  assert warned.count('\n') == bool(said)
+  assert said in warned and ('--normalize=scale' in warned or not said)
+
+
+@pytest.mark.parametrize('size', [1e-25, 1e18])
+def test_rows_whose_squares_float32_does_not_hold_are_refused(size):
+  x_TD = np.random.default_rng(1).standard_normal((211, 5)).astype(np.float32)
+  with pytest.raises(UserError, match='--normalize=scale'):
+    start_up_sample(Rows(np.float32(size) * x_TD), 211)
