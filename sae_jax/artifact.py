@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from sae_jax import cell_state, files, product, schema
-from sae_jax.data.normalize import normalize
+from sae_jax.data.normalize import KINDS, normalize
 from sae_jax.errors import UserError
 from sae_jax.sae import SAE
 
@@ -38,9 +38,12 @@ class Autoencoder:
   info: dict[str, Any]
 
   def encode(self, x: Any) -> tuple[jax.Array, jax.Array]:
-    """Values [..., K] and latent indices [..., K] for activations [..., D], raw or normalised."""
+    """Values [..., K] and latent indices [..., K] for activations [..., D].
+
+    Under 'center_unit' they may be raw or normalised already. Under 'scale' they are raw.
+    """
     x = np.asarray(x, np.float32)
-    flat_BD = normalize(x.reshape(-1, self.info['d_model']), self.info['normalize'])[0]
+    flat_BD = self._normalize(x)[0]
     codes = self.sae.encode(jnp.asarray(flat_BD))
     return tuple(a.reshape(*x.shape[:-1], -1) for a in codes)
 
@@ -53,9 +56,13 @@ class Autoencoder:
   def reconstruct(self, x: Any) -> np.ndarray:
     """Reconstructions [..., D] in the space of the input: the token's norm and mean are put back."""
     x = np.asarray(x, np.float32)
-    _, mean_B1, norm_B1 = normalize(x.reshape(-1, self.info['d_model']), self.info['normalize'])
+    _, mean_B1, norm_B1 = self._normalize(x)
     x_hat_BD = np.asarray(self.decode(*self.encode(x))).reshape(-1, self.info['d_model'])
     return (x_hat_BD * norm_B1 + mean_B1).reshape(x.shape)
+
+  def _normalize(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    scale = self.info.get('scale', 1.0)
+    return normalize(x.reshape(-1, self.info['d_model']), self.info['normalize'], scale)
 
 
 def save(workdir: str, weights: dict[str, dict[str, np.ndarray]], info: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +95,7 @@ def load(cell: str, weights: str | None = None) -> Autoencoder:
   data = io.BytesIO()
   try:
     info = product.info(str(cell))
+    _check_normalisation(info)
     weights = weights or str(info.get('weights'))
     if weights not in _WEIGHTS:
       raise UserError(f'weights={weights!r} is not one of {", ".join(_WEIGHTS)}')
@@ -107,3 +115,12 @@ def load(cell: str, weights: str | None = None) -> Autoencoder:
     raise UserError(f'{folder}: tensors {found} are not finite arrays of {expected}; train the cell again')
   facts = schema.content(info) | {'weights': weights, 'verified': schema.verified(info)}
   return Autoencoder(SAE({name: jnp.asarray(t) for name, t in params.items()}, k=k), facts)
+
+
+def _check_normalisation(info: dict[str, Any]) -> None:
+  """Raises `schema.Broken` where it is not known what inputs must go through: any guess encodes to plausible numbers."""
+  kind, scale = info.get('normalize'), info.get('scale')
+  if kind not in KINDS:
+    raise schema.Broken(f'normalize={kind!r} is not one of {", ".join(KINDS)}')
+  if (kind == 'scale') != (scale is not None and scale > 0):
+    raise schema.Broken(f'scale={scale} does not go with normalize={kind!r}')

@@ -117,7 +117,8 @@ class DataConfig:
   identity: str  # content hash of the store; empty for planted and live, whose settings are their identity
   seed: int  # order only
   epochs: int
-  normalize: str  # 'center_unit' (the paper's) or 'none'; the NMSE lives in that space
+  # 'center_unit' (the paper's), 'scale' (one scalar, recorded with the store) or 'none'; the NMSE lives in that space.
+  normalize: str
   window_tokens: int  # T: tokens of context, the dropped start token included
   block_windows: int  # windows that go through the subject together and whose tokens are shuffled together
   store_tokens: int  # tokens to harvest
@@ -146,7 +147,7 @@ _CHOICES = {
   'mesh.products': ('auto', 'loops', 'kernels', 'dense'),
   'train.compute_dtype': ('float32', 'bfloat16'),
   'data.source': ('planted', 'store', 'live'),
-  'data.normalize': ('center_unit', 'none'),
+  'data.normalize': ('center_unit', 'scale', 'none'),
   'data.dtype': ('float32', 'float16'),
 }
 # Keys that must be at least this.
@@ -197,6 +198,11 @@ class Config:
     if not 0 < self.sae.recall_target < 1:
       raise UserError(
         f"sae.recall_target={self.sae.recall_target} is not in (0, 1); for 1 use sae.selection='exact'"
+      )
+    if self.data.normalize == 'scale' and self.data.source != 'store':
+      raise UserError(
+        f"data.normalize='scale' but data.source={self.data.source!r} records no scalar; use center_unit or none, or "
+        'import a store with --normalize=scale'
       )
     n, k = self.sae.n_latents, self.sae.k
     if k > n:

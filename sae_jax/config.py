@@ -212,6 +212,8 @@ def read_store_file(path: str) -> dict[str, Any]:
     for field, value in [(f, meta.get(f.name)) for f in fields] + [
       (f, meta['config'][name]) for name, f in settings.items()
     ]:
+      if value is None and field.may:
+        continue
       if not schema.is_kind(value, field.kind) or (field.must and value < 1):
         raise schema.Broken(f'{field.name}={str(value)[:40]} is not {field.about}')
   except (FileNotFoundError, NotADirectoryError):

@@ -134,6 +134,7 @@ ARTIFACTS = (
   Field('subject', str, 'language model'),
   Field('site', str, 'where in it'),
   Field('normalize', str, 'what inputs go through before encoding'),
+  Field('scale', float, "what inputs are multiplied by; normalize='scale' alone", may=True),
   Field('identity', str, 'content hash of the store, empty without one'),
   Field('sha256', dict, 'of the tensor files, by the name of the weights'),
   Field('imported_from', str, 'format it was converted from; missing in what was trained here', may=True),
@@ -190,8 +191,9 @@ STORES = (  # store.json; `identity` covers rows, order and space, the digest ev
   Field('held_out_tokens', int, 'of evaluation', must=True),
   Field('block_tokens', int, 'tokens written and checked at once'),
   Field('blocks', dict, 'SHA-256 of every block, by array'),
-  Field('statistics', dict, 'mean, variance and norms of the stored rows, by array'),
+  Field('statistics', dict, 'of the stored rows, by array: mean, variance, norms, share lost in rounding'),
   Field('identity', str, 'content hash'),
+  Field('scale', float, "what rows were multiplied by; normalize='scale' alone, 1 where missing", may=True),
 )
 STORE_CONFIG = (
   Field('subject', str, 'language model'),
@@ -212,6 +214,9 @@ JOURNAL = (  # a block of an unfinished store
   Field('sum_of_squares', float, 'of its numbers'),
   Field('sum_of_norms', float, 'that were divided out'),
   Field('zero_tokens', int, 'rows without a direction'),
+  Field(
+    'sum_of_losses', float, 'squares of what rounding to the dtype lost; absent in early versions', may=True
+  ),
 )
 SWEEPS = (
   Field('name', str, 'of the grid'),

@@ -58,6 +58,12 @@ def test_id_does_not_change_with_where_it_runs(key, value):
   assert cell(**{key: value}).id == cell().id
 
 
+@pytest.mark.parametrize('source', ['planted', 'live'])
+def test_scale_needs_a_store_that_records_it(source):
+  with pytest.raises(UserError, match=f"data.source='{source}' records no scalar"):
+    cell(**{'data.source': source, 'data.normalize': 'scale', 'sae.d_model': 24})
+
+
 def test_recall_target_is_part_of_the_id_where_it_decides():
   assert cell(**{'sae.recall_target': 0.9}).id == cell().id
   ids = {cell(**{'sae.selection': 'approximate', 'sae.recall_target': r}).id for r in (0.9, 0.95)}

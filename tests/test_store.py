@@ -25,9 +25,14 @@ def activations(name: str) -> np.ndarray:
   return (3 + 5 * rng.standard_normal(({'train': TRAIN, 'held_out': HELD_OUT}[name], D))).astype(np.float32)
 
 
-def open_writer(path, **changes) -> store_writer.StoreWriter:
+def open_writer(path, scale: float = 1.0, **changes) -> store_writer.StoreWriter:
   return store_writer.StoreWriter(
-    str(path), d_model=D, settings=SETTINGS | changes, provenance={'maker': 'test'}, flops_per_token=11.0
+    str(path),
+    d_model=D,
+    settings=SETTINGS | changes,
+    provenance={'maker': 'test'},
+    flops_per_token=11.0,
+    scale=scale,
   )
 
 
@@ -220,6 +225,93 @@ def test_values_outside_the_dtype_are_refused(tmp_path):
   x_BD[3, 3] = np.nan
   with pytest.raises(UserError, match='not finite'):
     writer.write('train', 0, x_BD)
+
+
+# Numbers of float16 are 6e-8 apart at their smallest, and these rows hold numbers of about 5.
+@pytest.mark.parametrize('size, kept', [(1e-8, False), (1e-7, False), (1e-6, True), (1e-3, True)])
+def test_rows_that_underflow_in_the_dtype_are_refused(tmp_path, size, kept):
+  writer = open_writer(tmp_path, dtype='float16', normalize='none')
+  x_BD = np.float32(size) * activations('train')[:15]
+  if kept:
+    writer.write('train', 0, x_BD)
+    return
+  with pytest.raises(UserError, match=r'float16 loses a share of .*use float32, normalize=center_unit') as e:
+    writer.write('train', 0, x_BD)
+  assert '\n' not in str(e.value)
+
+
+def test_dtype_too_coarse_for_the_variance_about_a_large_mean_is_refused(tmp_path):
+  """Each row is held to 11 bits, which is nothing beside the mean and all of the variance that the NMSE is about."""
+  writer = open_writer(tmp_path, dtype='float16', normalize='none')
+  for name, stream in writer.streams.items():
+    for block in range(stream.blocks):
+      writer.write(name, block, (1000 + 0.1 * activations(name))[block * 15 : block * 15 + 15])
+  with pytest.raises(UserError, match='the 53 train rows: float16 loses a share of'):
+    writer.finish()
+  assert not (tmp_path / schema.STORE).exists()
+
+
+def test_share_lost_in_rounding_is_recorded(tmp_path, pristine):
+  assert config.read_store_file(str(pristine))['statistics']['train']['lost'] < 1e-14
+  assert 1e-9 < write_store(tmp_path, dtype='float16')['statistics']['train']['lost'] < 1e-6
+
+
+@pytest.mark.parametrize('name', ['train', 'held_out'])
+def test_store_of_rows_that_are_all_alike_is_never_finished(tmp_path, name):
+  writer = open_writer(tmp_path)
+  for array, stream in writer.streams.items():
+    for block in range(stream.blocks):
+      x_BD = activations(array)[block * 15 : block * 15 + 15]
+      writer.write(
+        array, block, np.broadcast_to(activations('train')[0], x_BD.shape) if array == name else x_BD
+      )
+  with pytest.raises(
+    UserError, match=f'the {writer.streams[name].tokens} {name} rows have variance .*must vary'
+  ):
+    writer.finish()
+
+
+def test_scale_is_recorded_applied_to_both_splits_and_handed_on(tmp_path):
+  meta = write_store(tmp_path, scale=0.25, normalize='scale')
+  assert meta['scale'] == 0.25
+  opened = store.Store(cell(tmp_path))
+  np.testing.assert_array_equal(opened.held_out(0, HELD_OUT), 0.25 * activations('held_out'))
+  np.testing.assert_array_equal(opened.rows(0, TRAIN), 0.25 * activations('train'))
+  assert opened.provenance['scale'] == 0.25
+  assert cell(tmp_path).data.normalize == 'scale'
+  raw_BD = activations('train').astype(np.float64)
+  assert meta['statistics']['train']['mean_norm'] == pytest.approx(np.linalg.norm(raw_BD, axis=1).mean())
+  with pytest.raises(UserError, match=r'scale=0.25, not 0.5'):
+    other = tmp_path / 'unfinished'
+    open_writer(other, scale=0.25, normalize='scale')
+    open_writer(other, scale=0.5, normalize='scale')
+
+
+def test_store_without_a_scale_means_one_and_a_changed_scale_is_refused(copy, tmp_path):
+  assert (
+    'scale' not in config.read_store_file(str(copy)) and 'scale' not in store.Store(cell(copy)).provenance
+  )
+  write_store(tmp_path / 's', scale=0.25, normalize='scale')
+  for change in ({'scale': 0.5}, {'scale': None}):
+    whole = json.loads((tmp_path / 's' / schema.STORE).read_text())
+    (tmp_path / 't').mkdir(exist_ok=True)
+    (tmp_path / 't' / schema.STORE).write_text(json.dumps(whole | change))
+    with pytest.raises(UserError, match='does not fit its digest'):
+      store.read_meta(str(tmp_path / 't'))
+    sealed = schema.seal(schema.content(whole) | {'scale': None})
+    (tmp_path / 't' / schema.STORE).write_text(json.dumps(sealed))
+    with pytest.raises(UserError, match='incomplete'):
+      store.read_meta(str(tmp_path / 't'))
+
+
+def test_norms_whose_squares_float32_does_not_hold_are_recorded(tmp_path):
+  writer = open_writer(tmp_path, scale=1e25, normalize='scale')
+  for name, stream in writer.streams.items():
+    for block in range(stream.blocks):
+      writer.write(name, block, np.float32(1e-25) * activations(name)[block * 15 : block * 15 + 15])
+  statistics = writer.finish()['statistics']['train']
+  assert statistics['mean_norm'] == pytest.approx(1e-25 * np.linalg.norm(activations('train'), axis=1).mean())
+  assert statistics['zero_tokens'] == 0
 
 
 def harm(path, damage: str) -> None:

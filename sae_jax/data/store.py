@@ -46,6 +46,8 @@ class Store:
     self.flops_per_token = float(meta['subject_flops_per_token'])
     settings = {key: meta['config'][key] for key in ('subject', 'site', 'text', 'normalize')}
     self.provenance = meta['provenance'] | settings | {'identity': meta['identity']}
+    if settings['normalize'] == 'scale':
+      self.provenance['scale'] = meta['scale']
     self._epochs = cell.data.epochs
     self._train, self._held_out = (_Array(path, meta, name) for name in store_writer.ARRAYS)
 
@@ -173,6 +175,7 @@ def read_meta(path: str) -> dict[str, Any]:
       and isinstance(meta['provenance'], dict)
       and 0 <= float(meta['subject_flops_per_token']) < math.inf
       and all(isinstance(settings[key], str) for key in ('subject', 'site', 'text', 'normalize'))
+      and (settings['normalize'] != 'scale' or 0 < float(meta['scale']) < math.inf)
     )
     found = store_writer.identity(meta)
   except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -12,13 +12,16 @@ import numpy as np
 import tensorstore
 
 from sae_jax import config, files, schema
-from sae_jax.data import order
+from sae_jax.data import order, soundness
 from sae_jax.data.normalize import normalize
 from sae_jax.errors import UserError
 
 SCHEMA = 1
 ARRAYS = ('train', 'held_out')
 _PLAN = 'journal-plan.json'
+_FOR_DTYPE = 'use float32, normalize=center_unit, or normalize=scale for imported rows'
+_SUMS = tuple(field.name for field in schema.JOURNAL if field.name not in ('sha256', 'sum'))
+_SLICE = 2**20  # numbers that are normalised at once; more than that costs memory and no less time
 
 
 def finished(path: str, settings: dict[str, Any], provenance: dict[str, Any]) -> bool:
@@ -44,6 +47,7 @@ class StoreWriter:
       block_windows, store_tokens, held_out_tokens, dtype, seed.
     provenance: JSON-able facts about where the activations come from.
     flops_per_token: useful FLOPs of the subject for one token.
+    scale: what rows are multiplied by; of normalize='scale' alone.
 
   Raises `UserError` when the folder holds a store, finished or not, made from anything else.
   """
@@ -56,13 +60,14 @@ class StoreWriter:
     settings: dict[str, Any],
     provenance: dict[str, Any],
     flops_per_token: float,
+    scale: float = 1.0,
   ):
-    self.path, self.d_model = path, d_model
+    self.path, self.d_model, self._scale = path, d_model, scale
     self._settings, self._dtype = settings, np.dtype(settings['dtype']).newbyteorder('<')
     self._plan = {
       'schema': SCHEMA, 'd_model': d_model, 'config': settings, 'provenance': provenance,
       'subject_flops_per_token': flops_per_token,
-    }  # fmt: skip
+    } | ({'scale': scale} if settings['normalize'] == 'scale' else {})  # fmt: skip
     block_tokens = settings['block_windows'] * (settings['window_tokens'] - 1)
     sizes = {'train': settings['store_tokens'], 'held_out': settings['held_out_tokens']}
     self.streams = {name: order.Stream(sizes[name], block_tokens, settings['seed']) for name in ARRAYS}
@@ -87,7 +92,7 @@ class StoreWriter:
   def write(self, array: str, block: int, x_BD: np.ndarray) -> None:
     """Normalises and stores a whole block of raw activations [tokens of the block, D], in stream order.
 
-    Raises `UserError` for values that are not finite in the store's dtype, and when the disk is full.
+    Raises `UserError` for values that the store's dtype does not hold, and when the disk is full.
     """
     stream = self.streams[array]
     if x_BD.shape != (stream.size(block), self.d_model):
@@ -95,22 +100,17 @@ class StoreWriter:
         f'block {block} of {array} has shape {x_BD.shape}, not {(stream.size(block), self.d_model)}'
       )
     where = f'block {block} of {array} in {self.path}'
-    if not np.isfinite(x_BD).all():
-      raise UserError(f'{where}: activations are not finite; find the NaN or infinity in what produced them')
-    x_BD = x_BD.astype(np.float32)
-    unit_BD, _, norm_B1 = normalize(x_BD, self._settings['normalize'])
-    if self._settings['normalize'] == 'none':
-      norm_B1 = np.linalg.norm(x_BD, axis=-1, keepdims=True)
-    with np.errstate(over='ignore'):
-      stored_BD = unit_BD.astype(self._dtype)
-    if not np.isfinite(stored_BD).all():
-      raise UserError(
-        f'{where}: values exceed the range of {self._dtype.name}; use float32 or normalize=center_unit'
-      )
+    stored_BD = np.empty(x_BD.shape, self._dtype)
+    step = max(1, _SLICE // self.d_model)
+    record = _total(
+      [self._fill(stored_BD[i : i + step], x_BD[i : i + step], where) for i in range(0, len(x_BD), step)]
+    )
+    squares = record['sum_of_squares'] + record['sum_of_losses']
+    soundness.check_rounding(where, record['sum_of_losses'], squares, self._dtype.name, _FOR_DTYPE)
     first = block * stream.block_tokens
     try:
       self._stores[array][first : first + len(stored_BD)].write(stored_BD).result()
-      record = {'sha256': digest(stored_BD)} | _statistics(stored_BD, norm_B1)
+      record = {'sha256': digest(stored_BD)} | record
       files.replace(self._record_path(array, block), schema.dump_line(record, _owner(array, block)))
     except (OSError, ValueError) as error:  # tensorstore reports a failed write as ValueError
       raise UserError(
@@ -124,12 +124,20 @@ class StoreWriter:
       name: [self._records[name, b] for b in range(stream.blocks)] for name, stream in self.streams.items()
     }
     digests = {name: [record['sha256'] for record in records] for name, records in blocks.items()}
+    statistics = {name: _combine(records) for name, records in blocks.items()}
+    for name, facts in statistics.items():
+      where = f'{self.path}: the {self.streams[name].tokens} {name} rows'
+      if 'lost' in facts:
+        soundness.check_rounding(where, facts['lost'], 1.0, self._dtype.name, _FOR_DTYPE)
+      soundness.check_varies(
+        where, facts['variance'], facts['mean_square'], 'take other rows, and look at what produced these'
+      )
     meta = self._plan | {
       'tokens': self.streams['train'].tokens,
       'held_out_tokens': self.streams['held_out'].tokens,
       'block_tokens': self.streams['train'].block_tokens,
       'blocks': digests,
-      'statistics': {name: _combine(records) for name, records in blocks.items()},
+      'statistics': statistics,
     }
     meta = schema.seal(meta | {'identity': identity(meta)})
     try:
@@ -145,6 +153,22 @@ class StoreWriter:
         files.remove(self._record_path(name, block))
     files.remove(files.join(self.path, _PLAN))
     return meta
+
+  def _fill(self, stored_BD: np.ndarray, x_BD: np.ndarray, where: str) -> dict[str, Any]:
+    """Normalises some rows of a block into `stored_BD`, and gives their statistics."""
+    if not np.isfinite(x_BD).all():
+      raise UserError(f'{where}: activations are not finite; find the NaN or infinity in what produced them')
+    x_BD = x_BD.astype(np.float32)
+    unit_BD, _, norm_B1 = normalize(x_BD, self._settings['normalize'], self._scale)
+    if self._settings['normalize'] != 'center_unit':
+      norm_B1 = np.linalg.norm(x_BD.astype(np.float64), axis=-1, keepdims=True)
+    with np.errstate(over='ignore'):
+      stored_BD[:] = unit_BD
+    if not np.isfinite(stored_BD).all():
+      raise UserError(f'{where}: values exceed the range of {self._dtype.name}; {_FOR_DTYPE}')
+    return _statistics(stored_BD, norm_B1) | {
+      'sum_of_losses': float(np.square(unit_BD - stored_BD.astype(np.float64)).sum())
+    }
 
   def _claim_folder(self) -> None:
     check_place(self.path)
@@ -169,7 +193,7 @@ class StoreWriter:
   def _check_record(self, record: dict[str, Any], array: str, block: int) -> None:
     """Raises `schema.Broken` unless a record of the journal can be believed; early versions wrote no digest."""
     schema.check(record, schema.JOURNAL, _owner(array, block))
-    missing = [field.name for field in schema.JOURNAL if field.name not in record]
+    missing = [field.name for field in schema.JOURNAL if field.name not in record and not field.may]
     if missing or record['tokens'] != self.streams[array].size(block) or len(record['sum']) != self.d_model:
       raise schema.Broken('it is of another block')
     if not all(schema.is_kind(one, float) for one in record['sum']):
@@ -248,21 +272,33 @@ def _statistics(x_BD: np.ndarray, norm_B1: np.ndarray) -> dict[str, Any]:
   }
 
 
-def _combine(records: list[dict[str, Any]]) -> dict[str, Any]:
-  """Statistics of stored rows: mean over tokens [D], total variance about it, and the norms that were divided out.
+def _total(records: list[dict[str, Any]]) -> dict[str, Any]:
+  """The sums of several groups of rows as those of one."""
+  total = {name: sum(r[name] for r in records) for name in _SUMS if name in records[0]}
+  return total | {'sum': np.sum([r['sum'] for r in records], axis=0).tolist()}
 
-  `mean_norm` is of the centred activations for center_unit and of the activations themselves for none.
+
+def _combine(records: list[dict[str, Any]]) -> dict[str, Any]:
+  """Statistics of stored rows: mean over tokens [D], total variance about it, norms, and what rounding lost.
+
+  `mean_norm` is of the centred activations for center_unit and of the activations as they came otherwise. `lost` is a
+  share of the variance, absent where a block was written by a version that did not count it.
   """
-  tokens = sum(r['tokens'] for r in records)
-  mean_D = np.sum([r['sum'] for r in records], axis=0) / tokens
-  mean_square = sum(r['sum_of_squares'] for r in records) / tokens
+  counted = all('sum_of_losses' in r for r in records)
+  total = _total(
+    [r if counted else {name: r[name] for name in r if name != 'sum_of_losses'} for r in records]
+  )
+  tokens, mean_D = total['tokens'], np.array(total['sum']) / total['tokens']
+  mean_square = total['sum_of_squares'] / tokens
+  variance = mean_square - float(mean_D @ mean_D)
+  lost = total.get('sum_of_losses', 0.0) / tokens
   return {
     'mean': mean_D.tolist(),
     'mean_square': mean_square,
-    'variance': mean_square - float(mean_D @ mean_D),
-    'mean_norm': sum(r['sum_of_norms'] for r in records) / tokens,
-    'zero_tokens': sum(r['zero_tokens'] for r in records),
-  }
+    'variance': variance,
+    'mean_norm': total['sum_of_norms'] / tokens,
+    'zero_tokens': total['zero_tokens'],
+  } | ({'lost': lost / variance if variance > 0 else float(lost > 0)} if counted else {})
 
 
 def _same(path: str, kind: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
