@@ -173,7 +173,7 @@ def _is_imported(folder: str, names: set[str]) -> bool:
     info = schema.parse(files.read(files.join(folder, schema.ARTIFACT, schema.ARTIFACT_INFO)))
   except (schema.Broken, OSError):
     return False
-  return bool(info.get('imported_from'))
+  return schema.is_imported(info)
 
 
 def _unfinished(folder: str, names: set[str], max_failures: int, holder: Holder | None) -> CellState:

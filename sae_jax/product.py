@@ -71,7 +71,7 @@ def info(cell: str) -> dict[str, Any]:
   data = files.read(files.join(cell, schema.ARTIFACT, schema.ARTIFACT_INFO))
   try:
     found = schema.parse(data)
-    schema.check(found, schema.ARTIFACTS)
+    schema.check_artifact(found)
     _check_owner(cell, found)
     for name in _REPEATED:
       if name in result and name in found and found[name] != result[name]:
@@ -121,7 +121,7 @@ def _check_info(data: bytes, result: Mapping[str, Any]) -> None:
 
 def _check_owner(cell: str, info: Mapping[str, Any]) -> None:
   """Raises `schema.Broken` when the cell beside an autoencoder is another than it was trained as."""
-  if info.get('imported_from') or not info.get('id'):
+  if schema.is_imported(info) or not info.get('id'):
     return
   try:
     config = schema.parse(files.read(files.join(cell, schema.CONFIG)))

@@ -138,6 +138,7 @@ ARTIFACTS = (
   Field('identity', str, 'content hash of the store, empty without one'),
   Field('sha256', dict, 'of the tensor files, by the name of the weights'),
   Field('imported_from', str, 'format it was converted from; missing in what was trained here', may=True),
+  Field('activations_from', list, 'files of imported activations that it was trained on', may=True),
 )
 FAILURES = (
   Field('error', str, 'message, one line'),
@@ -336,6 +337,19 @@ def check(record: dict[str, Any], fields: Iterable[Field], owner: str = '') -> N
       raise Broken(f'{field.name}={_short(value)} is not of type {field.kind.__name__}')
     elif field.must and not value > 0:
       raise Broken(f'{field.name}={_short(value)} is not above 0')
+
+
+def check_artifact(info: dict[str, Any]) -> None:
+  """`check` of sae.json. Early versions listed in `imported_from` the files of imported activations, too."""
+  fields = ARTIFACTS
+  if isinstance(info.get('imported_from'), list):
+    fields = tuple(field for field in ARTIFACTS if field.name != 'imported_from')
+  check(info, fields)
+
+
+def is_imported(info: dict[str, Any]) -> bool:
+  """Whether a sae.json is of an autoencoder that was trained elsewhere."""
+  return isinstance(info.get('imported_from'), str) and bool(info['imported_from'])
 
 
 def check_fields(record: dict[str, Any], fields: Iterable[Field]) -> None:

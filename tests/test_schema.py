@@ -132,6 +132,10 @@ def test_imported_autoencoder_has_no_training_record_and_is_nobodys_work(tmp_pat
   files.replace(path, schema.dump(info | {'imported_from': 'saelens'}))
   assert cell_state.read(folder, 'imported').state == schema.IMPORTED
   assert schema.IMPORTED not in schema.UNFINISHED
+  # Early versions listed here the files of the activations that a cell of theirs was trained on.
+  files.replace(path, schema.dump(info | {'imported_from': ['acts.npy']}))
+  assert cell_state.read(folder, 'imported').state == schema.WAITING
+  assert 'raw' not in cell_state.artifact_problem(folder)
 
 
 def test_reason_is_one_short_line(tmp_path):
