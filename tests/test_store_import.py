@@ -1,14 +1,23 @@
 """Stores made from arrays on disk: every row arrives, and a file that is not a matrix of numbers ends with one line."""
 
 import json
+import os
+import pathlib
+import shutil
 
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from sae_jax.data import normalize, store
+import sae_jax
+from sae_jax import config, schema
+from sae_jax import train as training
+from sae_jax.data import normalize, store, store_import, store_writer
+from tests import cells
 from tests.test_store import TRAIN, D, activations, cell
+
+FROZEN = pathlib.Path(__file__).parent / 'frozen'
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
@@ -39,6 +48,22 @@ def test_import_of_npy_files_keeps_every_row(tmp_path, capsys):
   assert 'imported_sha256' in error
 
 
+@pytest.mark.parametrize('dtype', ['>f2', '>f4', '>f8'])
+def test_import_of_the_other_byte_order(tmp_path, capsys, dtype):
+  np.save(tmp_path / 'a.npy', activations('train').astype(dtype))
+  argv = [
+    'import',
+    f'--from={tmp_path}/a.npy',
+    '--held_out=5',
+    '--dtype=float32',
+    '--normalize=none',
+    '--seed=2',
+  ]
+  assert run(capsys, *argv, f'--out={tmp_path}/s')[0] == 0
+  want_BD = activations('train')[-5:].astype(dtype).astype(np.float32)
+  np.testing.assert_array_equal(store.Store(cell(tmp_path / 's')).held_out(0, 5), want_BD)
+
+
 @pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 def test_import_of_one_tensor_of_several(tmp_path, capsys, dtype):
   x_BD = activations('train').astype(dtype)
@@ -59,14 +84,14 @@ def hostile_files(folder) -> dict[str, str]:
   bad_row, constant, infinite = good.copy(), good.copy(), good.astype(np.float64)
   bad_row[31, 2], constant[44], infinite[7, 0] = np.nan, 1.5, 1e300
   arrays = {
-    'nan': bad_row, 'constant': constant, 'infinite': infinite, 'flat': good.ravel(), 'cube': good.reshape(1, TRAIN, D),
+    'nan': bad_row, 'constant': constant, 'infinite': infinite, 'flat': good.ravel(),
+    'cube': good.reshape(1, TRAIN, D), 'cubes': good.reshape(1, 1, TRAIN, D), 'gap': good[:, None, :0], 'bfloat16': good.astype(ml_dtypes.bfloat16),
+    'float8': good.astype(ml_dtypes.float8_e4m3fn), 'underflow': 1e-50 * good.astype(np.float64),
     'empty': good[:0], 'narrow': good[:, :0], 'integers': good.astype(np.int32), 'complex': good.astype(complex),
-    'objects': np.array([{}, []], object), 'records': np.zeros(3, [('a', 'f4')]),
+    'records': np.zeros(3, [('a', 'f4')]),
   }  # fmt: skip
   for name, array in arrays.items():
     np.save(folder / f'{name}.npy', array, allow_pickle=True)
-  np.savez(folder / 'zip.npz', a=good)
-  (folder / 'zip.npz').rename(folder / 'zip.npy')
   data = (folder / 'constant.npy').read_bytes()
   (folder / 'cut.npy').write_bytes(data[: len(data) // 2])
   (folder / 'nothing.npy').write_bytes(b'')
@@ -85,7 +110,6 @@ def hostile_files(folder) -> dict[str, str]:
   (folder / 'gigabytes.safetensors').write_bytes((2**33).to_bytes(8, 'little') + b'{' * 9)
   (folder / 'brackets.safetensors').write_bytes((100_000).to_bytes(8, 'little') + b'[' * 100_000)
   (folder / 'badzip.npy').write_bytes(b'PK\x03\x04' + b'\0' * 40)
-  (folder / 'pickle.npy').write_bytes(b'\x80\x04K\x01.')
   (folder / 'text.csv').write_text('1,2,3')
   (folder / 'noise.safetensors').write_bytes(b'\xff' * 99)
   outside = json.dumps({'a': {'dtype': 'F32', 'shape': [9, 9], 'data_offsets': [0, 324]}}).encode()
@@ -94,13 +118,16 @@ def hostile_files(folder) -> dict[str, str]:
   safetensors.numpy.save_file({'a': good[:0]}, folder / 'empty.safetensors')
   return {
     'nan.npy': 'row 31 holds NaN', 'constant.npy': 'row 44 is constant', 'infinite.npy': 'row 7 holds NaN or inf',
-    'flat.npy': 'shape (371,)', 'cube.npy': 'shape (1, 53, 7)', 'empty.npy': 'shape (0, 7)',
-    'narrow.npy': 'shape (53, 0)', 'integers.npy': 'int32', 'complex.npy': 'complex128', 'objects.npy': 'not a plain',
-    'records.npy': 'float32', 'zip.npy': 'not a plain', 'cut.npy': 'not a plain', 'nothing.npy': 'not a plain',
+    'flat.npy': 'shape (371,)',
+    'cube.npy': 'takes every sequence', 'cubes.npy': 'shape (1, 1, 53, 7)', 'gap.npy': 'shape (53, 1, 0)',
+    'bfloat16.npy': 'holds |V2: two-byte values', 'float8.npy': 'holds |V1: bytes without a type',
+    'underflow.npy': 'float32 loses a share of 1 of', 'empty.npy': 'shape (0, 7)',
+    'narrow.npy': 'shape (53, 0)', 'integers.npy': 'int32', 'complex.npy': 'complex128', 
+    'records.npy': 'float32', 'cut.npy': 'not a plain', 'nothing.npy': 'not a plain',
     'vast.npy': 'not a plain', 'beyond.npy': 'not a plain', 'true.npy': 'not a plain', 'badzip.npy': 'not a plain',
     'brackets.npy': 'not a plain', 'parentheses.npy': 'its header has', 'gigabytes.npy': 'its header has 4294967295',
     'gigabytes.safetensors': 'its header has 8589934592', 'brackets.safetensors': 'nested too deeply',
-    'pickle.npy': 'not a plain', 'text.csv': 'neither', 'noise.safetensors': 'not a safetensors',
+    'text.csv': 'is none of', 'noise.safetensors': 'not a safetensors',
     'outside.safetensors': 'not a safetensors', 'integers.safetensors': 'I32', 'empty.safetensors': 'shape (0, 7)',
     'missing.npy': 'does not exist', 'missing.safetensors': 'does not exist',
   }  # fmt: skip
@@ -129,3 +156,212 @@ def test_import_of_numbers_out_of_range_is_one_line(tmp_path, capsys):
     code, _, error = run(capsys, *base, *more)
     assert (code, error.count('\n')) == (2, 1)
     assert reason in error
+
+
+# ----- what earlier versions wrote
+
+
+def test_import_makes_the_store_that_an_early_version_made(tmp_path, capsys):
+  """Row for row and bit for bit: `data.identity` of old cells must stay true."""
+  argv = ['import', f'--from={FROZEN}/activations.npy', '--held_out=20', f'--out={tmp_path}/s']
+  assert run(capsys, *argv)[0] == 0
+  made, old = (config.read_store_file(str(path)) for path in (tmp_path / 's', FROZEN / 'store'))
+  assert made['identity'] == old['identity']
+  for key in ('variance', 'mean_square', 'mean_norm'):
+    assert made['statistics']['train'][key] == pytest.approx(old['statistics']['train'][key], rel=1e-14)
+
+
+@pytest.mark.parametrize('finished', [True, False])
+def test_store_begun_with_another_default_of_the_block_goes_on(tmp_path, capsys, monkeypatch, finished):
+  x_BD = activations('train')
+  np.save(tmp_path / 'a.npy', x_BD)
+  argv = ['import', f'--from={tmp_path}/a.npy', '--held_out=11', f'--out={tmp_path}/s']
+  monkeypatch.setattr(store_import, '_BLOCK_BYTES', 16 * D * 2)
+  if not finished:
+    monkeypatch.setattr(store_writer.StoreWriter, 'finish', lambda self: pytest.fail('stopped'))
+    with pytest.raises(pytest.fail.Exception):
+      store.main(argv)
+  else:
+    run(capsys, *argv)
+  monkeypatch.undo()
+  assert run(capsys, *argv)[0] == 0
+  assert config.read_store_file(str(tmp_path / 's'))['block_tokens'] == 16
+
+
+def test_default_block_is_64_mib_at_most(tmp_path, monkeypatch):
+  asked = {}
+  monkeypatch.setattr(
+    store_writer, 'finished', lambda out, settings, came_from: asked.update(settings) or True
+  )
+  for width, dtype, want in ((8, 'float16', 32_768), (1024, 'float16', 32_768), (4096, 'float16', 8192),
+                             (4096, 'float32', 4096), (40_000_000, 'float32', 1)):  # fmt: skip
+    path = tmp_path / 'a.npy'
+    np.lib.format.open_memmap(path, 'w+', np.float16, (3, width))
+    monkeypatch.setattr(store_import.inputs, 'digests', lambda sources: [])
+    store_import.import_arrays(
+      sources=[str(path)], out=str(tmp_path / 's'), held_out=2, normalize='none', seed=0, dtype=dtype
+    )
+    assert asked['block_windows'] == want
+    path.unlink()
+
+
+def test_slices_and_blocks_change_no_bit(tmp_path, capsys, monkeypatch):
+  np.save(tmp_path / 'a.npy', activations('train'))
+  argv = ['import', f'--from={tmp_path}/a.npy', '--held_out=11', '--block_tokens=16']
+  run(capsys, *argv, f'--out={tmp_path}/whole')
+  for module in (store_import, store_writer, store_import.scan.__globals__):
+    names = module if isinstance(module, dict) else vars(module)
+    monkeypatch.setitem(names, '_SLICE', 3 * D)
+  run(capsys, *argv, f'--out={tmp_path}/sliced')
+  whole, sliced = (config.read_store_file(f'{tmp_path}/{name}') for name in ('whole', 'sliced'))
+  assert whole['identity'] == sliced['identity']
+
+
+# ----- rows that count twice
+
+
+def save(folder: pathlib.Path, name: str, x_BD: np.ndarray) -> str:
+  path = folder / name
+  if name.endswith('.npy'):
+    np.save(path, x_BD)
+  else:
+    safetensors.numpy.save_file({'acts': np.ascontiguousarray(x_BD)}, path)
+  return str(path)
+
+
+def test_same_file_twice_is_refused_however_it_is_named(tmp_path, capsys, monkeypatch):
+  x_BD = activations('train')
+  save(tmp_path, 'a1.npy', x_BD[:30]), save(tmp_path, 'a2.npy', x_BD[30:])
+  shutil.copy(tmp_path / 'a1.npy', tmp_path / 'copy.npy')
+  os.symlink(tmp_path / 'a1.npy', tmp_path / 'link.npy')
+  save(tmp_path, 'a1.safetensors', x_BD[:30])
+  save(tmp_path, 'wide.npy', x_BD[:30].astype(np.float64))
+  save(tmp_path, 'turned.npy', x_BD[:30][::-1])
+  (tmp_path / 'list.txt').write_text('a1.npy\n\na2.npy\n')
+  monkeypatch.chdir(tmp_path)
+  for names, reason in (
+    (['a1.npy', 'a1.npy'], 'a1.npy is named twice'), (['a1.npy', './a1.npy'], 'are one file'),
+    (['a1.npy', 'link.npy'], 'are one file'), (['a*.npy', 'a1*.npy'], 'a1.npy is named twice'),
+    (['@list.txt', 'a2.npy'], 'a2.npy is named twice'), (['a1.npy', 'copy.npy'], 'hold the same bytes'),
+    (['a1.npy', 'a1.safetensors'], 'hold the same rows'), (['a1.npy', 'wide.npy'], 'hold the same rows'),
+    (['turned.npy', 'a2.npy', 'a1.npy'], 'turned.npy and a1.npy hold the same rows'),
+    (['b*.npy'], 'b*.npy matches no file'), (['@none.txt'], '@none.txt cannot be read'),
+  ):  # fmt: skip
+    code, out, error = run(capsys, 'import', '--from', *names, '--out=s', '--held_out=5')
+    assert (code, out, error.count('\n')) == (2, '', 1) and reason in error, (names, error)
+    assert not (tmp_path / 's').exists()
+
+
+def test_patterns_and_lists_are_the_files_they_name_in_order(tmp_path, capsys, monkeypatch):
+  x_BD = activations('train')
+  save(tmp_path, 'a1.npy', x_BD[:30]), save(tmp_path, 'a2.npy', x_BD[30:]), save(tmp_path, 'a[1].npy', x_BD)
+  (tmp_path / 'list.txt').write_text('a1.npy\n  a2.npy \n\n')
+  monkeypatch.chdir(tmp_path)
+  plain = ['--dtype=float32', '--held_out=11', '--seed=2', '--normalize=none']
+  found = []
+  for i, names in enumerate((['a1.npy', 'a2.npy'], ['a?.npy'], ['@list.txt'], ['a[1].npy'])):
+    assert run(capsys, 'import', '--from', *names, f'--out=s{i}', *plain)[0] == 0
+    found.append(config.read_store_file(f's{i}'))
+  assert len({meta['identity'] for meta in found}) == 1
+  assert found[1]['provenance']['imported_from'] == ['a1.npy', 'a2.npy']
+  assert found[3]['provenance']['imported_from'] == ['a[1].npy']  # a file of this name is no pattern
+
+
+def test_held_out_rows_that_occur_in_training_are_counted_and_warned_of(tmp_path, capsys):
+  x_BD = activations('train')
+  path = save(tmp_path, 'a.npy', np.concatenate([x_BD, x_BD[:7], x_BD[3:5]]))
+  argv = ['import', f'--from={path}', f'--out={tmp_path}/s', '--held_out=20']
+  for _ in range(2):  # a finished store says it again
+    code, out, error = run(capsys, *argv)
+    assert code == 0 and '42 training and 20 held-out' in out
+    assert error.startswith('warning: 9 of 20 held-out rows occur in training') and error.count('\n') == 1
+  _, _, error = run(capsys, 'verify', f'{tmp_path}/s')
+  assert 'warning: 9 of 20' in error
+  assert (
+    run(capsys, 'import', f'--from={save(tmp_path, "b.npy", x_BD)}', f'--out={tmp_path}/t', '--held_out=20')[
+      2
+    ]
+    == ''
+  )
+
+
+# ----- scale and dtype
+
+
+@pytest.mark.parametrize('size', [1e-5, 1e-3, 1.0, 1e4, 1e-30])
+def test_scale_gives_the_training_rows_mean_norm_one(tmp_path, capsys, size):
+  x_BD = (size * activations('train').astype(np.float64)).astype(np.float32)
+  argv = ['import', f'--from={save(tmp_path, "a.npy", x_BD)}', f'--out={tmp_path}/s', '--held_out=11']
+  code, out, error = run(capsys, *argv, '--normalize=scale', '--dtype=float32', '--seed=2')
+  scale = 1 / np.linalg.norm(x_BD[:42].astype(np.float64), axis=1).mean()
+  assert code == 0 and error == '' and f'multiplied by {scale:.6g}' in out
+  opened = store.Store(cell(tmp_path / 's'))
+  assert np.linalg.norm(opened.rows(0, 42), axis=1).mean() == pytest.approx(1, rel=1e-6)
+  np.testing.assert_allclose(opened.held_out(0, 11), x_BD[42:] * scale, rtol=1e-6)
+  assert (
+    config.read_store_file(str(tmp_path / 's'))['scale'] == opened.provenance['scale'] == pytest.approx(scale)
+  )
+
+
+@pytest.mark.parametrize('size', [1e-3, 1e-5, 50])
+def test_norms_far_from_one_without_normalisation_are_warned_of(tmp_path, capsys, size):
+  said = f'{size * np.linalg.norm(activations("train")[:42], axis=1).mean():.3g}'
+  path = save(tmp_path, 'a.npy', np.float32(size) * activations('train'))
+  argv = [
+    'import',
+    f'--from={path}',
+    f'--out={tmp_path}/s',
+    '--held_out=11',
+    '--normalize=none',
+    '--dtype=float32',
+  ]
+  for command in (argv, ['verify', f'{tmp_path}/s']):
+    code, _, error = run(capsys, *command)
+    assert code == 0 and error.startswith('warning: the mean norm of the rows is ') and error.count('\n') == 1
+    assert f' {said}, outside [0.1, 10]' in error and '--normalize=scale' in error
+  quiet = [a.replace('none', 'center_unit').replace('/s', '/t') for a in argv]
+  assert run(capsys, *quiet)[2] == ''
+
+
+@pytest.mark.parametrize('kind, code', [('none', 2), ('scale', 0), ('center_unit', 0)])
+def test_rows_below_the_smallest_float16_are_refused_or_scaled(tmp_path, capsys, kind, code):
+  path = save(tmp_path, 'a.npy', np.float32(1e-8) * activations('train'))
+  argv = ['import', f'--from={path}', f'--out={tmp_path}/s', '--held_out=11', f'--normalize={kind}']
+  found, _, error = run(capsys, *argv)
+  assert found == code and error.count('\n') == bool(code)
+  assert not code or ('float16 loses a share of' in error and 'more than 0.001' in error and 'scale' in error)
+
+
+@pytest.mark.parametrize(
+  'part, name', [(slice(42, 53), 'the 11 held-out'), (slice(0, 42), 'the 42 training')]
+)
+def test_split_without_variance_is_refused_by_its_name(tmp_path, capsys, part, name):
+  x_BD = activations('train')
+  x_BD[part] = x_BD[0]
+  argv = ['import', f'--from={save(tmp_path, "a.npy", x_BD)}', f'--out={tmp_path}/s', '--held_out=11']
+  code, _, error = run(capsys, *argv)
+  assert code == 2 and error.count('\n') == 1 and f'{name} rows have variance' in error
+  assert not (tmp_path / 's').exists()
+
+
+def test_scale_goes_from_the_store_into_the_autoencoder(tmp_path, capsys):
+  """Trained on rows of norm 4,000 by the shared cell, it takes and gives rows of norm 4,000."""
+  rng = np.random.default_rng(0)
+  x_BD = (rng.random((900, 61)) < 0.1) @ (4000 * rng.standard_normal((61, 24))) + rng.standard_normal(
+    (900, 24)
+  )
+  path = save(tmp_path, 'a.npy', x_BD.astype(np.float32))
+  argv = ['import', f'--from={path}', f'--out={tmp_path}/s', '--held_out=101', '--normalize=scale']
+  assert run(capsys, *argv)[0] == 0
+  c = config.override(cells.tiny.get_config(), cells.SHARED | {'data.source': 'store', 'data.path': f'{tmp_path}/s',
+                                                              'train.tokens': 780})  # fmt: skip
+  assert training.train(config.resolve(c), str(tmp_path / 'cell')) == 'done'
+  sae = sae_jax.load(str(tmp_path / 'cell'))
+  assert (
+    sae.info['normalize'] == 'scale' and sae.info['scale'] == config.read_store_file(f'{tmp_path}/s')['scale']
+  )
+  held_out_BD = x_BD[-101:]
+  error = np.square(held_out_BD - sae.reconstruct(held_out_BD)).sum()
+  variance = np.square(held_out_BD - held_out_BD.mean(axis=0)).sum()
+  result = json.loads((tmp_path / 'cell' / schema.RESULT).read_text())
+  assert error / variance == pytest.approx(result['nmse'], rel=1e-3)

@@ -8,6 +8,7 @@ import argparse
 import collections
 import concurrent.futures
 import math
+import sys
 import threading
 from typing import Any
 
@@ -45,7 +46,11 @@ class Store:
     self.d_model = meta['d_model']
     self.flops_per_token = float(meta['subject_flops_per_token'])
     settings = {key: meta['config'][key] for key in ('subject', 'site', 'text', 'normalize')}
-    self.provenance = meta['provenance'] | settings | {'identity': meta['identity']}
+    # In sae.json `imported_from` is the format of an autoencoder from elsewhere.
+    facts = {
+      ('activations_from' if key == 'imported_from' else key): v for key, v in meta['provenance'].items()
+    }
+    self.provenance = facts | settings | {'identity': meta['identity']}
     if settings['normalize'] == 'scale':
       self.provenance['scale'] = meta['scale']
     self._epochs = cell.data.epochs
@@ -216,27 +221,10 @@ def main(argv: list[str]) -> int:
   commands = parser.add_subparsers(dest='command', required=True)
   check = commands.add_parser('verify', help='read every block and compare it with its SHA-256')
   check.add_argument('path', metavar='DIR')
-  make = commands.add_parser('import', help='make a store from arrays [tokens, D] of your own')
-  make.add_argument(
-    '--from', dest='sources', metavar='FILE', nargs='+', required=True,
-    help='.npy, or .safetensors with :NAME when it holds several tensors; several files are joined in the order given',
-  )  # fmt: skip
-  make.add_argument('--out', metavar='DIR', required=True, help='an empty folder; run again to resume')
-  make.add_argument(
-    '--held_out', type=int, default=16_384, help='the last so many rows are held out (%(default)s)'
+  make = commands.add_parser(
+    'import', help='make a store from activations of your own, [tokens, D] or [B, T, D]'
   )
-  make.add_argument('--normalize', default='center_unit', choices=('center_unit', 'none'))
-  make.add_argument(
-    '--seed', type=int, default=0, help='of the shuffle; data.seed of the cells (%(default)s)'
-  )
-  make.add_argument(
-    '--dtype', default='float16', choices=('float16', 'float32'), help='on disk (%(default)s)'
-  )
-  make.add_argument(
-    '--block_tokens', type=int, default=32_768, help='rows written and checked at once (%(default)s)'
-  )
-  make.add_argument('--subject', default='', help='recorded only: which model the rows come from')
-  make.add_argument('--site', default='', help='recorded only: where in it')
+  store_import.add_arguments(make)
   args = vars(parser.parse_args(argv))
   if args.pop('command') == 'verify':
     meta, path = verify(args['path']), args['path']
@@ -247,7 +235,10 @@ def main(argv: list[str]) -> int:
   print(
     f'{path}: {meta["tokens"]} training and {meta["held_out_tokens"]} held-out tokens of width {meta["d_model"]}, '
     f'identity {meta["identity"][:12]}'
+    + (f', multiplied by {meta["scale"]:.6g}' if meta['config']['normalize'] == 'scale' else '')
   )
+  for text in store_import.warnings(meta):
+    print(text, file=sys.stderr)
   return 0
 
 

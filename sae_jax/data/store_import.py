@@ -1,177 +1,148 @@
-"""A store from activations that are already on disk: .npy and .safetensors arrays [tokens, D] of any size."""
+"""A store from activations that are already on disk, of any size, in memory of a few blocks."""
 
-import hashlib
+import argparse
 import pathlib
+from typing import Any
 
-import ml_dtypes
 import numpy as np
-import safetensors
 from tqdm import tqdm
 
-from sae_jax import __version__, cell_state, schema
-from sae_jax.data import order, store_writer
+from sae_jax import __version__
+from sae_jax.data import inputs, order, soundness, store_writer
+from sae_jax.data.matrix import Piece
+from sae_jax.data.normalize import KINDS
+from sae_jax.data.scan import scan
+from sae_jax.data.split import split
 from sae_jax.errors import UserError
 
-_NPY_HEADER = 1000  # bytes; that of a matrix has 118
-_SAFETENSORS_HEADER = 2**22  # bytes; enough for tens of thousands of tensors
-_SAFETENSORS_TYPES = {'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'F32': np.float32, 'F64': np.float64}
+_BLOCK_BYTES = 2**26  # of a block on disk; importing holds about six times that
+_BLOCK_TOKENS = 32_768  # at most; more make a block no quicker to read
+_SLICE = 2**20  # numbers that are gathered at once
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """The flags of `import_arrays`, by the names of its arguments."""
+  parser.add_argument(
+    '--from', dest='sources', metavar='NAME', nargs='+', required=True,
+    help=f'{inputs.FORMS}; :NAME takes one tensor, column or layer of several; patterns in quotes; @FILE for a list. '
+    'They are joined in the order given',
+  )  # fmt: skip
+  parser.add_argument('--out', metavar='DIR', required=True, help='an empty folder; run again to resume')
+  parser.add_argument(
+    '--mask', dest='masks', metavar='NAME', nargs='+', default=[],
+    help='1 for tokens and 0 for padding, in the shape of the activations without their width; one a source',
+  )  # fmt: skip
+  parser.add_argument(
+    '--drop_first', type=int, default=0, help='leave out so many first tokens of every sequence (%(default)s)'
+  )
+  parser.add_argument(
+    '--held_out', type=int, default=16_384,
+    help='the last so many rows are held out; of sequences the last ones that hold them (%(default)s)',
+  )  # fmt: skip
+  parser.add_argument(
+    '--normalize', default='center_unit', choices=KINDS,
+    help='center_unit: mean 0 and norm 1 for every row; scale: one number, so that the mean norm is 1 (%(default)s)',
+  )  # fmt: skip
+  parser.add_argument(
+    '--seed', type=int, default=0, help='of the shuffle; data.seed of the cells (%(default)s)'
+  )
+  parser.add_argument(
+    '--dtype', default='float16', choices=('float16', 'float32'), help='on disk (%(default)s)'
+  )
+  parser.add_argument(
+    '--block_tokens', type=int, default=None,
+    help=f'rows written and checked at once ({_BLOCK_TOKENS}, fewer where that is more than 64 MiB)',
+  )  # fmt: skip
+  parser.add_argument('--subject', default='', help='recorded only: which model the rows come from')
+  parser.add_argument('--site', default='', help='recorded only: where in it')
 
 
 def import_arrays(
-  *, sources: list[str], out: str, held_out: int, normalize: str, seed: int, dtype: str, block_tokens: int,
-  subject: str = '', site: str = '',
+  *, sources: list[str], out: str, held_out: int, normalize: str, seed: int, dtype: str,
+  block_tokens: int | None = None, subject: str = '', site: str = '', masks: list[str] | None = None, drop_first: int = 0,
 ) -> None:  # fmt: skip
   """Writes the rows of `sources` to the store `out`; resumes, and does nothing when it is finished.
 
-  The last `held_out` rows are held out, in the order given, because neighbours in a text are alike; all the others
-  are shuffled by `seed`. Raises `UserError` for anything but finite floating-point matrices of one width, and for
-  a row that has no direction (padding) when rows are normalised.
+  The last rows are held out, in the order given; all the others are shuffled by `seed`. Raises `UserError` for anything
+  but finite numbers of one width, for a row that has no direction (padding) when rows are normalised, for a file that
+  counts twice, and for a dtype that does not hold the rows.
   """
-  arrays = [_open(source) for source in sources]
-  widths = {array.shape[1] for array in arrays}
+  opened = [inputs.open_source(name) for name in inputs.expand(sources)]
+  pieces = [piece for source in opened for piece in source.pieces]
+  widths = {piece.shape[-1] for piece in pieces}
   if len(widths) > 1:
     raise UserError(f'the arrays have widths {sorted(widths)}; import one width at a time')
-  total = sum(len(array) for array in arrays)
-  if not 2 <= held_out < total:
+  (width,) = widths
+  if block_tokens is None:
+    most = _BLOCK_BYTES // (width * np.dtype(dtype).itemsize)
+    # A store that an earlier version began, or finished, with its own default goes on as it is.
+    block_tokens = store_writer.block_tokens_at(out) or min(_BLOCK_TOKENS, max(1, most))
+  if block_tokens < 1 or seed < 0 or drop_first < 0:
     raise UserError(
-      f'--held_out={held_out} of {total} rows is not in [2, {total - 1}]; choose another number'
+      f'--block_tokens={block_tokens} must be at least 1, --seed={seed} and --drop_first={drop_first} at least 0; '
+      'correct them'
     )
-  if block_tokens < 1 or seed < 0:
-    raise UserError(
-      f'--block_tokens={block_tokens} must be at least 1 and --seed={seed} at least 0; correct them'
-    )
+  mask, mask_digests = inputs.read_masks(inputs.expand(masks), opened) if masks else (None, None)
+  rows = split(opened, mask, drop_first, held_out)
   settings = {
     'subject': subject, 'site': site, 'text': '', 'normalize': normalize,
     'window_tokens': 2, 'block_windows': block_tokens,  # rows have no windows: one token each
-    'store_tokens': total - held_out, 'held_out_tokens': held_out, 'dtype': dtype, 'seed': seed,
+    'store_tokens': rows.train, 'held_out_tokens': rows.held_out, 'dtype': dtype, 'seed': seed,
   }  # fmt: skip
-  provenance = {
-    'imported_from': [pathlib.Path(path).name + name for path, name in map(_split, sources)],
-    'imported_sha256': [_sha256(_split(source)[0]) for source in sources],
-    'versions': {'sae_jax': __version__, 'numpy': np.__version__},
-  }
-  if store_writer.finished(out, settings, {'imported_sha256': provenance['imported_sha256']}):
+  came_from = {
+    'imported_sha256': inputs.digests(opened), 'mask_sha256': mask_digests, 'drop_first': drop_first or None,
+  }  # fmt: skip
+  if store_writer.finished(out, settings, came_from):
     return
+  found = scan(opened, rows, normalize)
+  provenance: dict[str, Any] = {
+    'imported_from': [
+      pathlib.Path(file).name + (f':{source.part}' if source.part else '')
+      for source in opened for file in source.files
+    ],
+  } | {key: value for key, value in came_from.items() if value is not None}  # fmt: skip
+  if found.repeated:
+    provenance['held_out_in_training'] = found.repeated
   writer = store_writer.StoreWriter(
-    out, d_model=widths.pop(), settings=settings, provenance=provenance, flops_per_token=0.0
-  )
-  rows = {
-    'train': order.permutation(total - held_out, 'rows', seed),
-    'held_out': np.arange(total - held_out, total),
+    out, d_model=width, settings=settings,
+    provenance=provenance | {'versions': {'sae_jax': __version__, 'numpy': np.__version__}},
+    flops_per_token=0.0, scale=1 / found.mean_norm if normalize == 'scale' else 1.0,
+  )  # fmt: skip
+  counted = {
+    'train': order.permutation(rows.train, 'rows', seed),
+    'held_out': np.arange(rows.train, rows.train + rows.held_out),
   }
-  offsets = np.cumsum([0, *map(len, arrays)])
   blocks = [(name, block) for name, stream in writer.streams.items() for block in range(stream.blocks)]
   for name, block in tqdm(blocks, desc='import', unit='block', disable=None):  # None: only on a terminal
     if not writer.done(name, block):
       first = block * block_tokens
-      chosen = rows[name][first : first + writer.streams[name].size(block)]
-      x_BD = _gather(arrays, offsets, chosen)
-      _check_rows(x_BD, chosen, offsets, sources, normalize)
-      writer.write(name, block, x_BD)
+      chosen = counted[name][first : first + writer.streams[name].size(block)]
+      writer.write(name, block, _gather(pieces, rows.raw(chosen)))
   writer.finish()
 
 
-def _gather(arrays: list[np.ndarray], offsets: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-  """Rows of the joined arrays, float32, read from disk in ascending order."""
-  out_BD = np.empty((len(chosen), arrays[0].shape[1]), np.float32)
-  ascending = np.argsort(chosen, kind='stable')
-  bounds = np.searchsorted(chosen[ascending], offsets)
-  with np.errstate(over='ignore'):  # a float64 beyond float32 becomes infinite and is reported with its row
-    for array, offset, first, last in zip(arrays, offsets[:-1], bounds[:-1], bounds[1:], strict=True):
-      at = ascending[first:last]
-      out_BD[at] = array[chosen[at] - offset]
-  return out_BD
-
-
-def _check_rows(
-  x_BD: np.ndarray, chosen: np.ndarray, offsets: np.ndarray, sources: list[str], normalize: str
-) -> None:
-  finite_B = np.isfinite(x_BD).all(axis=1)
-  constant_B = (x_BD == x_BD[:, :1]).all(axis=1) & (normalize != 'none')
-  for bad_B, problem, remedy in (
-    (~finite_B, 'holds NaN or infinity', 'remove it'),
-    (constant_B, 'is constant and has no direction', 'remove padding rows or use --normalize=none'),
-  ):
-    if bad_B.any():
-      row = int(chosen[np.argmax(bad_B)])
-      i = int(np.searchsorted(offsets, row, side='right')) - 1
-      raise UserError(f'{sources[i]}: row {row - offsets[i]} {problem}; {remedy}')
-
-
-def _split(source: str) -> tuple[str, str]:
-  """'a.safetensors:name' as ('a.safetensors', ':name'); the second part is empty without a name."""
-  path, suffix, name = source.partition('.safetensors:')
-  return (f'{path}.safetensors', f':{name}') if suffix else (source, '')
-
-
-def _open(source: str) -> np.ndarray:
-  """A read-only view of one matrix on disk. Raises `UserError` unless it is a floating-point matrix."""
-  path, name = _split(source)
-  if path.endswith('.npy'):
-    array = _open_npy(path)
-  elif path.endswith('.safetensors'):
-    array = _open_safetensors(path, name.removeprefix(':'))
-  else:
-    raise UserError(f'{source} is neither .npy nor .safetensors; convert it')
-  if array.ndim != 2 or 0 in array.shape:
-    raise UserError(f'{source} has shape {array.shape}; give a matrix [tokens, width] that is not empty')
-  return array
-
-
-def _open_npy(path: str) -> np.ndarray:
-  try:
-    with open(path, 'rb') as f:
-      if f.read(6) != b'\x93NUMPY':  # numpy would look for an archive in it
-        raise ValueError('it does not begin with the magic string')
-      version = f.read(2)
-      # numpy reads all of a header before it refuses its length, and would parse thousands of parentheses.
-      length = int.from_bytes(f.read(2 if version[:1] == b'\x01' else 4), 'little')
-      if length > _NPY_HEADER:
-        raise ValueError(f'its header has {length} bytes, more than {_NPY_HEADER}')
-    with np.errstate(over='raise'):  # sides whose product is no size
-      array = np.load(path, mmap_mode='r', allow_pickle=False, max_header_size=_NPY_HEADER)
-  except FileNotFoundError:
-    raise UserError(f'{path} does not exist; name a .npy file') from None
-  except (
-    OSError, ValueError, EOFError, TypeError, ArithmeticError, SyntaxError, RecursionError, MemoryError,
-  ) as error:  # fmt: skip
-    raise UserError(f'{path} is not a plain .npy array ({_why(error)}); save it with numpy.save') from None
-  if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32, np.float64):
-    raise UserError(
-      f'{path} holds {getattr(array, "dtype", type(array))}; save it as float16, float32 or float64'
+def warnings(meta: dict[str, Any]) -> list[str]:
+  """What is wrong with a finished store and yet no reason to refuse it, a line each."""
+  found = []
+  if meta['config']['normalize'] == 'none':
+    found.append(soundness.norm_warning(meta['statistics']['train']['mean_norm']))
+  if repeated := meta['provenance'].get('held_out_in_training'):
+    found.append(
+      f'warning: {repeated} of {meta["held_out_tokens"]} held-out rows occur in training, and the NMSE will be too '
+      'low; leave out copies, padding (--mask) and the first token of every text (--drop_first=1)'
     )
-  return array
+  return [text for text in found if text]
 
 
-def _open_safetensors(path: str, name: str) -> np.ndarray:
-  try:
-    with open(path, 'rb') as f:
-      header_bytes = int.from_bytes(f.read(8), 'little')
-      if header_bytes > _SAFETENSORS_HEADER:
-        raise ValueError(f'its header has {header_bytes} bytes, more than {_SAFETENSORS_HEADER}')
-      header = schema.parse(f.read(header_bytes))
-    with safetensors.safe_open(path, framework='numpy') as f:  # checks sizes and offsets of every tensor
-      names = sorted(f.keys())
-  except FileNotFoundError:
-    raise UserError(f'{path} does not exist; name a .safetensors file') from None
-  except (OSError, ValueError, safetensors.SafetensorError) as error:
-    raise UserError(f'{path} is not a safetensors file ({_why(error)}); save it again') from None
-  if name not in names and (name or len(names) != 1):
-    raise UserError(f'{path}: no tensor {name!r}; write {path}:NAME with one of {", ".join(names[:8])}')
-  entry = header[name or names[0]]
-  if entry['dtype'] not in _SAFETENSORS_TYPES:
-    raise UserError(f'{path} holds {entry["dtype"]}; use one of {", ".join(_SAFETENSORS_TYPES)}')
-  if 0 in entry['shape']:  # an empty file region cannot be mapped
-    return np.empty(entry['shape'])
-  offset = 8 + header_bytes + entry['data_offsets'][0]
-  dtype = np.dtype(_SAFETENSORS_TYPES[entry['dtype']])
-  return np.memmap(path, dtype, mode='r', offset=offset, shape=tuple(entry['shape']))
-
-
-def _why(error: BaseException) -> str:
-  return cell_state.printable(getattr(error, 'strerror', None) or str(error) or type(error).__name__)[:120]
-
-
-def _sha256(path: str) -> str:
-  with open(path, 'rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()
+def _gather(pieces: list[Piece], rows_B: np.ndarray) -> np.ndarray:
+  """Rows of the joined pieces, float32, read from disk in ascending order."""
+  out_BD = np.empty((len(rows_B), pieces[0].shape[-1]), np.float32)
+  step = max(1, _SLICE // out_BD.shape[1])
+  ascending = np.argsort(rows_B, kind='stable')
+  offsets = np.cumsum([0, *(piece.tokens for piece in pieces)])
+  bounds = np.searchsorted(rows_B[ascending], offsets)
+  for piece, offset, first, last in zip(pieces, offsets[:-1], bounds[:-1], bounds[1:], strict=True):
+    for i in range(first, last, step):
+      at = ascending[i : min(i + step, last)]
+      out_BD[at] = piece.take(rows_B[at] - offset)
+  return out_BD

@@ -1,0 +1,141 @@
+"""What a user names, `a.npy`, `shards/*.safetensors:acts`, `cache:column`, `@list.txt`, as arrays on disk."""
+
+import dataclasses
+import glob
+import hashlib
+import os
+import pathlib
+
+import numpy as np
+
+from sae_jax.data import matrix, pickled
+from sae_jax.errors import UserError
+
+FORMS = '.npy or .safetensors'
+_MAGIC = '*?['
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """What one name stands for: arrays on disk, in order, and the files that hold them."""
+
+  name: str
+  part: str  # tensor, column or layer, as it was named
+  pieces: list[matrix.Piece]
+  files: list[str]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Without the width: (sequences, T), or (tokens,)."""
+    inner = {piece.shape[1:-1] for piece in self.pieces}
+    if len(inner) == 1 and inner != {()}:
+      return (sum(piece.shape[0] for piece in self.pieces), *inner.pop())
+    return (sum(piece.tokens for piece in self.pieces),)
+
+
+def expand(names: list[str]) -> list[str]:
+  """Lists read and patterns replaced by what they match, sorted by name as a shell does. Raises `UserError`."""
+  found = []
+  for name in names:
+    if name.startswith('@'):
+      try:
+        lines = pathlib.Path(name[1:]).read_text().splitlines()
+      except (OSError, UnicodeError) as error:
+        raise UserError(f'{name} cannot be read ({matrix.why(error)}); write a name a line') from None
+      found += expand([line.strip() for line in lines if line.strip()])
+      continue
+    path, part = split(name)
+    if os.path.exists(path) or not any(sign in path for sign in _MAGIC):
+      found.append(name)
+      continue
+    matches = sorted(glob.glob(path, recursive=True))
+    if not matches:
+      raise UserError(f'{path} matches no file; mend the pattern, in quotes')
+    found += [f'{match}:{part}' if part else match for match in matches]
+  if not found:
+    raise UserError(f'{" ".join(names)} names nothing; name at least one file')
+  seen: dict[tuple[str, str], str] = {}
+  for name in found:
+    path, part = split(name)
+    if (key := (os.path.realpath(path), part)) in seen:
+      twice = name if seen[key] == name else f'{seen[key]} and {name} are one file, which'
+      raise UserError(f'{twice} is named twice, so that rows would count double; name it once')
+    seen[key] = name
+  return found
+
+
+def split(name: str) -> tuple[str, str]:
+  """'a.safetensors:acts' as ('a.safetensors', 'acts'); the second part is empty without a name."""
+  path, suffix, part = name.partition('.safetensors:')
+  if suffix:
+    return f'{path}.safetensors', part
+  path, colon, part = name.rpartition(':')
+  if colon and not os.path.exists(name) and (os.path.exists(path) or any(sign in path for sign in _MAGIC)):
+    return path, part
+  return name, ''
+
+
+def open_source(name: str) -> Source:
+  """Activations [tokens, D] or [sequences, T, D]. Raises `UserError` for anything else."""
+  source = _open(name, matrix.FLOATS)
+  for piece in source.pieces:
+    if len(piece.shape) not in (2, 3) or 0 in piece.shape:
+      raise UserError(
+        f'{piece.name} has shape {piece.shape}; give [tokens, width] or [sequences, tokens, width], not empty'
+      )
+  if not source.pieces:
+    raise UserError(f'{name} holds no rows; name files that do')
+  return source
+
+
+def read_masks(names: list[str], sources: list[Source]) -> tuple[np.ndarray, list[str]]:
+  """Which rows of the sources count, bool over all of them, and the digests of the files. Raises `UserError`."""
+  if len(names) != len(sources):
+    raise UserError(f'{len(names)} masks for {len(sources)} sources; give one a source, in the same order')
+  masks = [_read_mask(name, source) for name, source in zip(names, sources, strict=True)]
+  digests = [_sha256(file) for name in names for file in _open(name, matrix.MASKS).files]
+  return np.concatenate(masks), digests
+
+
+def _read_mask(name: str, source: Source) -> np.ndarray:
+  """Which tokens of a source count, bool [tokens]. Raises `UserError` unless it has its shape, in 0 and 1."""
+  found = _open(name, matrix.MASKS)
+  shape = (sum(piece.shape[0] for piece in found.pieces), *found.pieces[0].shape[1:]) if found.pieces else ()
+  if shape != source.shape:
+    raise UserError(f'{name} has shape {shape} and {source.name} has {source.shape}; give one mask a source')
+  values = np.concatenate([np.asarray(piece.view()).reshape(-1) for piece in found.pieces])
+  if bad := [value for value in np.unique(values).tolist() if value not in (0, 1)]:
+    raise UserError(f'{name} holds {bad[0]}; a mask has 1 for tokens and 0 for padding')
+  return values.astype(bool)
+
+
+def digests(sources: list[Source]) -> list[str]:
+  """SHA-256 of every file, in order. Raises `UserError` where two hold the same."""
+  found: list[str] = []
+  seen: dict[tuple[str, str], str] = {}
+  by_file: dict[str, str] = {}  # several tensors of one file
+  for source in sources:
+    for file in source.files:
+      if file not in by_file:
+        by_file[file] = _sha256(file)
+      key = by_file[file], source.part
+      if key in seen:
+        raise UserError(f'{seen[key]} and {file} hold the same bytes; name one of them, or rows count double')
+      seen[key] = file
+      found.append(key[0])
+  return found
+
+
+def _sha256(file: str) -> str:
+  with open(file, 'rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def _open(name: str, types: tuple[str, ...]) -> Source:
+  path, part = split(name)
+  if path.endswith('.npy'):
+    return Source(name, part, [matrix.open_npy(path, types)], [path])
+  if path.endswith('.safetensors'):
+    return Source(name, part, [matrix.open_safetensors(path, part, types)], [path])
+  pickled.refuse(path)
+  raise UserError(f'{name} is none of: {FORMS}; convert it')
