@@ -8,10 +8,10 @@ import pathlib
 
 import numpy as np
 
-from sae_jax.data import matrix, pickled
+from sae_jax.data import matrix, pickled, saev
 from sae_jax.errors import UserError
 
-FORMS = '.npy or .safetensors'
+FORMS = '.npy, .safetensors or a folder of saev'
 _MAGIC = '*?['
 
 
@@ -133,6 +133,10 @@ def _sha256(file: str) -> str:
 
 def _open(name: str, types: tuple[str, ...]) -> Source:
   path, part = split(name)
+  mask = types is matrix.MASKS
+  if os.path.isdir(path) and saev.is_saev(path) and not mask:
+    pieces = saev.open_layer(path, part)
+    return Source(name, part, pieces, [piece.name.rpartition(':')[0] for piece in pieces])
   if path.endswith('.npy'):
     return Source(name, part, [matrix.open_npy(path, types)], [path])
   if path.endswith('.safetensors'):
