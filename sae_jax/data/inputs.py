@@ -8,10 +8,10 @@ import pathlib
 
 import numpy as np
 
-from sae_jax.data import matrix, pickled, saev
+from sae_jax.data import arrow, matrix, pickled, saev
 from sae_jax.errors import UserError
 
-FORMS = '.npy, .safetensors or a folder of saev'
+FORMS = '.npy, .safetensors, .arrow, a folder of datasets.save_to_disk or a folder of saev'
 _MAGIC = '*?['
 
 
@@ -137,6 +137,8 @@ def _open(name: str, types: tuple[str, ...]) -> Source:
   if os.path.isdir(path) and saev.is_saev(path) and not mask:
     pieces = saev.open_layer(path, part)
     return Source(name, part, pieces, [piece.name.rpartition(':')[0] for piece in pieces])
+  if arrow.is_arrow(path):
+    return Source(name, part, arrow.open_column(path, part, mask), arrow.files(path))
   if path.endswith('.npy'):
     return Source(name, part, [matrix.open_npy(path, types)], [path])
   if path.endswith('.safetensors'):
