@@ -32,6 +32,16 @@ def test_live_equals_store(toy, tmp_path, dtype):  # noqa: F811
   assert live.flops_per_token == store.flops_per_token > 0
 
 
+@pytest.mark.parametrize('size, said', [(1e-9, 'loses a share of'), (1e5, 'exceed the range of float16')])
+def test_live_refuses_what_its_dtype_does_not_hold(toy, monkeypatch, size, said):  # noqa: F811
+  genuine = harvest.block_activations
+  monkeypatch.setattr(harvest, 'block_activations', lambda *args: np.float32(size) * genuine(*args))
+  small = open_source(cell('live', '', 'float16', **{'data.normalize': 'none'}))
+  with pytest.raises(UserError, match=f'block 0 of train: .*{said}'):
+    small.rows(0, 16)
+  assert np.isfinite(open_source(cell('live', '', 'float16')).rows(0, 16)).all()
+
+
 def test_live_is_a_function_of_position(toy):  # noqa: F811
   used, fresh = open_source(cell('live', '')), open_source(cell('live', ''))
   used.rows(0, 300)

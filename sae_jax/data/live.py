@@ -10,7 +10,7 @@ import numpy as np
 
 from sae_jax import subjects
 from sae_jax.config import Config
-from sae_jax.data import harvest, order
+from sae_jax.data import harvest, order, soundness
 from sae_jax.data.normalize import normalize
 from sae_jax.errors import UserError
 from sae_jax.subjects import llama, text
@@ -110,4 +110,10 @@ class Live:
     windows_WT = {'train': self.plan.train_WT, 'held_out': self.plan.held_out_WT}[name]
     x_BD = harvest.block_activations(self.subject, self.layer, windows_WT, name, block, self.settings)
     x_BD = normalize(x_BD[: self.streams[name].size(block)], self.normalization)[0]
-    return x_BD.astype(self.dtype).astype(np.float32)  # rounded as a store would
+    with np.errstate(over='ignore'):
+      rounded_BD = x_BD.astype(self.dtype).astype(np.float32)  # as a store would
+    where, remedy = f'block {block} of {name}', 'use data.dtype=float32 or data.normalize=center_unit'
+    if not np.isfinite(rounded_BD).all():
+      raise UserError(f'{where}: values exceed the range of {self.dtype}; {remedy}')
+    soundness.check_rounding(where, *soundness.lost_squares(x_BD, rounded_BD), self.dtype, remedy)
+    return rounded_BD

@@ -14,6 +14,7 @@ LOST = 1e-3
 _VARIANCE = 1e-12
 # The learning rate, Adam's epsilon and the threshold of a firing latent are for norms of about 1.
 _NORMS = (0.1, 10.0)
+_SLICE = 2**20  # numbers that are looked at once
 
 
 def check_varies(rows: str, variance: float, mean_square: float, remedy: str) -> None:
@@ -46,13 +47,16 @@ def lost_squares(x_BD: np.ndarray, stored_BD: np.ndarray) -> tuple[float, float]
 
   The unit is the largest number, because squares of float64 numbers may be 0 or infinite.
   """
-  largest = float(np.abs(x_BD).max(initial=0.0))
+  largest = float(max(x_BD.max(initial=0.0), -x_BD.min(initial=0.0)))
   if not (0 < largest < np.inf):
     return 0.0, 0.0
-  exact_BD = x_BD.astype(np.float64) / largest
-  return float(np.square(exact_BD - stored_BD.astype(np.float64) / largest).sum()), float(
-    np.square(exact_BD).sum()
-  )
+  lost, squares = 0.0, 0.0
+  step = max(1, _SLICE // x_BD.shape[1])
+  for i in range(0, len(x_BD), step):
+    exact_BD = x_BD[i : i + step].astype(np.float64) / largest
+    lost += float(np.square(exact_BD - stored_BD[i : i + step].astype(np.float64) / largest).sum())
+    squares += float(np.square(exact_BD).sum())
+  return lost, squares
 
 
 def check_rounding(where: str, lost: float, squares: float, dtype: str, remedy: str) -> None:
