@@ -10,9 +10,11 @@ import re
 import shlex
 import signal
 
+import numpy as np
 import pytest
 
 from sae_jax import config, config_flags
+from sae_jax.data import inputs, store
 from sweeps import engines, grid
 from tests import fake_bucket
 
@@ -46,11 +48,31 @@ def commands(body):
   return [(module, shlex.split(rest, comments=True)) for _, module, rest in _COMMAND.findall(body)]
 
 
+@pytest.fixture(scope='session')
+def own_activations(tmp_path_factory):
+  """The files that the guide on one's own activations begins with, and the stores its commands make of them."""
+  folder = tmp_path_factory.mktemp('own')
+  rng = np.random.default_rng(0)
+  np.save(folder / 'acts.npy', rng.standard_normal((40_000, 8), np.float32))
+  (folder / 'texts').mkdir()
+  for i in range(2):
+    np.save(folder / 'texts' / f'acts{i}.npy', rng.standard_normal((600, 31, 8), np.float32))
+    np.save(folder / 'texts' / f'mask{i}.npy', rng.random((600, 31)) < 0.9)
+  with pytest.MonkeyPatch.context() as patched:
+    patched.chdir(folder)
+    for kind, body in blocks(ROOT / 'docs' / 'your_own_activations.md'):
+      for module, argv in commands(body) if kind == 'sh' else ():
+        if module == 'sae_jax.data.store':
+          assert run(module, argv) == 0, shlex.join(argv)
+  return folder
+
+
 @pytest.fixture
-def guide_folder(tmp_path, monkeypatch):
+def guide_folder(tmp_path, monkeypatch, own_activations):
   """A folder as the guides have it: the repository's, with the files that they show."""
   for name in ('analysis', 'experiments', 'sweeps'):
     (tmp_path / name).symlink_to(ROOT / name)
+  (tmp_path / 'runs').symlink_to(own_activations / 'runs')
   for guide in GUIDES:
     for kind, body in blocks(guide):
       if kind != 'sh' and (named := _NAMED_FILE.match(body)):
@@ -184,6 +206,24 @@ def test_examples_of_the_fit_help_parse(guide_folder, capsys):
   for module, argv in examples:
     with pytest.MonkeyPatch.context() as patched:
       assert parse(module, argv, patched) is None, argv
+
+
+def test_stores_of_the_guide_are_what_it_says(own_activations):
+  read = lambda name: store.read_meta(str(own_activations / 'runs' / name))  # noqa: E731
+  mine, texts, scaled = read('mine'), read('texts'), read('scaled')
+  assert mine['tokens'] == 40_000 - 16_384 and mine['config']['site'] == 'layer.6' and 'scale' not in mine
+  assert texts['held_out_tokens'] >= 16_384 and texts['provenance']['drop_first'] == 1
+  assert len(texts['provenance']['mask_sha256']) == 2
+  assert 0.3 < scaled['scale'] < 0.4  # the norm of eight standard normals is 2.7
+
+
+def test_forms_in_the_guide_are_those_that_are_read():
+  guide = (ROOT / 'docs' / 'your_own_activations.md').read_text()
+  for name, split in (
+    ('acts.safetensors:layer6', ('acts.safetensors', 'layer6')),
+    ('@list.txt', ('@list.txt', '')),
+  ):
+    assert f'`{name}`' in guide and inputs.split(name) == split
 
 
 @pytest.mark.parametrize(
