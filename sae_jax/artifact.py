@@ -61,8 +61,7 @@ class Autoencoder:
     return (x_hat_BD * norm_B1 + mean_B1).reshape(x.shape)
 
   def _normalize(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    scale = self.info.get('scale', 1.0)
-    return normalize(x.reshape(-1, self.info['d_model']), self.info['normalize'], scale)
+    return normalize(x.reshape(-1, self.info['d_model']), self.info['normalize'], self.info.get('scale'))
 
 
 def save(workdir: str, weights: dict[str, dict[str, np.ndarray]], info: dict[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Evaluator:
     self.mean_D = total_D / self._tokens
     # The sum over the whole set of ||x - mean||^2, in float64: norms are near 1, so the difference is harmless.
     self.total_square = square - self._tokens * float(self.mean_D @ self.mean_D)
+    self.rms_norm = float(np.sqrt(square / self._tokens))
     soundness.check_varies(
       f'the {self._tokens} held-out rows',
       self.total_square / self._tokens,

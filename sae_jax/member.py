@@ -18,6 +18,7 @@ from sae_jax import artifact, cell_state, files, flops, metrics, optim, schema
 from sae_jax.cell import log_spaced
 from sae_jax.checkpoint import Checkpoints, combined_digest
 from sae_jax.config import Config, from_json
+from sae_jax.data import soundness
 from sae_jax.data.source import Source
 from sae_jax.errors import BrokenFile, UserError
 from sae_jax.evaluate import Evaluator
@@ -167,9 +168,11 @@ class Member:
         },
       )
       if line['eval/nmse'] >= 1:
+        cause = soundness.norm_warning(self._evaluator.rms_norm)
+        cause = cause or f'lower optim.learning_rate={config.optim.learning_rate:g} or train on more tokens'
         print(
-          f'{config.id}: NMSE {line["eval/nmse"]:.3g} is no better than predicting the mean (1): lower '
-          f'optim.learning_rate={config.optim.learning_rate:g} or train on more tokens',
+          f'{config.id}: NMSE {line["eval/nmse"]:.3g} is no better than predicting the mean (1): '
+          f'{cause.removeprefix("warning: ")}',
           file=sys.stderr,
           flush=True,
         )

@@ -50,6 +50,12 @@ def test_scale_goes_in_and_comes_out_again():
   np.testing.assert_allclose(sae.reconstruct(x_BD), 4096 * plain.reconstruct(x_BD / 4096), rtol=1e-6)
 
 
+@pytest.mark.parametrize('scale', [None, 0.0, -1.0, np.inf, np.nan])
+def test_scale_is_never_guessed(scale):
+  with pytest.raises(UserError, match="normalize='scale' with scale="):
+    normalize(np.ones((2, D), np.float32), 'scale', scale)
+
+
 @pytest.mark.parametrize('kind', ['layer_norm', '', None, 'center-unit'])
 def test_unknown_normalisation_is_refused_where_it_would_be_applied(kind):
   with pytest.raises(UserError, match='is not known; use one of center_unit, scale, none'):

@@ -25,7 +25,7 @@ def activations(name: str) -> np.ndarray:
   return (3 + 5 * rng.standard_normal(({'train': TRAIN, 'held_out': HELD_OUT}[name], D))).astype(np.float32)
 
 
-def open_writer(path, scale: float = 1.0, **changes) -> store_writer.StoreWriter:
+def open_writer(path, scale: float | None = None, **changes) -> store_writer.StoreWriter:
   return store_writer.StoreWriter(
     str(path),
     d_model=D,

@@ -238,6 +238,7 @@ def test_same_file_twice_is_refused_however_it_is_named(tmp_path, capsys, monkey
   save(tmp_path, 'wide.npy', x_BD[:30].astype(np.float64))
   save(tmp_path, 'turned.npy', x_BD[:30][::-1])
   (tmp_path / 'list.txt').write_text('a1.npy\n\na2.npy\n')
+  (tmp_path / 'self.txt').write_text('@self.txt\n')
   monkeypatch.chdir(tmp_path)
   for names, reason in (
     (['a1.npy', 'a1.npy'], 'a1.npy is named twice'), (['a1.npy', './a1.npy'], 'are one file'),
@@ -245,7 +246,7 @@ def test_same_file_twice_is_refused_however_it_is_named(tmp_path, capsys, monkey
     (['@list.txt', 'a2.npy'], 'a2.npy is named twice'), (['a1.npy', 'copy.npy'], 'hold the same bytes'),
     (['a1.npy', 'a1.safetensors'], 'hold the same rows'), (['a1.npy', 'wide.npy'], 'hold the same rows'),
     (['turned.npy', 'a2.npy', 'a1.npy'], 'turned.npy and a1.npy hold the same rows'),
-    (['b*.npy'], 'b*.npy matches no file'), (['@none.txt'], '@none.txt cannot be read'),
+    (['b*.npy'], 'b*.npy matches no file'), (['@self.txt'], 'names the list @self.txt'), (['.'], "'./*.npy'"), (['@none.txt'], '@none.txt cannot be read'),
   ):  # fmt: skip
     code, out, error = run(capsys, 'import', '--from', *names, '--out=s', '--held_out=5')
     assert (code, out, error.count('\n')) == (2, '', 1) and reason in error, (names, error)
@@ -277,6 +278,8 @@ def test_held_out_rows_that_occur_in_training_are_counted_and_warned_of(tmp_path
     assert error.startswith('warning: 9 of 20 held-out rows occur in training') and error.count('\n') == 1
   _, _, error = run(capsys, 'verify', f'{tmp_path}/s')
   assert 'warning: 9 of 20' in error
+  store.Store(cell(tmp_path / 's', **{'data.seed': 0}))  # as whatever trains on it does
+  assert 'warning: 9 of 20' in capsys.readouterr().err
   assert (
     run(capsys, 'import', f'--from={save(tmp_path, "b.npy", x_BD)}', f'--out={tmp_path}/t', '--held_out=20')[
       2

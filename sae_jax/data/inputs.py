@@ -42,7 +42,10 @@ def expand(names: list[str]) -> list[str]:
         lines = pathlib.Path(name[1:]).read_text().splitlines()
       except (OSError, UnicodeError) as error:
         raise UserError(f'{name} cannot be read ({matrix.why(error)}); write a name a line') from None
-      found += expand([line.strip() for line in lines if line.strip()])
+      listed = [line.strip() for line in lines if line.strip()]
+      if nested := [line for line in listed if line.startswith('@')]:
+        raise UserError(f'{name} names the list {nested[0]}; write its files instead')
+      found += expand(listed)
       continue
     path, part = split(name)
     if os.path.exists(path) or not any(sign in path for sign in _MAGIC):
@@ -144,4 +147,6 @@ def _open(name: str, types: tuple[str, ...]) -> Source:
   if path.endswith('.safetensors'):
     return Source(name, part, [matrix.open_safetensors(path, part, types)], [path])
   pickled.refuse(path)
+  if os.path.isdir(path):
+    raise UserError(f"{name} is a folder of no known kind; name its files, such as '{path}/*.npy'")
   raise UserError(f'{name} is none of: {FORMS}; convert it')

@@ -7,7 +7,9 @@ from sae_jax.errors import UserError
 KINDS = ('center_unit', 'scale', 'none')
 
 
-def normalize(x_BD: np.ndarray, kind: str, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def normalize(
+  x_BD: np.ndarray, kind: str, scale: float | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Normalised activations [B, D], and the mean [B, 1] and norm [B, 1] that undo it: x = out * norm + mean.
 
   Args:
@@ -17,13 +19,17 @@ def normalize(x_BD: np.ndarray, kind: str, scale: float = 1.0) -> tuple[np.ndarr
       `scale`. 'none' changes nothing.
     scale: of 'scale' alone, above 0. It is recorded with the store and with every autoencoder.
 
-  Raises `UserError` for another kind.
+  Raises `UserError` for another kind, and for 'scale' without its number: to guess 1 would give plausible rows.
   """
   if kind not in KINDS:
     raise UserError(f'normalize={kind!r} is not known; use one of {", ".join(KINDS)}')
   if kind == 'none':
     return x_BD, np.zeros_like(x_BD[:, :1]), np.ones_like(x_BD[:, :1])
   if kind == 'scale':
+    if scale is None or not 0 < scale < np.inf:
+      raise UserError(
+        f"normalize='scale' with scale={scale}; give the number that the store or sae.json records"
+      )
     # In float64: a scale beyond 1e38 is no float32, and the rows it belongs to are.
     out_BD = (x_BD * np.float64(scale)).astype(x_BD.dtype)
     return out_BD, np.zeros_like(x_BD[:, :1]), np.full_like(x_BD[:, :1], 1 / scale)

@@ -53,6 +53,8 @@ class Store:
     self.provenance = facts | settings | {'identity': meta['identity']}
     if settings['normalize'] == 'scale':
       self.provenance['scale'] = meta['scale']
+    if warning := store_writer.repeated_warning(meta):
+      print(warning, file=sys.stderr, flush=True)
     self._epochs = cell.data.epochs
     self._train, self._held_out = (_Array(path, meta, name) for name in store_writer.ARRAYS)
 

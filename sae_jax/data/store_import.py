@@ -106,7 +106,7 @@ def import_arrays(
   writer = store_writer.StoreWriter(
     out, d_model=width, settings=settings,
     provenance=provenance | {'versions': {'sae_jax': __version__, 'numpy': np.__version__}},
-    flops_per_token=0.0, scale=1 / found.mean_norm if normalize == 'scale' else 1.0,
+    flops_per_token=0.0, scale=1 / found.mean_norm if normalize == 'scale' else None,
   )  # fmt: skip
   counted = {
     'train': order.permutation(rows.train, 'rows', seed),
@@ -126,12 +126,7 @@ def warnings(meta: dict[str, Any]) -> list[str]:
   found = []
   if meta['config']['normalize'] == 'none':
     found.append(soundness.norm_warning(meta['statistics']['train']['mean_norm']))
-  if repeated := meta['provenance'].get('held_out_in_training'):
-    found.append(
-      f'warning: {repeated} of {meta["held_out_tokens"]} held-out rows occur in training, and the NMSE will be too '
-      'low; leave out copies, padding (--mask) and the first token of every text (--drop_first=1)'
-    )
-  return [text for text in found if text]
+  return [text for text in (*found, store_writer.repeated_warning(meta)) if text]
 
 
 def _gather(pieces: list[Piece], rows_B: np.ndarray) -> np.ndarray:
