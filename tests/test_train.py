@@ -15,6 +15,7 @@ import pytest
 import sae_jax
 from sae_jax import checkpoint, config, evaluate, files, metrics, schema
 from sae_jax import train as training
+from sae_jax.data import soundness
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
 from tests import cells
@@ -208,6 +209,19 @@ def test_divergence_stops_the_cell_with_a_reason(tmp_path):
   with pytest.raises(training.Diverged, match='not finite at step'):
     training.train(cell(**{'optim.learning_rate': 1e30}), str(tmp_path))
   assert not (tmp_path / 'result.json').exists()
+
+
+def test_bad_nmse_of_rows_with_odd_norms_is_put_down_to_the_norms(tmp_path, monkeypatch, capfd):
+  monkeypatch.setattr(evaluate.Evaluator, '__call__', lambda self, *candidates: [
+    evaluate.Quality(nmse=179.0, mse=1.0, l0=13.0, topk_recall=None) for _ in candidates])  # fmt: skip
+  monkeypatch.setattr(soundness, '_NORMS', (5.0, 10.0))  # planted rows have norms of about 1
+  assert training.train(cell(), str(tmp_path)) == 'done'
+  first, *_, last = capfd.readouterr().err.splitlines()
+  assert (
+    first.startswith('warning: the mean norm of the rows is 0.9') or 'mean norm of the rows is 1' in first
+  )
+  assert 'no better than predicting the mean (1): the mean norm of the rows is' in last and '=scale' in last
+  assert 'lower optim.learning_rate' not in last
 
 
 @pytest.mark.parametrize('nmse', [0.999, 1.0, 2.9e25])
