@@ -66,6 +66,16 @@ def test_column_of_a_saved_dataset(tmp_path, capsys, pa, fixed, dtype):
     np.testing.assert_array_equal(train_BD, in_order(x_BTD[:-3].reshape(-1, D).astype('f4')))
 
 
+def test_parts_of_a_cache_are_found_by_a_pattern(tmp_path, capsys, pa):
+  x_BTD = sequences()
+  for i, part in enumerate((x_BTD[:5], x_BTD[5:])):
+    columns = {'acts': as_lists(pa, part, False), 'more': as_lists(pa, part + 1, False)}
+    save_to_disk(pa, tmp_path / 'cache' / f'shard_{i}', [pa.table(columns)])
+  train_BD, held_out_BD = imported(tmp_path, capsys, f'--from={tmp_path}/cache/shard_*:acts', '--held_out=11')
+  np.testing.assert_array_equal(held_out_BD, x_BTD[-3:].reshape(-1, D))
+  np.testing.assert_array_equal(train_BD, in_order(x_BTD[:-3].reshape(-1, D)))
+
+
 def test_sequences_of_an_arrow_file_may_differ_in_length_and_its_mask_too(tmp_path, capsys, pa):
   lengths = np.random.default_rng(3).integers(0, 7, 20)
   offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype('i4'))

@@ -48,9 +48,10 @@ def test_import_of_npy_files_keeps_every_row(tmp_path, capsys):
   assert 'imported_sha256' in error
 
 
+@pytest.mark.parametrize('order', 'CF')
 @pytest.mark.parametrize('dtype', ['>f2', '>f4', '>f8'])
-def test_import_of_the_other_byte_order(tmp_path, capsys, dtype):
-  np.save(tmp_path / 'a.npy', activations('train').astype(dtype))
+def test_import_of_the_other_byte_order_and_of_columns_first(tmp_path, capsys, dtype, order):
+  np.save(tmp_path / 'a.npy', activations('train').astype(dtype, order=order))
   argv = [
     'import',
     f'--from={tmp_path}/a.npy',
@@ -275,11 +276,11 @@ def test_held_out_rows_that_occur_in_training_are_counted_and_warned_of(tmp_path
   for _ in range(2):  # a finished store says it again
     code, out, error = run(capsys, *argv)
     assert code == 0 and '42 training and 20 held-out' in out
-    assert error.startswith('warning: 9 of 20 held-out rows occur in training') and error.count('\n') == 1
+    assert error.startswith('warning: 9 held-out rows occur in training') and error.count('\n') == 1
   _, _, error = run(capsys, 'verify', f'{tmp_path}/s')
-  assert 'warning: 9 of 20' in error
+  assert 'warning: 9 held-out rows' in error
   store.Store(cell(tmp_path / 's', **{'data.seed': 0}))  # as whatever trains on it does
-  assert 'warning: 9 of 20' in capsys.readouterr().err
+  assert 'warning: 9 held-out rows' in capsys.readouterr().err
   assert (
     run(capsys, 'import', f'--from={save(tmp_path, "b.npy", x_BD)}', f'--out={tmp_path}/t', '--held_out=20')[
       2
@@ -324,6 +325,19 @@ def test_norms_far_from_one_without_normalisation_are_warned_of(tmp_path, capsys
     assert f' {said}, outside [0.1, 10]' in error and '--normalize=scale' in error
   quiet = [a.replace('none', 'center_unit').replace('/s', '/t') for a in argv]
   assert run(capsys, *quiet)[2] == ''
+
+
+@pytest.mark.parametrize('kind, said', [('none', True), ('scale', True), ('center_unit', False)])
+def test_few_rows_that_are_all_of_the_variance_are_warned_of(tmp_path, capsys, kind, said):
+  """As the first tokens of texts are, whose constant vector any autoencoder reconstructs."""
+  x_BD = np.random.default_rng(0).standard_normal((1000, D)).astype(np.float32) / 3
+  x_BD[::128] *= 300
+  argv = ['import', f'--from={save(tmp_path, "a.npy", x_BD)}', f'--out={tmp_path}/s', '--held_out=200']
+  code, _, error = run(capsys, *argv, f'--normalize={kind}', '--dtype=float32')
+  assert code == 0 and error.count('\n') == said
+  assert not said or (
+    'the largest 1 % of the training rows hold 100% of all squares' in error and '--drop_first' in error
+  )
 
 
 @pytest.mark.parametrize('kind, code', [('none', 2), ('scale', 0), ('center_unit', 0)])

@@ -147,6 +147,8 @@ def _open(name: str, types: tuple[str, ...]) -> Source:
   if path.endswith('.safetensors'):
     return Source(name, part, [matrix.open_safetensors(path, part, types)], [path])
   pickled.refuse(path)
+  if not os.path.exists(path):
+    raise UserError(f'{path} does not exist; name {FORMS}')
   if os.path.isdir(path):
     raise UserError(f"{name} is a folder of no known kind; name its files, such as '{path}/*.npy'")
   raise UserError(f'{name} is none of: {FORMS}; convert it')

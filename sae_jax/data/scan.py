@@ -21,10 +21,12 @@ class Found(NamedTuple):
   Attributes:
     mean_norm: mean Euclidean norm of the training rows as they came.
     repeated: held-out rows that occur among the training rows too.
+    heaviest_share: of the squares of all training rows, what the largest hundredth of them holds.
   """
 
   mean_norm: float
   repeated: int
+  heaviest_share: float
 
 
 def scan(sources: list[Source], split: Split, normalize: str) -> Found:
@@ -61,7 +63,8 @@ def scan(sources: list[Source], split: Split, normalize: str) -> Found:
   for name, found in moments.items():
     where, remedy = f'the {found.rows} {name} rows', 'look at what wrote them, or take other rows'
     soundness.check_varies(where, found.variance, found.squares / found.rows, remedy)
-  return Found(moments['training'].norms / split.train, int(copies[hit].sum()))
+  trained = moments['training']
+  return Found(trained.norms / split.train, int(copies[hit].sum()), trained.heaviest_share())
 
 
 class _Moments:
@@ -69,15 +72,21 @@ class _Moments:
 
   def __init__(self):
     self.rows, self.norms, self.squares = 0, 0.0, 0.0
+    self.square_of_rows: list[np.ndarray] = []
     self.sum_D: np.ndarray | float = 0.0
 
   def add(self, x_BD: np.ndarray) -> None:
     x_BD = x_BD.astype(np.float64)
     square_B = np.square(x_BD).sum(axis=1)
+    self.square_of_rows.append(square_B)
     self.rows += len(x_BD)
     self.norms += float(np.sqrt(square_B).sum())
     self.squares += float(square_B.sum())
     self.sum_D = self.sum_D + x_BD.sum(axis=0)
+
+  def heaviest_share(self) -> float:
+    square_B, count = np.concatenate(self.square_of_rows), self.rows // 100
+    return 0.0 if not count else float(np.partition(square_B, -count)[-count:].sum() / self.squares)
 
   @property
   def variance(self) -> float:

@@ -3,6 +3,8 @@
 Each of these, when it fails, gives numbers that look like those of a bad learning rate.
 """
 
+from typing import Any
+
 import numpy as np
 
 from sae_jax.errors import UserError
@@ -14,6 +16,7 @@ LOST = 1e-3
 _VARIANCE = 1e-12
 # The learning rate, Adam's epsilon and the threshold of a firing latent are for norms of about 1.
 _NORMS = (0.1, 10.0)
+HEAVY = 0.5  # more of all squares than this in a hundredth of the rows is worth a word
 _SLICE = 2**20  # numbers that are looked at once
 
 
@@ -40,6 +43,22 @@ def norm_warning(mean_norm: float) -> str | None:
     f'warning: the mean norm of the rows is {mean_norm:.3g}, outside [{least:g}, {most:g}], and learning rates and '
     'thresholds are for norms of about 1; import the activations with --normalize=scale (or center_unit)'
   )
+
+
+def row_warnings(provenance: dict[str, Any]) -> list[str]:
+  """A line for everything that was found in the rows of a store when they were imported."""
+  found = []
+  if repeated := provenance.get('held_out_in_training'):
+    found.append(
+      f'warning: {repeated} held-out rows occur in training, too, and the NMSE will be too low; import without copies, '
+      'padding (--mask) and the first token of every text (--drop_first=1)'
+    )
+  if share := provenance.get('heaviest_share'):
+    found.append(
+      f'warning: the largest 1 % of the training rows hold {share:.0%} of all squares, and the NMSE will be about those '
+      'alone; import without the first token of every text (--drop_first=1), or with --normalize=center_unit'
+    )
+  return found
 
 
 def lost_squares(x_BD: np.ndarray, stored_BD: np.ndarray) -> tuple[float, float]:

@@ -17,7 +17,7 @@ import tensorstore
 from tqdm import tqdm
 
 from sae_jax import cell_state, config, files, schema
-from sae_jax.data import order, store_import, store_writer
+from sae_jax.data import order, soundness, store_import, store_writer
 from sae_jax.errors import UserError, one_line_errors
 
 _ZEROS = 2**28  # bytes of a block that may be missing because it holds zeros alone
@@ -53,7 +53,7 @@ class Store:
     self.provenance = facts | settings | {'identity': meta['identity']}
     if settings['normalize'] == 'scale':
       self.provenance['scale'] = meta['scale']
-    if warning := store_writer.repeated_warning(meta):
+    for warning in soundness.row_warnings(meta['provenance']):
       print(warning, file=sys.stderr, flush=True)
     self._epochs = cell.data.epochs
     self._train, self._held_out = (_Array(path, meta, name) for name in store_writer.ARRAYS)

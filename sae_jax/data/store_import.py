@@ -103,6 +103,8 @@ def import_arrays(
   } | {key: value for key, value in came_from.items() if value is not None}  # fmt: skip
   if found.repeated:
     provenance['held_out_in_training'] = found.repeated
+  if normalize != 'center_unit' and found.heaviest_share > soundness.HEAVY:
+    provenance['heaviest_share'] = found.heaviest_share
   writer = store_writer.StoreWriter(
     out, d_model=width, settings=settings,
     provenance=provenance | {'versions': {'sae_jax': __version__, 'numpy': np.__version__}},
@@ -126,7 +128,7 @@ def warnings(meta: dict[str, Any]) -> list[str]:
   found = []
   if meta['config']['normalize'] == 'none':
     found.append(soundness.norm_warning(meta['statistics']['train']['mean_norm']))
-  return [text for text in (*found, store_writer.repeated_warning(meta)) if text]
+  return [text for text in found if text] + soundness.row_warnings(meta['provenance'])
 
 
 def _gather(pieces: list[Piece], rows_B: np.ndarray) -> np.ndarray:

@@ -51,17 +51,6 @@ def block_tokens_at(path: str) -> int | None:
   return None
 
 
-def repeated_warning(meta: dict[str, Any]) -> str | None:
-  """One line when a store holds rows out that it also trains on."""
-  repeated = meta['provenance'].get('held_out_in_training')
-  if not repeated:
-    return None
-  return (
-    f'warning: {repeated} of {meta["held_out_tokens"]} held-out rows occur in training, and the NMSE will be too low; '
-    'import without copies, padding (--mask) and the first token of every text (--drop_first=1)'
-  )
-
-
 class StoreWriter:
   """Fills one store folder block by block.
 
