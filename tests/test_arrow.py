@@ -76,7 +76,8 @@ def test_parts_of_a_cache_are_found_by_a_pattern(tmp_path, capsys, pa):
   np.testing.assert_array_equal(train_BD, in_order(x_BTD[:-3].reshape(-1, D)))
 
 
-def test_sequences_of_an_arrow_file_may_differ_in_length_and_its_mask_too(tmp_path, capsys, pa):
+@pytest.mark.parametrize('chunk', [2, 3, 20])
+def test_sequences_of_an_arrow_file_may_differ_in_length_and_its_mask_too(tmp_path, capsys, pa, chunk):
   lengths = np.random.default_rng(3).integers(0, 7, 20)
   offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype('i4'))
   x_BD = np.random.default_rng(4).standard_normal((lengths.sum(), D)).astype('f4')
@@ -86,7 +87,7 @@ def test_sequences_of_an_arrow_file_may_differ_in_length_and_its_mask_too(tmp_pa
     'mask': pa.ListArray.from_arrays(offsets, pa.array(mask_B)),
   })  # fmt: skip
   with pa.OSFile(f'{tmp_path}/a.arrow', 'wb') as sink, pa.ipc.new_file(sink, table.schema) as writer:
-    writer.write_table(table)
+    writer.write_table(table, max_chunksize=chunk)
   names = [
     f'--from={tmp_path}/a.arrow:acts',
     f'--mask={tmp_path}/a.arrow:mask',

@@ -110,6 +110,37 @@ def test_masks_that_do_not_fit_are_refused(tmp_path, capsys):
     assert code == 2 and error.count('\n') == 1 and reason in error, (more, error)
 
 
+@pytest.mark.parametrize('drop_first', [0, 1])
+def test_documents_are_held_out_whole(tmp_path, capsys, drop_first):
+  """Rows in no sequences, of documents of 1 to 9 rows; the last document of the first file goes on in the second."""
+  document_B = np.repeat([7, 3, 12, 4, 9, 1], [9, 1, 6, 5, 8, 3])
+  x_BD = np.random.default_rng(6).standard_normal((32, D)).astype('f4')
+  for i, part in enumerate((slice(0, 18), slice(18, 32))):
+    np.save(tmp_path / f'a{i}.npy', x_BD[part])
+    np.save(tmp_path / f'd{i}.npy', document_B[part])
+  names = ['--from', f'{tmp_path}/a?.npy', '--documents', f'{tmp_path}/d?.npy', f'--drop_first={drop_first}']
+  train_BD, held_out_BD = imported(tmp_path, capsys, *names, '--held_out=11')
+  rows = [x_BD[document_B == one][drop_first:] for one in (7, 3, 12, 4, 9, 1)]
+  cut = 4 if drop_first == 0 else 3  # 11 rows, or 2 + 7 + 4
+  np.testing.assert_array_equal(held_out_BD, np.concatenate(rows[cut:]))
+  np.testing.assert_array_equal(train_BD, in_order(np.concatenate(rows[:cut])))
+
+
+def test_documents_of_sequences_are_held_out_whole_too(tmp_path, capsys):
+  x_BTD = sequences()
+  np.save(tmp_path / 'a.npy', x_BTD)
+  np.save(tmp_path / 'd.npy', np.repeat([5, 2, 8], [6, 3, 4]))
+  names = [f'--from={tmp_path}/a.npy', f'--documents={tmp_path}/d.npy', '--drop_first=1']
+  train_BD, held_out_BD = imported(tmp_path, capsys, *names, '--held_out=5')
+  np.testing.assert_array_equal(held_out_BD, x_BTD[-4:, 1:].reshape(-1, D))
+  np.testing.assert_array_equal(train_BD, in_order(x_BTD[:-4, 1:].reshape(-1, D)))
+  np.save(tmp_path / 'd.npy', np.repeat([5, 2, 5], [6, 3, 4]))
+  out = ['--out', str(tmp_path / 's'), '--held_out=5']
+  assert 'document 5 is in two places' in run(capsys, 'import', *names, *out)[2]
+  np.save(tmp_path / 'd.npy', np.repeat([5], [13]))
+  assert 'takes every sequence or document' in run(capsys, 'import', *names, *out)[2]
+
+
 def test_a_row_is_named_by_its_sequence(tmp_path, capsys):
   x_BTD = sequences()
   x_BTD[4, 3, 2] = np.inf

@@ -65,11 +65,11 @@ def _pieces(file: str, column: str, mask: bool) -> list[Piece]:
       raise UserError(f'{file}: no column {column!r} of activations; write PATH:NAME with one of: {known}')
     pieces, first = [], 0
     for i, chunk in enumerate(table.column(column).chunks):
-      if len(chunk):
-        shape, lengths, values = _layout(pa, chunk, mask)
+      shape, lengths, values = _layout(pa, chunk, mask)
+      if len(values):
         view = functools.partial(_view, file, column, i, mask)
         pieces.append(Piece(f'{file}:{column}', shape, values.dtype, view, first, lengths))
-        first += pieces[-1].tokens
+        first += len(values) if mask else len(values) // shape[-1]
     return pieces
   except FileNotFoundError:
     raise UserError(f'{file} does not exist; copy the dataset again') from None
@@ -117,6 +117,8 @@ def _layout(pa: ModuleType, chunk: Any, mask: bool) -> tuple[tuple[int, ...], np
     even = bool(lengths) and len(np.unique(lengths[0])) == 1
     shape = (len(lengths[0]), int(lengths[0][0])) if even else (len(values),)
     return shape, None, values
+  if not len(lengths[-1]):  # sequences without a token
+    return (0, 0), None, values
   widths = np.unique(lengths[-1]).tolist()
   if len(widths) != 1:
     raise ValueError(f'its rows have widths {widths[:4]}')

@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import hashlib
+import math
 import os
 import pathlib
 
@@ -27,10 +28,7 @@ class Source:
   @property
   def shape(self) -> tuple[int, ...]:
     """Without the width: (sequences, T), or (tokens,)."""
-    inner = {piece.shape[1:-1] for piece in self.pieces}
-    if len(inner) == 1 and inner != {()}:
-      return (sum(piece.shape[0] for piece in self.pieces), *inner.pop())
-    return (sum(piece.tokens for piece in self.pieces),)
+    return _joined([piece.shape[:-1] for piece in self.pieces])
 
 
 def expand(names: list[str]) -> list[str]:
@@ -93,23 +91,44 @@ def open_source(name: str) -> Source:
 
 def read_masks(names: list[str], sources: list[Source]) -> tuple[np.ndarray, list[str]]:
   """Which rows of the sources count, bool over all of them, and the digests of the files. Raises `UserError`."""
+  found, files = _beside('masks', names, sources)
+  for name, values in zip(names, found, strict=True):
+    if bad := [value for value in np.unique(values).tolist() if value not in (0, 1)]:
+      raise UserError(f'{name} holds {bad[0]}; a mask has 1 for tokens and 0 for padding')
+  return np.concatenate(found).astype(bool), files
+
+
+def read_documents(names: list[str], sources: list[Source]) -> tuple[np.ndarray, list[str]]:
+  """How many rows each document of the sources has, in order, and the digests of the files.
+
+  A document is a run of equal numbers. Raises `UserError` where one comes back later in its file: a part of it could
+  then be held out and the other trained on.
+  """
+  found, files = _beside('documents', names, sources)
+  for name, values in zip(names, found, strict=True):
+    begins = values[np.concatenate([[True], values[1:] != values[:-1]])]
+    numbers, times = np.unique(begins, return_counts=True)
+    if times.max() > 1:
+      raise UserError(f'{name}: document {numbers[times > 1][0]} is in two places; put its rows together')
+  whole = np.concatenate([values.astype(np.int64) for values in found])
+  starts = np.concatenate([[0], np.flatnonzero(whole[1:] != whole[:-1]) + 1, [len(whole)]])
+  return np.diff(starts), files
+
+
+def _beside(what: str, names: list[str], sources: list[Source]) -> tuple[list[np.ndarray], list[str]]:
+  """A number for every row of every source, from a file each in the shape of the source or one number a sequence."""
   if len(names) != len(sources):
-    raise UserError(f'{len(names)} masks for {len(sources)} sources; give one a source, in the same order')
-  masks = [_read_mask(name, source) for name, source in zip(names, sources, strict=True)]
-  digests = [_sha256(file) for name in names for file in _open(name, matrix.MASKS).files]
-  return np.concatenate(masks), digests
-
-
-def _read_mask(name: str, source: Source) -> np.ndarray:
-  """Which tokens of a source count, bool [tokens]. Raises `UserError` unless it has its shape, in 0 and 1."""
-  found = _open(name, matrix.MASKS)
-  shape = (sum(piece.shape[0] for piece in found.pieces), *found.pieces[0].shape[1:]) if found.pieces else ()
-  if shape != source.shape:
-    raise UserError(f'{name} has shape {shape} and {source.name} has {source.shape}; give one mask a source')
-  values = np.concatenate([np.asarray(piece.view()).reshape(-1) for piece in found.pieces])
-  if bad := [value for value in np.unique(values).tolist() if value not in (0, 1)]:
-    raise UserError(f'{name} holds {bad[0]}; a mask has 1 for tokens and 0 for padding')
-  return values.astype(bool)
+    raise UserError(f'{len(names)} {what} for {len(sources)} sources; give one a source, in the same order')
+  found, files = [], []
+  for name, source in zip(names, sources, strict=True):
+    beside = _open(name, matrix.MASKS)
+    files += [_sha256(file) for file in beside.files]
+    shape = _joined([piece.shape for piece in beside.pieces])
+    if shape != source.shape and shape != source.shape[:1]:
+      raise UserError(f'{name} has shape {shape} and {source.name} has {source.shape}; make them equal')
+    values = np.concatenate([np.asarray(piece.view()).reshape(-1) for piece in beside.pieces])
+    found.append(np.repeat(values, source.shape[1]) if len(shape) < len(source.shape) else values)
+  return found, files
 
 
 def digests(sources: list[Source]) -> list[str]:
@@ -127,6 +146,14 @@ def digests(sources: list[Source]) -> list[str]:
       seen[key] = file
       found.append(key[0])
   return found
+
+
+def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+  """Of arrays put one after the other; of sequences of different lengths the rows alone."""
+  inner = {shape[1:] for shape in shapes}
+  if len(inner) == 1:
+    return (sum(shape[0] for shape in shapes), *inner.pop())
+  return (sum(math.prod(shape) for shape in shapes),)
 
 
 def _sha256(file: str) -> str:

@@ -1,7 +1,7 @@
 """Which rows of imported activations count, and which of them are held out.
 
 Neighbours in a text are alike, and so are all tokens of a sequence. The last rows are held out, in whole sequences
-where there are any.
+or documents where there are any.
 """
 
 import dataclasses
@@ -31,12 +31,15 @@ class Split:
     return counted_B if self.rows is None else self.rows[counted_B]
 
 
-def split(sources: list[Source], mask: np.ndarray | None, drop_first: int, held_out: int) -> Split:
+def split(
+  sources: list[Source], mask: np.ndarray | None, documents: np.ndarray | None, drop_first: int, held_out: int
+) -> Split:
   """Holds out at least `held_out` rows from the end.
 
   Args:
     sources: what is imported.
     mask: which rows count, bool over all of them; None for all.
+    documents: how many rows each has, in order, where they are known. They are held out whole instead of sequences.
     drop_first: how many of the first tokens of every sequence, masked ones passed over, do not count.
     held_out: exactly so many rows where no source has sequences. Otherwise the fewest last sequences that hold them.
 
@@ -44,25 +47,30 @@ def split(sources: list[Source], mask: np.ndarray | None, drop_first: int, held_
   """
   total = sum(piece.tokens for source in sources for piece in source.pieces)
   lengths = _lengths(sources)
+  lengths = documents if lengths is None else lengths
   if drop_first and lengths is None:
     raise UserError(
-      f'--drop_first={drop_first} needs sequences, [sequences, tokens, width]; the sources are rows alone: drop it'
+      f'--drop_first={drop_first} needs sequences, [sequences, tokens, width], or --documents; the sources are rows alone'
     )
   if lengths is None and mask is None:
     return Split(*_ends(total, total - held_out, held_out, 'rows'), rows=None, end=total - held_out)
   kept = np.ones(total, bool) if mask is None else mask
-  ends = np.arange(1, total + 1) if lengths is None else np.cumsum(lengths)
-  starts = np.concatenate([[0], ends[:-1]])
+  starts = _starts(lengths, total)
   before = np.concatenate([[0], np.cumsum(kept)])  # rows that count before each
   if drop_first and lengths is not None:
     kept = kept & (before[:-1] - np.repeat(before[starts], lengths) >= drop_first)
     before = np.concatenate([[0], np.cumsum(kept)])
   count = int(before[-1])
-  # The last sequence whose first row leaves at least `held_out` rows that count.
+  starts = starts if documents is None else _starts(documents, total)
+  # The last sequence or document whose first row leaves at least `held_out` rows that count.
   fits = np.flatnonzero(count - before[starts] >= held_out)
   cut = int(starts[fits[-1]]) if len(fits) else 0
   train, held = _ends(count, int(before[cut]), held_out, 'rows that count' if lengths is None else 'tokens')
   return Split(train, held, rows=None if kept.all() else np.flatnonzero(kept), end=cut)
+
+
+def _starts(lengths: np.ndarray | None, total: int) -> np.ndarray:
+  return np.arange(total) if lengths is None else np.concatenate([[0], np.cumsum(lengths)[:-1]])
 
 
 def _ends(count: int, train: int, held_out: int, what: str) -> tuple[int, int]:
@@ -72,7 +80,7 @@ def _ends(count: int, train: int, held_out: int, what: str) -> tuple[int, int]:
     )
   if train < 1:
     raise UserError(
-      f'--held_out={held_out} of {count} {what} takes every sequence, and whole ones are held out; lower it'
+      f'--held_out={held_out} of {count} {what} takes every sequence or document, and whole ones are held out; lower it'
     )
   return train, count - train
 

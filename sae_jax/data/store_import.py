@@ -33,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help='1 for tokens and 0 for padding, in the shape of the activations without their width; one a source',
   )  # fmt: skip
   parser.add_argument(
+    '--documents', metavar='NAME', nargs='+', default=[],
+    help='the number of the document of every row, or of every sequence; documents are held out whole; one a source',
+  )  # fmt: skip
+  parser.add_argument(
     '--drop_first', type=int, default=0, help='leave out so many first tokens of every sequence (%(default)s)'
   )
   parser.add_argument(
@@ -59,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def import_arrays(
   *, sources: list[str], out: str, held_out: int, normalize: str, seed: int, dtype: str,
-  block_tokens: int | None = None, subject: str = '', site: str = '', masks: list[str] | None = None, drop_first: int = 0,
+  block_tokens: int | None = None, subject: str = '', site: str = '', masks: list[str] | None = None,
+  documents: list[str] | None = None, drop_first: int = 0,
 ) -> None:  # fmt: skip
   """Writes the rows of `sources` to the store `out`; resumes, and does nothing when it is finished.
 
@@ -83,14 +88,16 @@ def import_arrays(
       'correct them'
     )
   mask, mask_digests = inputs.read_masks(inputs.expand(masks), opened) if masks else (None, None)
-  rows = split(opened, mask, drop_first, held_out)
+  texts, text_digests = inputs.read_documents(inputs.expand(documents), opened) if documents else (None, None)
+  rows = split(opened, mask, texts, drop_first, held_out)
   settings = {
     'subject': subject, 'site': site, 'text': '', 'normalize': normalize,
     'window_tokens': 2, 'block_windows': block_tokens,  # rows have no windows: one token each
     'store_tokens': rows.train, 'held_out_tokens': rows.held_out, 'dtype': dtype, 'seed': seed,
   }  # fmt: skip
   came_from = {
-    'imported_sha256': inputs.digests(opened), 'mask_sha256': mask_digests, 'drop_first': drop_first or None,
+    'imported_sha256': inputs.digests(opened), 'mask_sha256': mask_digests,
+    'documents_sha256': text_digests, 'drop_first': drop_first or None,
   }  # fmt: skip
   if store_writer.finished(out, settings, came_from):
     return
