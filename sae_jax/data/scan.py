@@ -1,4 +1,4 @@
-"""One pass over imported rows before anything is written: what cannot be trained on, and what would flatter the NMSE."""
+"""One pass over imported rows before anything is written: what cannot be trained on, what would flatter the NMSE."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

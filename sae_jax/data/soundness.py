@@ -55,8 +55,8 @@ def row_warnings(provenance: dict[str, Any]) -> list[str]:
     )
   if share := provenance.get('heaviest_share'):
     found.append(
-      f'warning: the largest 1 % of the training rows hold {share:.0%} of all squares, and the NMSE will be about those '
-      'alone; import without the first token of every text (--drop_first=1), or with --normalize=center_unit'
+      f'warning: the largest 1 % of the training rows hold {share:.0%} of all squares, and the NMSE will be about '
+      'those alone; import without the first token of every text (--drop_first=1), or with --normalize=center_unit'
     )
   return found
 

@@ -50,7 +50,7 @@ def split(
   lengths = documents if lengths is None else lengths
   if drop_first and lengths is None:
     raise UserError(
-      f'--drop_first={drop_first} needs sequences, [sequences, tokens, width], or --documents; the sources are rows alone'
+      f'--drop_first={drop_first} needs sequences, [sequences, tokens, width], or --documents; these are rows alone'
     )
   if lengths is None and mask is None:
     return Split(*_ends(total, total - held_out, held_out, 'rows'), rows=None, end=total - held_out)
