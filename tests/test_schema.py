@@ -6,7 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from sae_jax import cell_state, files, lease, metrics, schema
+from sae_jax import cell_state, files, lease, metrics, product, schema
 from sae_jax.errors import UserError
 from tests import cells
 
@@ -135,7 +135,7 @@ def test_imported_autoencoder_has_no_training_record_and_is_nobodys_work(tmp_pat
   # Early versions listed here the files of the activations that a cell of theirs was trained on.
   files.replace(path, schema.dump(info | {'imported_from': ['acts.npy']}))
   assert cell_state.read(folder, 'imported').state == schema.WAITING
-  assert 'raw' not in cell_state.artifact_problem(folder)
+  assert product.check(folder)
 
 
 def test_reason_is_one_short_line(tmp_path):
