@@ -268,6 +268,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parquet(name: str, data: bytes) -> pd.DataFrame:
   try:
+    from pyarrow import parquet
+
+    count = parquet.read_metadata(io.BytesIO(data)).num_rows
+    if count > MOST_ROWS:  # some kilobytes can unpack to gigabytes
+      raise UserError(f'{name!r} has {count} rows, more than {MOST_ROWS}; keep those of the fit alone')
     table = pd.read_parquet(io.BytesIO(data))
     table = table.reset_index(drop=table.index.names == [None])
   except ImportError:
@@ -278,8 +283,6 @@ def _parquet(name: str, data: bytes) -> pd.DataFrame:
     raise UserError(
       f'cannot read {name!r} as Parquet ({type(error).__name__}); write the file again'
     ) from None
-  if len(table) > MOST_ROWS:
-    raise UserError(f'{name!r} has more than {MOST_ROWS} rows; keep those of the fit alone')
   names = [str(column).strip() for column in table.columns]
   for j, column in enumerate(names):
     if column in names[:j]:

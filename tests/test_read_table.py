@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import pathlib
+import sys
 
 import numpy as np
 import pandas as pd
@@ -212,22 +213,39 @@ def test_file_of_any_size_is_read_up_to_a_bound(read, monkeypatch):
     table.read_csv('memory://large.csv')
 
 
-def test_parquet_is_told_by_its_first_bytes(read, monkeypatch):
-  """Without pyarrow the real reader cannot run: it is stood in for."""
-  data = b'PAR1 and the rest'
+def packed(table: pd.DataFrame, **more) -> bytes:
+  sink = io.BytesIO()
+  table.to_parquet(sink, **more)
+  return sink.getvalue()
 
-  def missing(source):
-    raise ImportError
 
-  def present(source):
-    assert isinstance(source, io.BytesIO) and source.read() == data
-    return pd.DataFrame(ROWS, columns=['n_latents', 'k', 'nmse'])
+def test_parquet_is_told_by_its_first_bytes(read):
+  plain = pd.DataFrame(ROWS, columns=['n_latents', 'k', 'nmse'])
+  is_plain(read(packed(plain), 't.csv'))
+  named = read(packed(plain.set_index('n_latents')), 't.parquet')
+  assert list(named['n_latents']) == list(plain['n_latents'])
 
-  monkeypatch.setattr(pd, 'read_parquet', missing)
-  with pytest.raises(UserError, match='pip install pyarrow'):
+
+@pytest.mark.parametrize(
+  ('data', 'words'),
+  [
+    (b'PAR1 and the rest', 'as Parquet'),
+    (packed(pd.DataFrame({'n': [1.0], 'k': [2.0]}))[:-20] + b'PAR1', 'as Parquet'),
+    (packed(pd.DataFrame({'n': [1.0], ' n': [2.0]})), "names 'n' twice"),
+    (packed(pd.DataFrame({'n': np.zeros(200_000)})), '200000 rows'),
+  ],
+  ids=['damaged', 'cut', 'a name twice', 'too many rows'],
+)
+def test_parquet_that_cannot_be_believed_is_one_line(read, data, words):
+  with pytest.raises(UserError, match=words) as refused:
     read(data, 't.parquet')
-  monkeypatch.setattr(pd, 'read_parquet', present)
-  is_plain(read(data, 't.parquet'))
+  assert '\n' not in str(refused.value)
+
+
+def test_parquet_without_pyarrow_names_what_to_install(read, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'pyarrow', None)
+  with pytest.raises(UserError, match='pip install pyarrow'):
+    read(b'PAR1 and the rest', 't.parquet')
 
 
 @settings(max_examples=60, deadline=None)
