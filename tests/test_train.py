@@ -236,6 +236,26 @@ def test_run_that_is_no_better_than_the_mean_says_so_at_its_end(tmp_path, monkey
   assert result(tmp_path)['nmse'] == nmse
 
 
+def test_lines_are_on_the_disk_before_the_checkpoint_that_supersedes_them(tmp_path, monkeypatch):
+  """After a power cut a run goes on from its checkpoint, and no line before that is written again."""
+  synced, behind = [], []
+  fsync, save = os.fsync, checkpoint.Checkpoints.save
+
+  def noted(at: int) -> None:
+    fsync(at)
+    if os.readlink(f'/proc/self/fd/{at}').endswith(schema.METRICS):
+      synced.append(os.fstat(at).st_size)
+
+  def saved(self, step, *args) -> None:
+    behind.append((tmp_path / schema.METRICS).stat().st_size - max(synced))
+    save(self, step, *args)
+
+  monkeypatch.setattr(os, 'fsync', noted)
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', saved)
+  assert training.train(cell(), str(tmp_path)) == 'done'
+  assert len(behind) > 1 and set(behind) == {0}
+
+
 def test_torn_metrics_line_is_dropped_on_resume(straight, tmp_path):
   training.train(cell(), str(tmp_path), should_stop=stop_after(7))
   with open(tmp_path / 'metrics.jsonl', 'a') as f:
