@@ -18,26 +18,32 @@ __all__ = [
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-  # Written out rather than imported by string, so that a search for a name finds its use.
-  if name == 'plots':
-    import analysis.plots
+def __dir__() -> list[str]:
+  return list(__all__)  # a notebook completes what is not imported yet, too
 
-    return analysis.plots
-  if name == 'fit_law':
-    from analysis.fit import fit_law
 
-    return fit_law
-  if name == 'fit_by':
-    from analysis.grouped import fit_by
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one of these
 
-    return fit_by
-  if name == 'analyse':
-    from analysis.survey import analyse
+  def __getattr__(name: str) -> Any:
+    # Written out rather than imported by string, so that a search for a name finds its use.
+    if name == 'plots':
+      import analysis.plots
 
-    return analyse
-  if name in ('load_ledger', 'load_curves', 'best_learning_rate', 'read_csv'):
-    from analysis import table
+      return analysis.plots
+    if name == 'fit_law':
+      from analysis.fit import fit_law
 
-    return getattr(table, name)
-  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+      return fit_law
+    if name == 'fit_by':
+      from analysis.grouped import fit_by
+
+      return fit_by
+    if name == 'analyse':
+      from analysis.survey import analyse
+
+      return analyse
+    if name in ('load_ledger', 'load_curves', 'best_learning_rate', 'read_csv'):
+      from analysis import table
+
+      return getattr(table, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

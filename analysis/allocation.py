@@ -9,8 +9,9 @@ import dataclasses
 import numpy as np
 
 from analysis import uncertainty
-from analysis.fit import Fit
+from analysis.fitted import Fit, fits_of
 from analysis.laws import Array
+from sae_jax import checks
 from sae_jax.errors import UserError
 
 
@@ -37,13 +38,13 @@ def allocate(fit: Fit, flops: float, flops_per_latent_token: float) -> Allocatio
   Raises:
     UserError: another law, exponents that are not positive (more would be worse), or a budget that is not.
   """
+  (fit,) = fits_of(fit)
   if fit.law.name != 'additive2' or fit.x != ('n_latents', 'tokens'):
     raise UserError(
       f'an allocation needs additive2 over n_latents, tokens, not {fit.law.name} over {", ".join(fit.x)}'
     )
   for name, value in (('flops', flops), ('flops_per_latent_token', flops_per_latent_token)):
-    if not (np.isfinite(value) and value > 0):
-      raise UserError(f'{name}={value} is not a positive number; give FLOPs')
+    checks.positive(name, value, 'give FLOPs')
   for name in ('alpha', 'beta'):
     if not fit.params[name]['estimate'] > 0:
       raise UserError(

@@ -8,8 +8,11 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
+
 from analysis import uncertainty
-from analysis.fit import Fit
+from analysis.fitted import Fit, fits_of
+from sae_jax.errors import UserError
 
 WITHOUT = {'power': 'power_no_floor', 'joint_nk': 'joint_nk_no_floor'}
 _CLEAR = 2.0  # AICc: less difference than this favours neither
@@ -21,6 +24,14 @@ class Comparison:
 
   floored: Fit
   plain: Fit
+
+  def __post_init__(self):
+    floored, plain = fits_of([self.floored, self.plain])
+    if not np.array_equal(floored.table[[*floored.x, floored.y]], plain.table[[*plain.x, plain.y]]):
+      raise UserError(
+        f'the fits of {floored.law.name} and {plain.law.name} are to different points ({len(floored.table)} and '
+        f'{len(plain.table)}), which no criterion compares; fit both to one table'
+      )
 
   @property
   def aicc_gain(self) -> float:

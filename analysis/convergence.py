@@ -5,12 +5,14 @@ than eps, relative. Runs that never show that are named and left out; they are n
 """
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from analysis import table
+from analysis import frames, resample, table
 from analysis.fit import Fit, fit_law
+from sae_jax import checks
 from sae_jax.errors import UserError
 
 EPS = 0.01  # least relative improvement per doubling of a run that still learns
@@ -31,12 +33,12 @@ def tokens_to_convergence(curves: pd.DataFrame, eps: float = EPS) -> pd.DataFram
   Raises:
     UserError: eps is not in (0, 1), or a column is missing.
   """
-  if not 0 < eps < 1:
-    raise UserError(f'eps={eps} is not in (0, 1); the usual choice is {EPS}')
-  for column in ('id', 'n_latents', 'k', 'tokens', 'nmse'):
-    if column not in curves.columns:
-      raise UserError(f'no column {column!r} in the curves; they have {", ".join(map(str, curves.columns))}')
+  checks.number('eps', eps, 'in (0, 1)', f'the usual choice is {EPS}', above=0, below=1)
+  frames.frame('curves', curves, ('id', 'n_latents', 'k', 'tokens', 'nmse'))
   done = table.useful(curves[curves['state'] == 'done'] if 'state' in curves else curves)
+  frames.labels(done, 'id')
+  for column in ('n_latents', 'k', 'tokens', 'nmse'):
+    frames.measured(done, column)
   rows = []
   for name, run in done.groupby('id', sort=True):
     tokens, reason = _converged(run[np.isfinite(run['nmse']) & (run['tokens'] > 0)], eps)
@@ -52,6 +54,7 @@ def fit_convergence(curves: pd.DataFrame, eps: float = EPS, *, bootstrap: int = 
   Raises:
     UserError: fewer than two sizes converged.
   """
+  resample.count(bootstrap)
   found = tokens_to_convergence(curves, eps)
   points = found[found['reason'] == ''].reset_index(drop=True)
   if points['n_latents'].nunique() < 2:
@@ -65,7 +68,9 @@ def fit_convergence(curves: pd.DataFrame, eps: float = EPS, *, bootstrap: int = 
 
 def unconverged_warnings(curves: pd.DataFrame, ids: pd.Series, eps: float = EPS) -> list[dict[str, str]]:
   """One warning when runs among `ids` still improved by more than eps per doubling at their end."""
-  found = tokens_to_convergence(curves[curves['id'].isin(ids)], eps)
+  if isinstance(ids, str) or not isinstance(ids, pd.Series | Sequence | np.ndarray):
+    raise UserError(f'ids={checks.shown(ids)} are no cells; give a column of ids or a list of them')
+  found = tokens_to_convergence(frames.frame('curves', curves, ['id'])[curves['id'].isin(ids)], eps)
   still = found['reason'].str.startswith('still')
   if not still.any():
     return []
@@ -81,6 +86,8 @@ def risen_cells(best: pd.DataFrame) -> list[str]:
 
   Both must fall at convergence; each entry names the cells and the comparison.
   """
+  table.positive(best, ['n_latents', 'k', 'nmse'])
+  frames.labels(frames.frame('best', best, ['id']), 'id')
   means = (
     best.groupby(['n_latents', 'k'], sort=True).agg(nmse=('nmse', 'mean'), ids=('id', list)).reset_index()
   )
@@ -91,7 +98,7 @@ def risen_cells(best: pd.DataFrame) -> list[str]:
       for smaller, larger in itertools.pairwise(rows):
         if larger['nmse'] >= smaller['nmse']:
           out.append(
-            f'{", ".join(larger["ids"])} ({a}={value:g}: {larger["nmse"]:.4g} at {b}={larger[moving]:g}, '
+            f'{", ".join(map(str, larger["ids"]))} ({a}={value:g}: {larger["nmse"]:.4g} at {b}={larger[moving]:g}, '
             f'{smaller["nmse"]:.4g} at {b}={smaller[moving]:g})'
           )
   return out

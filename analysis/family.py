@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from analysis import laws, solve, table, uncertainty
+from analysis import frames, laws, solve, table, uncertainty
 from analysis.fit import Fit, fit_weighted
+from sae_jax import checks
 from sae_jax.errors import UserError
 
 _CLEAR = 0.05  # probability under a common exponent below which exponents are called different
@@ -72,10 +73,11 @@ def fit_family(
   Raises:
     UserError: fewer than two subjects, or a subject with fewer sizes than it has constants.
   """
-  if by not in points.columns:
-    raise UserError(f'no column {by!r} in the table; it has {", ".join(map(str, points.columns))}')
-  if points[by].isna().any():
-    raise UserError(f'{by} is missing in {int(points[by].isna().sum())} rows; fill it in or leave them out')
+  for name, column in (('by', by), ('x', x), ('y', y)):
+    checks.text(name, column, 'give a column of the table')
+  checks.truth('floor', floor)
+  checks.seed(seed)
+  frames.labels(frames.frame('points', points, [by]), by)
   table.positive(points, [x, y])
   subjects = tuple(sorted(points[by].astype(str).unique()))
   if len(subjects) < 2:

@@ -15,11 +15,11 @@ import pandas as pd
 
 from analysis import doubts, laws, profile, resample, seeds, solve, table, uncertainty
 from analysis.fitted import Fit, warning_lines, write_json
+from sae_jax import checks
 from sae_jax.errors import UserError, one_line_errors
 
 Array = np.ndarray
 
-_MOST_RESAMPLES = 100_000
 _EXAMPLES = """examples:
   python -m analysis.fit points.csv --law=joint_nk --x=n_latents,k --y=nmse --holdout="n_latents>65536" --json=fit.json
   python -m analysis.fit points.csv --law=power --x=n_latents --y=loss --objective=huber --delta=1e-3 --bootstrap=1000
@@ -83,11 +83,10 @@ def fit_law(
   chosen = laws.named(law)
   useless = table.useless_warnings(points)
   points = table.useful(points)
-  if not 0 <= bootstrap <= _MOST_RESAMPLES:
-    raise UserError(
-      f'bootstrap={bootstrap} is not in 0..{_MOST_RESAMPLES}; some hundreds do, 0 uses standard errors'
-    )
-  columns = tuple(x or chosen.axes)
+  resample.count(bootstrap)
+  checks.text('y', y, 'give the column of the loss')
+  checks.positive('delta', delta, 'the usual choice is 1e-3')
+  columns = chosen.axes if x is None else checks.texts('x', x, "x=['n_latents', 'k']")
   if sorted(columns) == sorted(chosen.axes):
     columns = chosen.axes  # these names say which axis they are, so their order cannot go wrong
   if len({*columns, y}) < len(columns) + 1:
@@ -99,11 +98,11 @@ def fit_law(
     raise UserError(
       f'id {str(twice)[:40]!r} is in the table twice; drop the copies, or resample by run with group (--group=id)'
     )
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(checks.seed(seed))
   weight_BN, label_N, repeat_N = resamples(points, chosen, columns, group, bootstrap, rng)
   held = None
-  if holdout:
-    test_N = table.matching(points, holdout)
+  if holdout is not None:
+    test_N = table.held_out(points, holdout)
     held = (holdout, (~test_N).astype(float), test_N)
   by = group or ('row' if repeat_N is None else 'setting, then seed')
   fit = fit_weighted(
@@ -163,10 +162,8 @@ def fit_weighted(
     holdout: a rule in words, weights [N] to fit with and a mask [N] of the points to predict.
     by: what was resampled, in words.
   """
-  if objective not in ('logls', 'huber'):
-    raise UserError(f'objective {objective!r} is not known; use logls or huber')
-  if objective == 'huber' and not (np.isfinite(delta) and delta > 0):
-    raise UserError(f'delta={delta} is not a positive number; the usual choice is 1e-3')
+  if not isinstance(objective, str) or objective not in ('logls', 'huber'):
+    raise UserError(f'objective {checks.shown(objective)} is not known; use logls or huber')
   delta = delta if objective == 'huber' else np.inf
   xy = table.positive(points, [*x, y])
   u_NQ, v_N = np.log(xy[:, :-1]), np.log(xy[:, -1])

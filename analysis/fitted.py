@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import laws, table, uncertainty
-from sae_jax import files
+from sae_jax import checks, files
 from sae_jax.errors import UserError
 
 Array = np.ndarray
@@ -55,8 +55,15 @@ class Fit:
     return self.x[: len(self.x) - self.law.inner]
 
   def predict(self, at: pd.DataFrame | Mapping[str, Any]) -> Array:
-    """Loss [N] at the rows of a table, or at scalars or arrays by column name."""
-    return np.exp(self.law.log_prediction(self.theta_P[None], self._logs(at))[0][0])
+    """Loss [N] at the rows of a table, or at scalars or arrays [N] by column name; scalars hold for all rows.
+
+    Raises:
+      UserError: a column of the law is missing, its values are not finite and positive, or lengths differ.
+    """
+    with np.errstate(
+      over='ignore'
+    ):  # a law far outside its data may leave the range of float64: inf, not an error
+      return np.exp(self.law.log_prediction(self.theta_P[None], self._logs(at))[0][0])
 
   @property
   def freedom(self) -> int:
@@ -151,9 +158,27 @@ class Fit:
       return np.exp(low), np.exp(high)
 
   def _logs(self, at: pd.DataFrame | Mapping[str, Any]) -> Array:
-    if not isinstance(at, pd.DataFrame):
-      at = pd.DataFrame({key: np.ravel(value) for key, value in at.items()})
-    return np.log(table.positive(at, self.x))
+    rows = at if isinstance(at, pd.DataFrame) else _rows(at)
+    return np.log(table.positive(rows, self.x))
+
+
+def fits_of(value: Fit | Sequence[Fit], variables: int | None = None) -> list[Fit]:
+  """One fit or several, all of one y over the same x, of so many variables where that is given. Raises `UserError`."""
+  fits = value if isinstance(value, list | tuple) and value else [value]
+  for fit in fits:
+    if not isinstance(fit, Fit):
+      raise UserError(f'{checks.shown(fit)} is no fit; give what analysis.fit_law returns')
+  kinds = {(*fit.x, fit.y) for fit in fits}
+  if len(kinds) > 1:
+    said = ' and '.join(sorted(f'{y} over {", ".join(x)}' for *x, y in kinds))
+    raise UserError(f'fits of {said} have no axes in common; give those of one kind')
+  if variables is not None and len(fits[0].x) != variables:
+    instead = 'plots.power or plots.growth' if len(fits[0].x) == 1 else 'plots.joint or plots.residuals'
+    raise UserError(
+      f'this figure needs a law over {variables} variable(s), and {fits[0].law.name} is over {", ".join(fits[0].x)}; '
+      f'use {instead}'
+    )
+  return list(fits)
 
 
 def nothing_is_zero(name: str, value: float) -> float:
@@ -172,6 +197,26 @@ def warning_lines(fits: Sequence[Fit]) -> list[str]:
     whose = f' [{"; ".join(same)}]' + (f'; the like for {"; ".join(like)}' if like else '')
     lines.append(f'{code}: {message}' + (whose if len(fits) > 1 else ''))
   return lines
+
+
+def _rows(at: Mapping[str, Any]) -> pd.DataFrame:
+  """Scalars and arrays [N] by column name as a table."""
+  if not isinstance(at, Mapping):
+    raise UserError(
+      f'at={checks.shown(at)} is no place; give a table, or values by column: {{"n_latents": 8192}}'
+    )
+  try:
+    columns = {key: np.asarray(value) for key, value in at.items()}
+  except ValueError:
+    raise UserError(
+      'at holds rows of different lengths; give a number or an array [N] for each column'
+    ) from None
+  shapes = {key: column.shape for key, column in columns.items() if column.ndim}
+  if any(len(shape) > 1 for shape in shapes.values()) or len(set(shapes.values())) > 1:
+    said = ', '.join(f'{key} {shape}' for key, shape in shapes.items())
+    raise UserError(f'at has columns of shapes {said}; give a number or an array [N] for each, of one N')
+  count = next(iter(shapes.values()), (1,))
+  return pd.DataFrame({key: np.broadcast_to(column, count) for key, column in columns.items()})
 
 
 def _strict(value: Any) -> Any:

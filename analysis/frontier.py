@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import fit, laws, table
+from analysis import fit, laws, resample, table
+from sae_jax import checks
 from sae_jax.errors import UserError
 
 BURN_IN = 0.05  # share of a run's compute: before it, the loss is that of the initialisation
@@ -54,14 +55,15 @@ def fit_frontier(
   Raises:
     UserError: too few runs or points for a law.
   """
+  chosen = laws.named(law)
+  resample.count(bootstrap)
   points = _sorted(curves, x, y, burn_in)
   runs = np.unique(points['id'])
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(checks.seed(seed))
   drawn_BR = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=bootstrap) > 0
   present_BR = np.concatenate([np.ones((1, len(runs)), bool), drawn_BR])
   record_BN, used_BN = _records(points, present_BR, x, y)
   weight_BN = (record_BN & used_BN).astype(float)
-  chosen = laws.named(law)
   enough_B = weight_BN.sum(axis=1) >= len(chosen.names)
   if not enough_B[0]:
     raise UserError(
@@ -69,8 +71,8 @@ def fit_frontier(
       'add sizes or evaluations'
     )
   held = None
-  if holdout:
-    out_N = table.matching(points, holdout)
+  if holdout is not None:
+    out_N = table.held_out(points, holdout)
     rest_N, count = np.zeros(len(points)), int((~out_N).sum())
     if count:
       record, used = _records(points[~out_N], np.ones((1, points['id'][~out_N].nunique()), bool), x, y)
@@ -87,6 +89,7 @@ def fit_frontier(
 
 def _sorted(curves: pd.DataFrame, x: str, y: str, burn_in: float) -> pd.DataFrame:
   """Finite measurements of finished runs by rising compute. Raises `UserError` when there are none."""
+  checks.number('burn_in', burn_in, 'a share in [0, 1)', f'the usual choice is {BURN_IN}', least=0, below=1)
   points = table.finished_runs(curves, x, y)
   points = points[points[x] >= burn_in * points.groupby('id')[x].transform('max')]
   return points.sort_values([x, y], kind='stable').reset_index(drop=True)

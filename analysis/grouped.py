@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import laws, solve, table, uncertainty
+from analysis import frames, laws, solve, table, uncertainty
 from analysis.fit import fit_law, fit_weighted, resamples, with_holdout
 from analysis.fitted import Fit
+from sae_jax import checks
 from sae_jax.errors import UserError
 
 Array = np.ndarray
@@ -68,13 +69,18 @@ def fit_by(
     UserError: the column does not tell 2 to 20 curves apart, or one of them cannot carry the law.
   """
   chosen = laws.named(law)
-  values = _values(points, by, (*(x or chosen.axes), y))
+  checks.text('by', by, 'give the column that tells curves apart')
+  checks.text('y', y, 'give the column of the loss')
+  columns = chosen.axes if x is None else checks.texts('x', x, "x=['n_latents', 'k']")
+  values = _values(frames.frame('points', points), by, (*columns, y))
   points = table.useful(points)
-  if holdout and not table.matching(points, holdout).any():
-    raise UserError(f'holdout {holdout!r} holds nothing out; choose a bound inside the data')
+  held_N = None if holdout is None else table.held_out(points, holdout)
+  if held_N is not None and (held_N.all() or not held_N.any()):
+    what = 'every row' if held_N.any() else 'nothing'
+    raise UserError(f'holdout {holdout!r} holds {what} out; choose a bound inside the data')
   curve_N = points[by].astype(str).to_numpy()
   fits, weights = [], []
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(checks.seed(seed))
   for value in values:
     mine = points[curve_N == value]
 
@@ -84,7 +90,7 @@ def fit_by(
       )  # fmt: skip
 
     try:
-      fit = with_holdout(own, holdout) if holdout else own(None)
+      fit = with_holdout(own, holdout) if holdout is not None else own(None)
       weights.append(resamples(mine, chosen, fit.x, group, bootstrap, rng)[0])
     except UserError as error:
       raise UserError(f'{by}={value}: {error}') from None
@@ -95,7 +101,7 @@ def fit_by(
   def all_of(rule: str | None) -> Fit:
     return _common(points, chosen, columns, y, by, values, weights, objective, delta, rule, rng)
 
-  common = with_holdout(all_of, holdout) if holdout else all_of(None)
+  common = with_holdout(all_of, holdout) if holdout is not None else all_of(None)
   p = float('nan')
   if objective == 'logls':
     small, large = (float(sum(np.sum(fit.residuals() ** 2) for fit in some)) for some in ((common,), fits))
@@ -149,8 +155,8 @@ def _common(
   for value, own_BN in zip(values, weights, strict=True):
     weight_BN[:, curve_N == value] = own_BN[: len(weight_BN)]
   held = None
-  if holdout:
-    test_N = table.matching(points, holdout)
+  if holdout is not None:
+    test_N = table.held_out(points, holdout)
     if missing := [value for value in values if not (~test_N & (curve_N == value)).any()]:
       raise UserError(f'{holdout!r} holds out every row of {by}={missing[0]}')
     held = (holdout, (~test_N).astype(float), test_N)

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis import table, valley
+from analysis import resample, table, valley
 from analysis.fit import Fit, fit_law
 from analysis.frontier import BURN_IN
+from sae_jax import checks
 from sae_jax.errors import UserError
 
 
@@ -35,9 +36,8 @@ def profiles(
     UserError: no finished run has both columns, or a budget is not positive.
   """
   done = table.finished_runs(curves, x, y)
-  for budget in budgets:
-    if not (np.isfinite(budget) and budget > 0):
-      raise UserError(f'budget {budget} is not a positive number of FLOPs; give some inside the runs')
+  budgets = checks.numbers('budgets', budgets, 'give FLOPs inside the runs, each once')
+  checks.number('flat', flat, 'a number of at least 0', f'the usual choice is {valley.FLAT}', least=0)
   rows = []
   for name, run in done.sort_values(x, kind='stable').groupby('id', sort=True):
     spent, loss = run[x].to_numpy(float), run[y].to_numpy(float)
@@ -55,7 +55,8 @@ def profiles(
       'budget': budget, 'sizes': mine['n_latents'].nunique(), 'n_latents': found.x, 'low': found.low, 'high': found.high,
       y: found.y, 'curvature': found.curvature, 'verdict': found.verdict, 'reason': found.reason,
     })  # fmt: skip
-  return points, pd.DataFrame(best)
+  columns = ['budget', 'sizes', 'n_latents', 'low', 'high', y, 'curvature', 'verdict', 'reason']
+  return points, pd.DataFrame(best, columns=pd.Index(columns))
 
 
 def fit_best_size(
@@ -78,6 +79,7 @@ def fit_best_size(
   Raises:
     UserError: fewer than two budgets have a minimum.
   """
+  resample.count(bootstrap)
   measured, best = profiles(curves, budgets, x, y, flat)
   points = best[best['verdict'] == 'minimum'].reset_index(drop=True)
   refused = best[best['verdict'] != 'minimum'].to_dict('records')
@@ -89,7 +91,7 @@ def fit_best_size(
   fit = fit_law(points, 'growth', ['budget'], 'n_latents', bootstrap=0)
   if bootstrap:
     draws_B2 = _resampled(
-      measured, points['budget'].to_numpy(float), y, bootstrap, np.random.default_rng(seed)
+      measured, points['budget'].to_numpy(float), y, bootstrap, np.random.default_rng(checks.seed(seed))
     )
     fit = fit.redrawn(draws_B2, 'run')
   if not refused:

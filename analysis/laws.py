@@ -8,6 +8,8 @@ import dataclasses
 
 import numpy as np
 
+from analysis.frames import near
+from sae_jax.checks import shown
 from sae_jax.errors import UserError
 
 Array = np.ndarray
@@ -212,6 +214,6 @@ LAWS = {law.name: law for law in (POWER, POWER_NO_FLOOR, GROWTH, JOINT_NK, JOINT
 
 def named(name: str) -> Law:
   """The law of that name. Raises `UserError`."""
-  if name not in LAWS:
-    raise UserError(f'law {name!r} is not known; use one of {", ".join(LAWS)}')
+  if not isinstance(name, str) or name not in LAWS:
+    raise UserError(f'law {shown(name)} is not known; use one of {", ".join(LAWS)}{near(name, LAWS)}')
   return LAWS[name]

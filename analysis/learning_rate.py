@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis import table, valley
+from analysis import resample, table, valley
 from analysis.fit import Fit, fit_law
+from sae_jax import checks
 from sae_jax.errors import UserError
 
 _SETTING = ('n_latents', 'k', 'd_model', 'batch_tokens', 'tokens', 'setting')
@@ -22,6 +23,7 @@ def valleys(cells: pd.DataFrame, flat: float = valley.FLAT) -> pd.DataFrame:
     cells: as from `table.load_ledger`.
     flat: relative rise over all rates below which a valley has no best rate.
   """
+  checks.number('flat', flat, 'a number of at least 0', f'the usual choice is {valley.FLAT}', least=0)
   table.positive(cells, ['n_latents', 'k', 'learning_rate', 'nmse'])
   keys = [key for key in _SETTING if key in cells]
   rows = []
@@ -41,6 +43,7 @@ def fit_learning_rate(cells: pd.DataFrame, flat: float = valley.FLAT, *, bootstr
   Raises:
     UserError: fewer than two sizes have a valley with a bottom.
   """
+  resample.count(bootstrap)
   found = valleys(cells, flat)
   points = found[found['verdict'] == 'minimum'].reset_index(drop=True)
   refused = found[found['verdict'] != 'minimum'].to_dict('records')

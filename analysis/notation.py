@@ -6,6 +6,7 @@ import functools
 import re
 from typing import Any
 
+from sae_jax.checks import shown
 from sae_jax.errors import UserError
 
 _INFINITE = re.compile(r'[+-]?inf(inity)?', re.IGNORECASE)
@@ -22,6 +23,11 @@ class Notation:
   encoding: str = 'utf-8'
 
   def __post_init__(self) -> None:
+    for field in dataclasses.fields(self):
+      if not isinstance(value := getattr(self, field.name), str):
+        raise UserError(
+          f'{field.name}={shown(value)} is not a text; give {field.default!r} or what the file has'
+        )
     if self.sep in _TABS:
       object.__setattr__(self, 'sep', '\t')
     if len(self.sep) != 1 or self.sep.isalnum() or self.sep in '"\r\n\0.+-#':

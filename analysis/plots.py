@@ -12,12 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from analysis import frames
 from analysis import frontier as frontiers
 from analysis import plots_style as style
-from analysis.fitted import Fit
+from analysis.fitted import Fit, fits_of
 from analysis.plots_family import family
 from analysis.plots_plan import allocation, calibration
 from analysis.plots_valleys import isoflop, learning_rates
+from sae_jax import checks
 from sae_jax.errors import UserError
 
 __all__ = [
@@ -36,14 +38,16 @@ def frontier(fits: Fit | Sequence[Fit], curves: pd.DataFrame | None = None) -> F
 
   A fit of another law is shown as its cells against the compute they took.
   """
-  fits = [fits] if isinstance(fits, Fit) else list(fits)
+  fits = fits_of(fits)
   fig, (ax,) = style.axes()
   if fits[0].x[0] not in _COMPUTE:
     return _cells_against_compute(fig, ax, fits[0])
   x, y = fits[0].x[0], fits[0].y
   handles = []
   reach = [fit.table[y] for fit in fits]
-  drawn = pd.DataFrame() if curves is None else curves[np.isfinite(curves[y]) & (curves[x] > 0)]
+  drawn = (
+    pd.DataFrame() if curves is None else _drawn(curves, x, y, [key for fit in fits for key in fit.where])
+  )
   for i, fit in enumerate(fits):
     color, marker = style.look(i, len(fits))
     size = 4.5 if len(fit.table) <= 30 else 3.0
@@ -76,8 +80,7 @@ def frontier(fits: Fit | Sequence[Fit], curves: pd.DataFrame | None = None) -> F
 
 def joint(fit: Fit) -> Figure:
   """Loss against n for every k, with the joint law; a column `paper_fit` is drawn underneath as published."""
-  if len(fit.x) != 2:
-    raise UserError(f'a joint figure needs a law over two variables, not {fit.law.name}; use plots.power')
+  (fit,) = fits_of([fit], 2)
   fig, (ax,) = style.axes()
   x, second = fit.x
   values = np.sort(fit.table[second].unique())
@@ -98,7 +101,7 @@ def joint(fit: Fit) -> Figure:
 
 def power(fits: Fit | Sequence[Fit]) -> Figure:
   """Loss against one variable with a power law; several fits (one a k) in one figure."""
-  return _one_variable([fits] if isinstance(fits, Fit) else list(fits), ())
+  return _one_variable(fits_of(fits, 1), ())
 
 
 def growth(fits: Fit | Sequence[Fit], refused: Sequence[float] = ()) -> Figure:
@@ -107,11 +110,14 @@ def growth(fits: Fit | Sequence[Fit], refused: Sequence[float] = ()) -> Figure:
   Points with columns `low` and `high` get bars. `refused` are values of the variable that gave no point: they are
   marked at the bottom, so that a reader sees what the law does not rest on.
   """
-  return _one_variable([fits] if isinstance(fits, Fit) else list(fits), refused)
+  return _one_variable(
+    fits_of(fits, 1), checks.numbers('refused', refused, 'give values of the variable, each once')
+  )
 
 
 def residuals(fit: Fit) -> Figure:
   """Residuals of the fit in per cent of the loss, against its first variable; the grey band is one rms."""
+  (fit,) = fits_of([fit])
   fig, (ax,) = style.axes()
   x = fit.x[0]
   percent = 100 * fit.residuals()
@@ -137,6 +143,15 @@ def residuals(fit: Fit) -> Figure:
   style.linear(ax)
   ax.set_ylabel('ln predicted \N{MINUS SIGN} ln observed, in %')
   return fig
+
+
+def _drawn(curves: pd.DataFrame, x: str, y: str, where: Sequence[str]) -> pd.DataFrame:
+  """The measurements that a figure of logs can show. Raises `UserError` when there are none."""
+  frames.frame('curves', curves, ('id', 'n_latents', x, y, *where))
+  seen = curves[(frames.measured(curves, y) > 0) & (frames.measured(curves, x) > 0)]
+  if seen.empty:
+    raise UserError(f'the curves have no row with both {x} and {y}; leave them out to draw the fit alone')
+  return seen
 
 
 def _one_variable(fits: list[Fit], refused: Sequence[float]) -> Figure:

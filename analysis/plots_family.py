@@ -8,6 +8,8 @@ from matplotlib.lines import Line2D
 
 from analysis import plots_style as style
 from analysis.family import Family
+from sae_jax import checks
+from sae_jax.errors import UserError
 
 
 def family(found: Family, codes: Sequence[str] = ()) -> Figure:
@@ -15,6 +17,9 @@ def family(found: Family, codes: Sequence[str] = ()) -> Figure:
 
   `codes` are of further warnings to show.
   """
+  if not isinstance(found, Family):
+    raise UserError(f'{checks.shown(found)} is no family; give what family.fit_family returns')
+  codes = style.given_codes(codes)
   fig, (ax,) = style.axes()
   fit = found.separate
   x, *inside = fit.x

@@ -9,7 +9,8 @@ from matplotlib.patches import Rectangle
 from analysis import plots_style as style
 from analysis import table
 from analysis.allocation import allocate
-from analysis.fitted import Fit
+from analysis.fitted import Fit, fits_of
+from sae_jax import checks
 from sae_jax.errors import UserError
 
 _FURTHER = 8.0  # how far beyond the data a plan is drawn
@@ -25,6 +26,8 @@ def allocation(fit: Fit, flops_per_latent_token: float) -> Figure:
   Raises:
     UserError: another law; no split is best.
   """
+  (fit,) = fits_of(fit)
+  checks.positive('flops_per_latent_token', flops_per_latent_token, 'give FLOPs')
   ends = {x: (float(fit.table[x].min()), float(fit.table[x].max())) for x in fit.x}
   if set(ends) != {'n_latents', 'tokens'}:
     raise UserError(f'an allocation needs a law over n_latents and tokens, not over {", ".join(fit.x)}')
@@ -98,6 +101,8 @@ def calibration(predictions: pd.DataFrame) -> Figure:
   """
   columns = ['n_latents', 'k', 'predicted', 'low', 'high', 'measured']
   frame = pd.DataFrame(table.positive(predictions, columns), columns=pd.Index(columns))
+  if frame.empty:
+    raise UserError('predictions has no rows; give one a predicted cell')
   fig, (left, right) = style.axes(2)
   ends = np.array(
     [frame[['low', 'measured']].min().min() / 1.05, frame[['high', 'measured']].max().max() * 1.05]

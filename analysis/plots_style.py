@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 
 from analysis.fitted import Fit
 from analysis.laws import SYMBOLS, Array
+from sae_jax import checks
 
 LABELS = {
   'n_latents': 'latents n',
@@ -140,6 +141,11 @@ def warn(fig: Figure, codes: Sequence[str]) -> None:
     said = '   '.join(f'! {code.replace("_", " ")}' for code in dict.fromkeys(codes))
     text = '\n'.join(textwrap.wrap(said, 130))
     fig.supxlabel(text, fontsize=8.5, color=WARNING, x=0.01, ha='left', parse_math=False)
+
+
+def given_codes(value: Sequence[str]) -> tuple[str, ...]:
+  """Codes of warnings that a caller wants shown; a single text would be shown letter by letter."""
+  return checks.texts('codes', value, "codes=['few_points']", least=0)
 
 
 def codes(fits: Sequence[Fit]) -> list[str]:

@@ -14,9 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis import learning_rate
+from analysis import frames, learning_rate, table
 from analysis import plots_style as style
-from analysis.fitted import Fit
+from analysis.fitted import Fit, fits_of
+from sae_jax import checks
+from sae_jax.errors import UserError
 
 
 def isoflop(
@@ -32,8 +34,21 @@ def isoflop(
     where: what the runs have in common, for the title.
     codes: of warnings to show.
   """
-  fig, (ax,) = style.axes()
+  frames.frame('points', points, ('budget', 'id', 'n_latents'))
   y = str(points.columns[-1])
+  if y in ('budget', 'id', 'n_latents'):
+    raise UserError(
+      f'points ends with {y!r} and its last column is the loss; give what isoflop.profiles returns'
+    )
+  frames.frame('best', best, ('budget', 'n_latents', 'low', 'high', y, 'curvature', 'verdict', 'reason'))
+  if points.empty or best.empty:
+    raise UserError(
+      'there is no profile to draw; give budgets that several sizes had spent, as survey.budgets finds'
+    )
+  table.positive(points, ['budget', 'n_latents', y])
+  _check_found(best, ['n_latents', 'low', 'high', y, 'curvature'])
+  where, codes = _given_where(where), style.given_codes(codes)
+  fig, (ax,) = style.axes()
   handles = []
   for i, row in enumerate(best.to_dict('records')):
     mine = points[points['budget'] == row['budget']].rename(columns={y: 'y'})
@@ -42,7 +57,7 @@ def isoflop(
     handles.append(_valley(ax, 'n_latents', mine, row | {'x': row['n_latents'], 'y': row[y]}, look, text))
   style.label(ax, 'n_latents', y)
   style.ticks(ax, 'n_latents', points['n_latents'].to_numpy(float))
-  same = ', '.join(f'${style.symbol(key)}$ = {value:g}' for key, value in (where or {}).items())
+  same = ', '.join(f'${style.symbol(key)}$ = {value:g}' for key, value in where.items())
   ax.set_title('Loss against size at equal compute' + (f', {same}' if same else ''), fontsize=11, pad=10)
   style.legend(fig, handles + _key(best))
   style.warn(fig, [*_codes(best, 'budgets'), *codes])
@@ -58,6 +73,12 @@ def learning_rates(cells: pd.DataFrame, fit: Fit | None = None, codes: Sequence[
     codes: of warnings to show.
   """
   found = learning_rate.valleys(cells)
+  codes = style.given_codes(codes)
+  if found.empty:
+    raise UserError('cells has no rows, so there is no valley to draw; give the cells of one k')
+  if fit is not None:
+    (fit,) = fits_of([fit], 1)
+    frames.frame('the points of fit', fit.table, ('n_latents', 'learning_rate', 'low', 'high'))
   fig, panels = style.axes(1 if fit is None else 2)
   ax = panels[0]
   handles = []
@@ -92,6 +113,27 @@ def learning_rates(cells: pd.DataFrame, fit: Fit | None = None, codes: Sequence[
   style.legend(fig, handles)
   style.warn(fig, [n for n in notes if n != 'edge_minimum'])
   return fig
+
+
+def _check_found(best: pd.DataFrame, columns: Sequence[str]) -> None:
+  """Raises `UserError` unless every row has a verdict, and numbers where that is a minimum."""
+  for column in ('verdict', 'reason'):
+    frames.labels(best, column)
+  for column in columns:
+    frames.measured(best, column)
+  table.positive(best, ['budget'])
+  table.positive(best[best['verdict'] == 'minimum'], [c for c in columns if c not in ('low', 'high')])
+
+
+def _given_where(where: Mapping[str, float] | None) -> dict[str, float]:
+  if not isinstance(where, Mapping | None):
+    raise UserError(
+      f'where={checks.shown(where)} does not say what the runs have in common; write {{"k": 32}}'
+    )
+  return {
+    checks.text('a key of where', key, 'write {"k": 32}'): checks.positive(str(key), value, 'write {"k": 32}')
+    for key, value in (where or {}).items()
+  }
 
 
 def _valley(

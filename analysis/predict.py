@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import convergence, laws, table, uncertainty
+from analysis import convergence, laws, resample, table, uncertainty
 from analysis.fit import Fit, fit_law, warning_lines, with_holdout, write_json
-from sae_jax import flops
+from analysis.fitted import fits_of
+from sae_jax import checks, flops
 from sae_jax.errors import UserError, one_line_errors
 
 _FAR = 1.0  # decades beyond the data from which an extrapolation is warned of
@@ -94,6 +95,7 @@ def predict(ledger: str, at: Mapping[str, int], *, bootstrap: int = 500) -> Pred
     UserError: the ledger cannot carry the law, or `at` is no size.
   """
   at = _size(at)
+  resample.count(bootstrap)
   done = table.load_ledger(ledger)
   best = table.best_learning_rate(done)
   sizes = sorted(best['n_latents'].unique())
@@ -122,13 +124,20 @@ def predict(ledger: str, at: Mapping[str, int], *, bootstrap: int = 500) -> Pred
 
 def interval(fit: Fit, at: Mapping[str, float]) -> tuple[float, float]:
   """The 90 % interval of one new observation at a point, as `Fit.interval`; NaN when the points do not determine it."""
+  (fit,) = fits_of(fit)
   low_1, high_1 = fit.interval(at)
+  if len(low_1) != 1:
+    raise UserError(
+      f'at has {len(low_1)} rows of {", ".join(fit.x)} and one point has an interval here; use fit.interval for several'
+    )
   return float(low_1[0]), float(high_1[0])
 
 
 def parse_at(text: str) -> dict[str, int]:
   """'n_latents=8192,k=32' as a mapping. Raises `UserError` for anything else."""
   at: dict[str, Any] = {}
+  if not isinstance(text, str):
+    raise UserError(f'--at {checks.shown(text)} is not a size; write it as n_latents=8192,k=32')
   for part in text.split(','):
     key, equals, value = (s.strip() for s in part.partition('='))
     if not equals or not key or key in at:
@@ -144,12 +153,16 @@ def parse_at(text: str) -> dict[str, int]:
 
 
 def _size(at: Mapping[str, Any]) -> dict[str, int]:
+  if not isinstance(at, Mapping):
+    raise UserError(f'at={checks.shown(at)} is not a size; give {{"n_latents": 8192, "k": 32}}')
   if set(at) != {'n_latents', 'k'}:
     names = ', '.join(str(key)[:40] for key in at) or 'nothing'
     raise UserError(f'a prediction is made at n_latents and k, not at {names}; write n_latents=8192,k=32')
   for key, value in at.items():
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= _MOST:
-      raise UserError(f'{key}={value} is not a whole number of at least 1; give one, e.g. {key}=32')
+      raise UserError(
+        f'{key}={checks.shown(value)} is not a whole number of at least 1; give one, e.g. {key}=32'
+      )
   if at['k'] > at['n_latents']:
     raise UserError(f'k={at["k"]} exceeds n_latents={at["n_latents"]}; lower k or raise n_latents')
   return {key: int(at[key]) for key in ('n_latents', 'k')}

@@ -6,19 +6,29 @@ A resample is a weight per row, so that all of them are fitted at once.
 import numpy as np
 import pandas as pd
 
+from analysis import frames
 from analysis.laws import Array
+from sae_jax import checks
 from sae_jax.errors import UserError
 
+MOST = 100_000
 _TRIES = 20  # most resamples of a handful of points cannot carry a law
+
+
+def count(bootstrap: int) -> int:
+  """The number of resamples asked for. Raises `UserError`."""
+  return checks.whole('bootstrap', bootstrap, 0, MOST, 'some hundreds do, 0 uses standard errors')
 
 
 def labels(points: pd.DataFrame, group: str | None) -> Array:
   """Index [N] of what is resampled together: the row, or the value of the group column."""
   if group is None:
     return np.arange(len(points))
+  checks.text('group', group, 'give a column of the table')
   if group not in points.columns:
-    raise UserError(f'group {group!r} is not a column; the table has {", ".join(map(str, points.columns))}')
-  index_N = pd.factorize(points[group], use_na_sentinel=False)[0]
+    raise UserError(f'group {checks.shown(group)} is not a column; {frames.known(group, points)}')
+  frames.labels(points, group)
+  index_N = pd.factorize(points[group])[0]
   if index_N.max(initial=0) < 1:
     raise UserError(f'group {group!r} has one value; resampling needs at least two')
   return index_N

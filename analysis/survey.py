@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import convergence, isoflop, learning_rate, table
+from analysis import convergence, frames, isoflop, learning_rate, resample, table
 from analysis.allocation import allocate
 from analysis.compare import WITHOUT, Comparison
 from analysis.family import Family, fit_family
@@ -19,6 +19,7 @@ from analysis.findings import Findings, OneK
 from analysis.fit import fit_law, with_holdout
 from analysis.fitted import Fit
 from analysis.frontier import fit_frontier
+from sae_jax import checks
 from sae_jax.errors import UserError
 
 _LEAST_SIZES = 4  # of a power law with three constants
@@ -55,6 +56,11 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
   Raises:
     UserError: there is no ledger, or no finished cell of that subject.
   """
+  resample.count(
+    bootstrap
+  )  # asked here, for a law that refuses it would be named as one the cells cannot carry
+  if subject is not None:
+    checks.text('subject', subject, 'name a language model of the ledger')
   cells = table.load_cells(ledger)
   done, curves = table.load_ledger(ledger, cells), table.load_curves(ledger, cells)
   holes, curves.attrs = curves.attrs['warnings'], {}
@@ -95,6 +101,11 @@ def budgets(curves: pd.DataFrame, x: str = 'flops_useful') -> np.ndarray:
   Returns:
     Budgets by rising compute; none where no three sizes overlap.
   """
+  checks.text('x', x, 'give a column of the curves, e.g. flops_useful')
+  frames.frame('curves', curves, ('id', 'n_latents', 'nmse', x))
+  frames.labels(curves, 'id')
+  for column in ('n_latents', x):
+    frames.measured(curves, column)
   runs = curves.groupby('id').agg(spent=(x, 'max'), n=('n_latents', 'first')).sort_values('spent')
   # Neighbours closer than _SAME belong together; the least of them is what all have spent.
   group = (runs['spent'].pct_change() > _SAME).cumsum()

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import notation, read_table
-from sae_jax import cell, cell_state, files, metrics, schema
+from analysis import frames, notation, read_table
+from sae_jax import cell, cell_state, checks, files, metrics, schema
 from sae_jax.errors import UserError
 
 _MUST = [field.name for field in schema.RESULTS if field.must]
@@ -39,7 +39,7 @@ def load_cells(path: str) -> pd.DataFrame:
   The states are those of `sae_jax.schema.STATES`. Only done rows have results; elsewhere those columns are missing.
   `verified` says whether a digest covered the result. Raises `UserError` when there is no ledger at `path`.
   """
-  folder = files.join(path, schema.CELLS)
+  folder = files.join(checks.path('path', path), schema.CELLS)
   names = [name for name in files.listdir(folder) if not name.startswith('.')]
   if not names and not files.exists(folder):
     raise UserError(
@@ -58,10 +58,11 @@ def load_ledger(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
   `no_better_than_mean` marks autoencoders that reconstruct no better than the mean does, NMSE 1 or more; no law is
   fitted to them. `cells` saves reading them again when `load_cells` has.
   """
-  cells = load_cells(path) if cells is None else cells
+  cells = load_cells(path) if cells is None else _cells(path, cells)
   done = cells['state'] == schema.DONE
   table = cells[done].drop(columns=['state', 'reason']).reset_index(drop=True)
   for column in table.columns.intersection([*_MUST, *_NUMBERS]):
+    frames.floats(table, column)
     table[column] = pd.to_numeric(table[column])
   table[USELESS] = table['nmse'] >= 1
   others = cells.loc[~done, ['id', 'state', 'reason']].to_dict('records')
@@ -82,8 +83,8 @@ def load_curves(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
   `attrs['warnings']` names the finished cells whose curves lack evaluations that were planned. `cells` saves reading
   them again when `load_cells` has.
   """
-  cells = load_cells(path) if cells is None else cells
-  frames, holes = [], {}
+  cells = load_cells(path) if cells is None else _cells(path, cells)
+  rows, holes = [], {}
   for row in cells.to_dict('records'):
     lines = metrics.read_metrics(files.join(path, schema.CELLS, row['id']), row['id'])
     measured = [
@@ -93,12 +94,12 @@ def load_curves(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
     ]
     facts = {'id': row['id'], 'state': row['state'], USELESS: _number(row['nmse']) >= 1}
     facts |= {key: _number(row[key]) for key in _FACTS}
-    frames += [facts | line for line in measured]
+    rows += [facts | line for line in measured]
     if row['state'] == schema.DONE and (planned := _planned(row)):
       if lacking := planned - {line['step'] for line in lines}:
         holes[row['id']] = (len(lacking), len(planned))
-  also = [new for new in _CURVES_MAY.values() if any(new in frame for frame in frames)]
-  curves = pd.DataFrame(frames, columns=pd.Index(['id', 'state', USELESS, *_FACTS, *_CURVES.values(), *also]))
+  also = [new for new in _CURVES_MAY.values() if any(new in row for row in rows)]
+  curves = pd.DataFrame(rows, columns=pd.Index(['id', 'state', USELESS, *_FACTS, *_CURVES.values(), *also]))
   curves[USELESS] = curves[USELESS].astype(bool)
   number = curves.columns.difference(['id', 'state', USELESS])
   curves[number] = curves[number].astype(float)  # also where there are no rows
@@ -113,7 +114,7 @@ def best_learning_rate(table: pd.DataFrame) -> pd.DataFrame:
   left out. `attrs['warnings']` says where the best
   rate is the lowest or highest of those tried, so that a better one may lie outside.
   """
-  attrs = table.attrs
+  attrs = frames.frame('table', table).attrs
   table = useful(table)
   positive(table, ['n_latents', 'k', 'learning_rate', 'nmse'])
   keys = [key for key in ('n_latents', 'k', 'd_model', 'batch_tokens', 'tokens', 'setting') if key in table]
@@ -140,11 +141,14 @@ def finished_runs(curves: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
 
   Raises `UserError` when none has.
   """
-  for column in ('id', 'n_latents', x, y):
-    if column not in curves.columns:
-      raise UserError(f'no column {column!r} in the curves; they have {", ".join(map(str, curves.columns))}')
+  checks.text('x', x, 'give a column of the curves, e.g. flops_useful')
+  checks.text('y', y, 'give a column of the curves, e.g. nmse')
+  frames.frame('curves', curves, ('id', 'n_latents', x, y))
+  if len({'id', 'n_latents', x, y}) < 4:
+    raise UserError(f'x={x!r} and y={y!r} are not two measurements of a run; give e.g. flops_useful and nmse')
   done = useful(curves[curves['state'] == schema.DONE] if 'state' in curves else curves)
-  done = done[np.isfinite(done[x]) & np.isfinite(done[y])]
+  frames.labels(done, 'id')
+  done = done[~(np.isnan(frames.measured(done, x)) | np.isnan(frames.measured(done, y)))]
   if done.empty:
     raise UserError(
       f'there are no curves: no finished run has both {x} and {y} in its metrics; evaluate more often or finish some cells'
@@ -163,13 +167,11 @@ def useful(rows: pd.DataFrame) -> pd.DataFrame:
 
   Raises `UserError` where the column says neither true nor false.
   """
-  return rows[~_useless(rows)] if USELESS in rows else rows
+  return rows[~_useless(rows)]
 
 
 def useless_warnings(table: pd.DataFrame) -> list[dict[str, str]]:
   """One warning that names the cells no better than the mean; none when there are none."""
-  if USELESS not in table:
-    return []
   found = table[_useless(table)].to_dict('records')
   if not found:
     return []
@@ -186,6 +188,7 @@ def useless_warnings(table: pd.DataFrame) -> list[dict[str, str]]:
 
 def version_warnings(table: pd.DataFrame) -> list[dict[str, str]]:
   """A warning when cells were trained by different code or libraries."""
+  frames.frame('table', table)
   counts = {c: table[c].nunique(dropna=False) for c in ('git_commit', 'versions') if c in table}
   mixed = ', '.join(f'{count} different {column}' for column, count in counts.items() if count > 1)
   return [warning('mixed_versions', f'cells of {mixed} are in one table')] if mixed else []
@@ -195,17 +198,16 @@ def read_csv(
   path: str, *, sep: str = ',', decimal: str = '.', thousands: str = '', encoding: str = 'utf-8'
 ) -> pd.DataFrame:
   """A table from a CSV, JSONL or Parquet file, as `read_table.read` gives it. Raises `UserError`."""
+  checks.path('path', path)
   return read_table.read(path, notation.Notation(sep, decimal, thousands, encoding))
 
 
 def positive(table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
   """The named columns as float64 [N, columns]. Raises `UserError` for what has no logarithm, naming the row."""
-  missing = [c for c in columns if c not in table.columns]
-  if missing:
-    raise UserError(f'no column {missing[0]!r} in the table; it has {", ".join(map(str, table.columns))}')
+  frames.frame('table', table, columns)
   out = np.empty((len(table), len(columns)))
   for j, column in enumerate(columns):
-    out[:, j] = _floats(table, column)
+    out[:, j] = frames.floats(table, column)
     bad = np.flatnonzero(~(np.isfinite(out[:, j]) & (out[:, j] > 0)))
     if bad.size:
       value = table[column].iloc[bad[0]]
@@ -217,54 +219,69 @@ def positive(table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
 
 
 def matching(table: pd.DataFrame, rule: str) -> np.ndarray:
-  """Rows [N] bool that satisfy one comparison, e.g. 'n_latents>65536'. Raises `UserError` for anything else."""
-  found = _RULE.fullmatch(rule)
+  """Rows [N] bool that satisfy one comparison, e.g. 'n_latents>65536'; none where the value is missing.
+
+  Raises `UserError` for anything else.
+  """
+  column, operator, bound = _parsed(table, rule)
+  values = frames.floats(table, column)
+  compare = {
+    '>': values > bound, '>=': values >= bound, '<': values < bound,
+    '<=': values <= bound, '==': values == bound, '!=': (values != bound) & ~np.isnan(values),
+  }  # fmt: skip
+  return compare[operator]
+
+
+def held_out(table: pd.DataFrame, rule: str) -> np.ndarray:
+  """As `matching`, for a rule that must put every row on one side: a missing value is a `UserError`."""
+  column, *_ = _parsed(table, rule)
+  missing = np.flatnonzero(np.isnan(frames.floats(table, column)))
+  if missing.size:
+    raise UserError(
+      f'holdout {rule!r} says nothing of {read_table.place(table, missing[0])}, where {column} is missing; fill it in or leave that row out'
+    )
+  return matching(table, rule)
+
+
+def _parsed(table: pd.DataFrame, rule: Any) -> tuple[str, str, float]:
+  """Column, operator and number of a comparison."""
+  frames.frame('table', table)
+  found = _RULE.fullmatch(rule) if isinstance(rule, str) else None
   try:
     column, operator, number = found.groups() if found else ('', '', '')
     column = column.strip('"')
     bound = float(number)
   except ValueError:
     raise UserError(
-      f'{rule!r} is not a rule; write one comparison of a column (in double quotes where it holds more than letters and '
-      'digits) and a number: n_latents>65536'
+      f'{checks.shown(rule)} is not a rule; write one comparison of a column (in double quotes where it holds more than '
+      'letters and digits) and a number: n_latents>65536'
     ) from None
   if column not in table.columns:
-    raise UserError(f'{rule!r} names no column of the table; it has {", ".join(map(str, table.columns))}')
-  values = _floats(table, column)
-  compare = {
-    '>': values > bound, '>=': values >= bound, '<': values < bound,
-    '<=': values <= bound, '==': values == bound, '!=': values != bound,
-  }  # fmt: skip
-  return compare[operator]
+    raise UserError(f'{rule!r} names no column of the table; {frames.known(column, table)}')
+  return column, operator, bound
 
 
-def _useless(table: pd.DataFrame) -> np.ndarray:
+def _useless(table: pd.DataFrame) -> pd.Series:
+  """Which rows `no_better_than_mean` marks. Raises `UserError` for a mark that is neither true, false nor missing."""
+  if USELESS not in frames.frame('table', table):
+    return pd.Series(False, table.index)
   said = table[USELESS].map(lambda value: '' if pd.isna(value) else str(value).strip().lower())
   bad = np.flatnonzero(~said.isin(['true', 'false', '1', '0', '1.0', '0.0', '']))
   if bad.size:
     raise UserError(
-      f'{USELESS}={str(table[USELESS].iloc[bad[0]])[:40]!r} in {read_table.place(table, bad[0])} is neither true nor '
+      f'{USELESS}={checks.shown(table[USELESS].iloc[bad[0]])} in {read_table.place(table, bad[0])} is neither true nor '
       'false; write true or false in every row'
     )
-  return said.isin(['true', '1', '1.0']).to_numpy()
+  return said.isin(['true', '1', '1.0'])
 
 
-def _floats(table: pd.DataFrame, column: str) -> np.ndarray:
-  series = read = table[column]
-  form = table.attrs.get(read_table.NOTATION)
-  if form is not None:  # pandas would take 1.024 for a number in a file of decimal commas
-    read = series.map(lambda value: form.number(value) if isinstance(value, str) else value)
-  numbers = pd.to_numeric(read, errors='coerce')
-  bad = np.flatnonzero(
-    (numbers.isna() & series.notna()) | series.map(lambda value: isinstance(value, bool | np.bool_))
-  )
-  if bad.size:
-    value = series.iloc[bad[0]]
-    what = notation.remedy(value) if form is not None else 'remove or correct that row'
-    raise UserError(
-      f'{column}={str(value)[:40]!r} in {read_table.place(table, bad[0])} is not a number; {what}'
-    )
-  return numbers.to_numpy(dtype=np.float64, na_value=np.nan)
+def _cells(path: str, cells: pd.DataFrame) -> pd.DataFrame:
+  """Cells that a caller read before, as from `load_cells`."""
+  checks.path('path', path)
+  frames.frame('cells', cells, ['id', 'state', 'reason', 'verified', *_FACTS, *_MUST])
+  for column in ('id', 'state', 'reason'):
+    frames.labels(cells, column)
+  return cells
 
 
 def _cell(folder: str, name: str) -> dict[str, Any]:

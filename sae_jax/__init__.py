@@ -1,9 +1,24 @@
-"""sae_jax: a scaling-law laboratory for sparse autoencoders."""
+"""sae_jax: a scaling-law laboratory for sparse autoencoders.
 
+In a notebook: `sae = sae_jax.load(cell_folder)`, `sae.encode(x)`, `sae.decode(z, idx)`. Nothing heavy is imported
+before it is used.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from sae_jax.artifact import Autoencoder
+
+__all__ = ['load']
 __version__ = '0.1.0'
 
 
-def load(cell: str, weights: str | None = None):
+def __dir__() -> list[str]:
+  return [*__all__, '__version__']
+
+
+def load(cell: str | os.PathLike[str], weights: str | None = None) -> 'Autoencoder':
   """The trained autoencoder of a cell folder; see `sae_jax.artifact.load`."""
   from sae_jax import artifact  # imported late, so that `import sae_jax` stays light
 

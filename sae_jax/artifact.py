@@ -7,6 +7,7 @@ activations to an autoencoder trained on normalised ones is the commonest silent
 import dataclasses
 import hashlib
 import io
+import os
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sae_jax import cell_state, files, product, schema
+from sae_jax import arrays, cell_state, checks, files, product, schema
+from sae_jax.arrays import Array
 from sae_jax.data.normalize import KINDS, normalize
 from sae_jax.errors import UserError
 from sae_jax.sae import SAE
@@ -40,28 +42,55 @@ class Autoencoder:
   def encode(self, x: Any) -> tuple[jax.Array, jax.Array]:
     """Values [..., K] and latent indices [..., K] for activations [..., D].
 
-    Under 'center_unit' they may be raw or normalised already. Under 'scale' they are raw.
+    Under 'center_unit' they may be raw or normalised already. Under 'scale' they are raw. An empty batch has empty codes. Inside jit only shapes and types are checked: there are no values to look at.
+
+    Raises:
+      UserError: `x` is not an array of finite floats whose last axis is d_model.
     """
-    x = np.asarray(x, np.float32)
-    flat_BD = self._normalize(x)[0]
-    codes = self.sae.encode(jnp.asarray(flat_BD))
-    return tuple(a.reshape(*x.shape[:-1], -1) for a in codes)
+    return self.sae.encode(self._normalized(x)[0])
 
   def decode(self, z: Any, idx: Any) -> jax.Array:
-    """Reconstructions [..., D] in the normalised space, from values and indices [..., K]."""
-    z, idx = jnp.asarray(z), jnp.asarray(idx)
-    x_BD = self.sae.decode(z.reshape(-1, z.shape[-1]), idx.reshape(-1, idx.shape[-1]))
-    return x_BD.reshape(*z.shape[:-1], -1)
+    """Reconstructions [..., D] in the normalised space, from values and indices [..., K].
 
-  def reconstruct(self, x: Any) -> np.ndarray:
-    """Reconstructions [..., D] in the space of the input: the token's norm and mean are put back."""
-    x = np.asarray(x, np.float32)
-    _, mean_B1, norm_B1 = self._normalize(x)
-    x_hat_BD = np.asarray(self.decode(*self.encode(x))).reshape(-1, self.info['d_model'])
-    return (x_hat_BD * norm_B1 + mean_B1).reshape(x.shape)
+    An empty batch is empty again. Inside jit only shapes and types are checked, and a row with an index out of range
+    is NaN.
 
-  def _normalize(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return normalize(x.reshape(-1, self.info['d_model']), self.info['normalize'], self.info.get('scale'))
+    Raises:
+      UserError: `z` and `idx` differ in shape, `z` is not of finite floats, `idx` not of integers in [0, n_latents).
+    """
+    return self.sae.decode(z, idx)
+
+  def reconstruct(self, x: Any) -> Array:
+    """Reconstructions [..., D] in the space of the input: the token's norm and mean are put back.
+
+    Numpy, or a tracer inside jit. Raises `UserError` as `encode` does.
+    """
+    unit, mean, norm = self._normalized(x)
+    x_hat = self.decode(*self.sae.encode(unit))
+    return (np.asarray(x_hat) if isinstance(unit, np.ndarray) else x_hat) * norm + mean
+
+  def _normalized(self, x: Any) -> tuple[Array, Array, Array]:
+    """Checked activations as the autoencoder wants them [..., D], and the mean and norm [..., 1] that undo it."""
+    x = arrays.activations(x, self.info['d_model'])
+    flat_BD = x.reshape(-1, x.shape[-1])
+    apply = normalize if isinstance(x, np.ndarray) else _traced_normalize
+    parts = apply(flat_BD, self.info['normalize'], self.info.get('scale'))
+    return tuple(part.reshape(*x.shape[:-1], part.shape[1]) for part in parts)
+
+
+def _traced_normalize(
+  x_BD: jax.Array, kind: str, scale: float | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`normalize` inside jit, where there may be no float64: the mean of what is left corrects the mean."""
+  if kind == 'none':
+    return x_BD, jnp.zeros_like(x_BD[:, :1]), jnp.ones_like(x_BD[:, :1])
+  if kind == 'scale':
+    return x_BD * scale, jnp.zeros_like(x_BD[:, :1]), jnp.full_like(x_BD[:, :1], 1 / scale)
+  mean_B1 = x_BD.mean(axis=-1, keepdims=True)
+  mean_B1 = mean_B1 + (x_BD - mean_B1).mean(axis=-1, keepdims=True)
+  centred_BD = x_BD - mean_B1
+  norm_B1 = jnp.linalg.norm(centred_BD, axis=-1, keepdims=True)
+  return centred_BD / jnp.where(norm_B1 > 0, norm_B1, 1), mean_B1, norm_B1
 
 
 def save(workdir: str, weights: dict[str, dict[str, np.ndarray]], info: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +109,7 @@ def save(workdir: str, weights: dict[str, dict[str, np.ndarray]], info: dict[str
   return product.facts(record, sizes)
 
 
-def load(cell: str, weights: str | None = None) -> Autoencoder:
+def load(cell: str | os.PathLike[str], weights: str | None = None) -> Autoencoder:
   """The autoencoder of a finished cell folder.
 
   Args:
@@ -90,36 +119,49 @@ def load(cell: str, weights: str | None = None) -> Autoencoder:
   Raises:
     UserError: nothing there, changed since it was written, of another cell, or sizes that do not agree.
   """
-  folder = files.join(str(cell), schema.ARTIFACT)
-  data = io.BytesIO()
+  cell = checks.path('cell', cell)
+  if weights is not None and not (isinstance(weights, str) and weights in _WEIGHTS):
+    raise UserError(
+      f'weights={checks.shown(weights)} is not one of {", ".join(_WEIGHTS)}; None takes the better'
+    )
+  folder = files.join(cell, schema.ARTIFACT)
   try:
-    info = product.info(str(cell))
-    _check_normalisation(info)
-    weights = weights or str(info.get('weights'))
+    info = product.info(cell)
+    _check_known(info)
+    weights = info.get('weights') if weights is None else weights
     if weights not in _WEIGHTS:
-      raise UserError(f'weights={weights!r} is not one of {", ".join(_WEIGHTS)}')
-    product.tensors(str(cell), info, weights, data.write)
+      raise schema.Broken(f'weights={weights!r} is not one of {", ".join(_WEIGHTS)}')
+    data = io.BytesIO()
+    product.tensors(cell, info, weights, data.write)
     params = safetensors.numpy.load(data.getvalue())
   except FileNotFoundError:
-    raise UserError(f'{folder} holds no trained autoencoder; is the cell finished?') from None
+    raise UserError(
+      f'{cell_state.printable(folder)} holds no trained autoencoder; is the cell finished?'
+    ) from None
   except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
     why = cell_state.printable(product.why(error))[:120]
     raise UserError(
-      f'{cell} is damaged ({why}); python -m sweeps.retry with its id has it trained again'
+      f'{cell_state.printable(cell)} is damaged ({why}); python -m sweeps.retry with its id has it trained again'
     ) from None
   n, d, k = info['n_latents'], info['d_model'], info['k']
   expected = {'w_enc_FD': (n, d), 'w_dec_FD': (n, d), 'b_enc_F': (n,), 'b_pre_D': (d,)}
   found = {name: tensor.shape for name, tensor in params.items()}
   if found != expected or not all(np.isfinite(t).all() for t in params.values()):
-    raise UserError(f'{folder}: tensors {found} are not finite arrays of {expected}; train the cell again')
+    raise UserError(
+      f'{cell_state.printable(folder)}: tensors {found} are not finite arrays of {expected}; train the cell again'
+    )
   facts = schema.content(info) | {'weights': weights, 'verified': schema.verified(info)}
   return Autoencoder(SAE({name: jnp.asarray(t) for name, t in params.items()}, k=k), facts)
 
 
-def _check_normalisation(info: dict[str, Any]) -> None:
-  """Raises `schema.Broken` where it is not known what inputs must go through: any guess encodes to plausible numbers."""
+def _check_known(info: dict[str, Any]) -> None:
+  """Raises for what this version would compute wrongly: another family, another normalisation, one without its number."""
+  for key, known in (('activation', ('topk',)), ('normalize', KINDS)):
+    if info.get(key, known[0]) not in known:
+      raise UserError(
+        f'{key}={checks.shown(info[key])} is none that this version knows ({", ".join(known)}); install the version of '
+        'sae_jax that wrote the autoencoder'
+      )
   kind, scale = info.get('normalize'), info.get('scale')
-  if kind not in KINDS:
-    raise schema.Broken(f'normalize={kind!r} is not one of {", ".join(KINDS)}')
   if (kind == 'scale') != (scale is not None and scale > 0):
     raise schema.Broken(f'scale={scale} does not go with normalize={kind!r}')

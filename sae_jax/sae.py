@@ -7,13 +7,13 @@ Gao et al. 2024, sections 2.3, 3 and A; gradients as in their appendix D.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sae_jax import auxk, losses, sparse, topk
+from sae_jax import arrays, auxk, losses, sparse, topk
 from sae_jax.axes import Axes, largest, scattered, total
 from sae_jax.config import LossConfig, SAEConfig
 
@@ -40,14 +40,33 @@ class SAE(nnx.Module):
   def params(self) -> Params:
     return nnx.to_pure_dict(nnx.state(self, nnx.Param))
 
-  def encode(self, x_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Values [B, K] (not negative, descending) and latent indices [B, K] for normalised inputs."""
-    _, codes, _ = encode(self.params(), x_BD, self.k, Axes(), None)
-    return codes
+  def encode(self, x: Any) -> tuple[jax.Array, jax.Array]:
+    """Values [..., K] (not negative, descending) and latent indices [..., K] for normalised inputs [..., D].
 
-  def decode(self, z_BK: jax.Array, idx_BK: jax.Array) -> jax.Array:
-    """Reconstruction [B, D] in the normalised space."""
-    return sparse.decode(z_BK, idx_BK, self.w_dec_FD[...]) + self.b_pre_D[...][None]
+    Raises `UserError` as `arrays.activations` says; inside jit it looks at shapes and types alone.
+    """
+    n_latents, d_model = self.w_enc_FD.shape
+    x = jnp.asarray(arrays.activations(x, d_model))
+    shape = (*x.shape[:-1], min(self.k, n_latents))
+    if not x.size:
+      return jnp.zeros(shape, x.dtype), jnp.zeros(shape, jnp.int32)
+    _, codes, _ = encode(self.params(), x.reshape(-1, d_model), self.k, Axes(), None)
+    return codes.z_BK.reshape(shape), codes.idx_BK.reshape(shape)
+
+  def decode(self, z: Any, idx: Any) -> jax.Array:
+    """Reconstruction [..., D] in the normalised space, from values and latent indices [..., K].
+
+    Raises `UserError` as `arrays.codes` says; inside jit it looks at shapes and types alone, and a row with an index
+    out of range is NaN.
+    """
+    n_latents, d_model = self.w_dec_FD.shape
+    z, idx = (jnp.asarray(a) for a in arrays.codes(z, idx, n_latents))
+    shape = (*z.shape[:-1], d_model)
+    if not z.size:  # no row, or rows of no latent
+      return jnp.broadcast_to(self.b_pre_D[...], shape)
+    flat_BK = (-1, z.shape[-1])
+    x_BD = sparse.decode(z.reshape(flat_BK), idx.reshape(flat_BK), self.w_dec_FD[...])
+    return (x_BD + self.b_pre_D[...][None]).reshape(shape)
 
 
 def init_params(key: jax.Array, b_pre_D: jax.Array, config: SAEConfig) -> Params:

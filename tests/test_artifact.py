@@ -1,13 +1,17 @@
 """A loaded autoencoder takes raw activations and gives them back in their own space."""
 
+import shutil
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sae_jax
+from sae_jax import schema
 from sae_jax.artifact import Autoencoder, load, save
 from sae_jax.data.normalize import normalize
 from sae_jax.errors import UserError
@@ -97,3 +101,64 @@ def test_normalise_is_exact_undone_and_idempotent(seed, scale):
   np.testing.assert_allclose(np.linalg.norm(out[1:], axis=1), 1, rtol=1e-5)
   np.testing.assert_array_equal(out[0], 0)
   np.testing.assert_allclose(normalize(out, 'center_unit')[0], out, atol=1e-5)
+
+
+X_BD = np.random.default_rng(4).standard_normal((7, D)).astype(np.float32) * 20 + 3
+
+
+@pytest.mark.parametrize('normalization', ['none', 'center_unit'])
+def test_inside_jit_the_same_numbers(normalization):
+  sae = autoencoder(normalization)
+  for straight, jitted in zip(sae.encode(X_BD), jax.jit(sae.encode)(X_BD), strict=True):
+    np.testing.assert_allclose(straight, jitted, rtol=1e-5)
+  np.testing.assert_allclose(sae.reconstruct(X_BD), jax.jit(sae.reconstruct)(X_BD), rtol=1e-5)
+  z, idx = sae.encode(X_BD)
+  np.testing.assert_allclose(sae.decode(z, idx), jax.jit(sae.decode)(z, idx), rtol=1e-6)
+
+
+def test_inside_jit_shapes_and_types_are_checked_and_an_index_out_of_range_is_nan():
+  sae = autoencoder('center_unit')
+  for function, arguments, words in (
+    (sae.encode, (X_BD.T,), r'shape \(5, 7\).*d_model=5'),
+    (sae.reconstruct, (X_BD.astype(int),), 'int32.*floats'),
+    (sae.decode, (X_BD, np.zeros((7, 1), int)), r'\(7, 5\).*\(7, 1\)'),
+    (sae.decode, (X_BD, X_BD), 'float32.*integers'),
+  ):
+    with pytest.raises(UserError, match=words):
+      jax.jit(function)(*arguments)
+  z, idx = np.ones((3, K), np.float32), np.array([[0, 1], [0, F], [-1, 2]])
+  bad = np.isnan(jax.jit(sae.decode)(z, idx))
+  np.testing.assert_array_equal(bad, np.broadcast_to([[False], [True], [True]], (3, D)))
+
+
+def test_every_layout_of_the_same_numbers_is_taken():
+  sae = autoencoder('center_unit')
+  z, idx = sae.encode(X_BD)
+  np.testing.assert_allclose(
+    sae.decode(np.asarray(z, np.float64), np.asarray(idx, np.uint8)), sae.decode(z, idx)
+  )
+  for same in (jnp.asarray(X_BD), X_BD.astype(np.float64), X_BD.tolist(), np.asfortranarray(X_BD)):
+    np.testing.assert_array_equal(sae.encode(same)[1], idx)
+  np.testing.assert_array_equal(sae.encode(X_BD[0])[1], idx[0])  # one token
+  assert sae.encode(jnp.asarray(X_BD, jnp.bfloat16))[0].shape == (7, K)
+
+
+def test_empty_batches_are_empty_and_no_latent_is_the_bias():
+  sae = autoencoder('center_unit')
+  for shape in ((0, D), (3, 0, D)):
+    empty = np.zeros(shape, np.float32)
+    z, idx = sae.encode(empty)
+    assert z.shape == idx.shape == (*shape[:-1], K) and idx.dtype == np.int32
+    assert sae.decode(z, idx).shape == sae.reconstruct(empty).shape == shape
+  none = sae.decode(np.zeros((2, 0), np.float32), np.zeros((2, 0), np.int32))
+  np.testing.assert_array_equal(none, np.broadcast_to(sae.sae.b_pre_D[...], (2, D)))
+
+
+@pytest.mark.parametrize('key', ['activation', 'normalize'])
+def test_what_this_version_would_compute_wrongly_is_refused(trained, tmp_path, key):
+  cell = next(trained.glob('cells/*'))
+  shutil.copytree(cell / 'sae', tmp_path / 'sae')
+  path = tmp_path / 'sae' / 'sae.json'
+  path.write_bytes(schema.dump(schema.content(schema.parse(path.read_bytes())) | {key: 'later'}))
+  with pytest.raises(UserError, match=f'{key}=.later. is none that this version knows'):
+    sae_jax.load(tmp_path)

@@ -174,7 +174,7 @@ def test_profiles_leave_out_runs_that_did_not_spend_the_budget():
   [
     (planted([8.0], 1e9, 1e9).assign(state='failed'), [1e9], 'no finished run'),
     (planted([8.0], 1e9, 1e9).drop(columns='flops_useful'), [1e9], 'flops_useful'),
-    (planted([8.0], 1e9, 1e9), [-1.0], 'budget -1'),
+    (planted([8.0], 1e9, 1e9), [-1.0], 'budgets=-1'),
     (planted([8.0], 1e9, 1e9), [1e9], '0 of 1'),
   ],
 )

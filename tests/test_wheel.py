@@ -29,6 +29,7 @@ def test_wheel_installs_the_library_alone_and_loads_an_autoencoder(trained, tmp_
     (facts,) = (name for name in names if name.endswith('.dist-info/METADATA'))
     metadata = archive.read(facts).decode()
   assert {name.split('/')[0].split('-')[0] for name in names} == {'sae_jax'}
+  assert 'sae_jax/py.typed' in names  # without it editors take the types of an installed package for unknown
   assert 'License-Expression: Apache-2.0' in metadata and any(name.endswith('/LICENSE') for name in names)
 
   clean = tmp_path / 'clean'
