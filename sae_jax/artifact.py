@@ -20,10 +20,9 @@ from sae_jax import arrays, cell_state, checks, files, product, schema
 from sae_jax.arrays import Array
 from sae_jax.data.normalize import KINDS, normalize
 from sae_jax.errors import UserError
-from sae_jax.sae import SAE
+from sae_jax.sae import SAE, shapes
 
 _WEIGHTS = ('raw', 'ema')
-TENSORS = ('w_enc_FD', 'w_dec_FD', 'b_enc_F', 'b_pre_D')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +99,7 @@ def save(workdir: str, weights: dict[str, dict[str, np.ndarray]], info: dict[str
   """
   digests, sizes = {}, {}
   for name, params in weights.items():
-    data = safetensors.numpy.save({key: np.ascontiguousarray(params[key]) for key in TENSORS})
+    data = safetensors.numpy.save({key: np.ascontiguousarray(params[key]) for key in params})
     files.replace(files.join(workdir, schema.ARTIFACT, f'{name}.safetensors'), data)
     digests[name], sizes[name] = hashlib.sha256(data).hexdigest(), len(data)
   record = schema.dump(info | {'sha256': digests})
@@ -144,7 +143,7 @@ def load(cell: str | os.PathLike[str], weights: str | None = None) -> Autoencode
       f'{cell_state.printable(cell)} is damaged ({why}); python -m sweeps.retry with its id has it trained again'
     ) from None
   n, d, k = info['n_latents'], info['d_model'], info['k']
-  expected = {'w_enc_FD': (n, d), 'w_dec_FD': (n, d), 'b_enc_F': (n,), 'b_pre_D': (d,)}
+  expected = shapes(n, d)
   found = {name: tensor.shape for name, tensor in params.items()}
   if found != expected or not all(np.isfinite(t).all() for t in params.values()):
     raise UserError(

@@ -20,7 +20,7 @@ from sae_jax import sharding, sparse, topk
 from sae_jax.config import Config
 from sae_jax.data import soundness
 from sae_jax.data.source import Source
-from sae_jax.sae import Params, encode, reconstruct
+from sae_jax.sae import Params, encode, reconstruct, shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Evaluator:
     self._mesh, self._source = mesh, source
     self._token_sums = _make_token_sums(config, mesh)
     self._chosen = config.eval.tokens * config.sae.k
-    whole = {name: NamedSharding(mesh, spec) for name, spec in sharding.PARAM_SPECS.items()}
+    layouts = sharding.layouts(shapes(config.sae.n_latents, config.sae.d_model))
+    whole = {name: NamedSharding(mesh, spec) for name, spec in layouts.items()}
     self._gather = jax.jit(lambda params: params, out_shardings=whole) if config.state_is_split else None
     total_D, square = np.zeros(source.d_model), 0.0
     for start in range(0, self._tokens, self._batch):
@@ -117,7 +118,7 @@ def _make_token_sums(config: Config, mesh: Mesh) -> Callable[[Params, jax.Array]
     jax.shard_map(
       token_sums,
       mesh=mesh,
-      in_specs=(sharding.PARAM_SPECS, sharding.BATCH),
+      in_specs=(sharding.layouts(shapes(config.sae.n_latents, config.sae.d_model)), sharding.BATCH),
       out_specs=P('data'),
       check_vma=False,
     )

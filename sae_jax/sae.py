@@ -69,6 +69,16 @@ class SAE(nnx.Module):
     return (x_BD + self.b_pre_D[...][None]).reshape(shape)
 
 
+def shapes(n_latents: int, d_model: int) -> dict[str, tuple[int, ...]]:
+  """Of the parameters."""
+  return {
+    'w_enc_FD': (n_latents, d_model),
+    'w_dec_FD': (n_latents, d_model),
+    'b_enc_F': (n_latents,),
+    'b_pre_D': (d_model,),
+  }
+
+
 def init_params(key: jax.Array, b_pre_D: jax.Array, config: SAEConfig) -> Params:
   """Decoder rows random of unit norm, encoder equal to them, latent bias 0 (section 3, steps 1 to 3).
 

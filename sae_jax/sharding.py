@@ -1,7 +1,7 @@
 """Where arrays live: the (data, latent) mesh, partition specs by array name, and host-to-device placement."""
 
 import concurrent.futures
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,17 +15,26 @@ from sae_jax.config import Config, MeshConfig
 from sae_jax.data.source import Source
 from sae_jax.errors import UserError
 
-# By the name an array has in a state tree; what is not named is replicated. Moments and EMA share their
-# parameter's name and so its layout.
-SPECS = {
-  'w_enc_FD': P('latent', None),
-  'w_dec_FD': P('latent', None),
-  'b_enc_F': P('latent'),
-  'idle_F': P('latent'),
-}
-PARAM_SPECS = {name: SPECS.get(name, P()) for name in ('w_enc_FD', 'w_dec_FD', 'b_enc_F', 'b_pre_D')}
+# By what the name of an array ends with: its axes. Moments and EMA share their parameter's name and so its layout.
+_LAYOUTS = {'_FD': P('latent', None), '_F': P('latent'), '_D': P()}
 BATCH = P('data', None)
 _CPU_PRODUCT = 2**28  # bytes
+
+
+def layout(name: str, shape: tuple[int, ...]) -> P:
+  """Where a state array lies while it is used, by the suffix of its name; scalars are everywhere.
+
+  Raises ValueError for an array that no rule covers. Replicated in silence, it would cost its size on every chip.
+  """
+  found = next((where for suffix, where in _LAYOUTS.items() if name.endswith(suffix)), None)
+  if found is None and shape:
+    raise ValueError(f'{name} {shape} has no layout; end its name with one of {", ".join(_LAYOUTS)}')
+  return P() if found is None else found
+
+
+def layouts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, P]:
+  """`layout` of every array."""
+  return {name: layout(name, shape) for name, shape in shapes.items()}
 
 
 def at_rest(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
@@ -34,7 +43,7 @@ def at_rest(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
   So a chip keeps and updates 1/data of what its latent shard holds (gradients, moments, EMA), and the parameters are
   gathered over the data axis once a step; see `Config.state_is_split`.
   """
-  spec = SPECS.get(name, P())
+  spec = layout(name, shape)
   if name == 'idle_F' or not spec or mesh.shape['data'] == 1 or shape[0] % mesh.size:
     return spec
   return P(('latent', 'data'), *spec[1:])

@@ -44,9 +44,11 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
     f = sparse.forced(config.mesh.products)(f)
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
+  param_layouts = sharding.layouts(sae.shapes(config.sae.n_latents, width))
+  idle_layout = sharding.layout('idle_F', (config.sae.n_latents,))
   encoder_scale = on_shards(
     lambda params, probe_BD: sae.encoder_scale(params, probe_BD, config.sae.k, axes),
-    (sharding.PARAM_SPECS, P()),
+    (param_layouts, P()),
     P(),
   )
 
@@ -87,8 +89,8 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
       exchange=config.mesh.exchange,
       scatter=config.state_is_split,
     ),
-    (sharding.PARAM_SPECS, sharding.SPECS['idle_F'], sharding.BATCH, P()),
-    ({name: where.spec for name, where in state_shardings.params.items()}, sharding.SPECS['idle_F'], P()),
+    (param_layouts, idle_layout, sharding.BATCH, P()),
+    ({name: where.spec for name, where in state_shardings.params.items()}, idle_layout, P()),
   )
 
   def step(state: TrainState, x_BD):

@@ -248,7 +248,7 @@ def corrupt(ledger_path: pathlib.Path, flips: int, seed: int) -> dict[str, int]:
     'harmless' are those that change nothing that is believed, such as white space; 'believed' should be 0.
   """
   import sae_jax
-  from sae_jax import artifact, cell_state, errors, metrics
+  from sae_jax import cell_state, errors, metrics
 
   rng, report = random.Random(seed), collections.Counter(dict.fromkeys(NOTICED, 0))
   cells = sorted((ledger_path / 'cells').glob('*'))
@@ -269,7 +269,7 @@ def corrupt(ledger_path: pathlib.Path, flips: int, seed: int) -> dict[str, int]:
         sae = sae_jax.load(str(cell), weights)
       except errors.UserError:
         return 'load', None
-      return 'load', (sae.info, [getattr(sae.sae, tensor)[...].tobytes() for tensor in artifact.TENSORS])
+      return 'load', (sae.info, [tensor.tobytes() for tensor in sae.sae.params().values()])
     if name == schema.METRICS:
       lines = metrics.read_metrics(str(cell), cell.name)
       return 'report', lines

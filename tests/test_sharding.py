@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from sae_jax import config, evaluate, hlo, optim, sharding
 from sae_jax import train as training
@@ -169,6 +170,14 @@ def test_compiled_step_reduces_gradients_and_fired_mask_once(compiled_step):
   assert not [m for m in moved if m[0] == 'all-reduce' and m[1] == f'f32[{per_shard},{D}]']
   masks = [m for m in moved if m[1] in (f's8[{per_shard}]', f's32[{per_shard}]', f'u8[{per_shard}]')]
   assert [(op, axis) for op, _, axis in masks] == [('all-reduce', 'data')]
+
+
+def test_array_without_a_layout_is_an_error():
+  for name in ('theta', 'log_theta_K', 'w_enc_fd', 'FD'):
+    with pytest.raises(ValueError, match=f'{name} .* has no layout'):
+      sharding.layout(name, (8, 3))
+  assert sharding.layout('count', ()) == P()
+  assert sharding.layout('r_mag_F', (8,)) == P('latent')
 
 
 def test_state_at_rest_is_split_over_both_axes_where_latents_divide():

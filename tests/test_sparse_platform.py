@@ -99,9 +99,10 @@ def sharded_step(mesh: Mesh, n_latents: int, width: int, k: int, batch: int, sel
       params, idle_F, x_BD, scale, sae=config, loss=loss, batch=batch, axes=sharding.axes_of(mesh), dtype=None
     )
 
-  specs = (sharding.PARAM_SPECS, P('latent'), sharding.BATCH, P())
+  layouts = sharding.layouts(sae.shapes(n_latents, width))
+  specs = (layouts, P('latent'), sharding.BATCH, P())
   mapped = jax.shard_map(
-    step, mesh=mesh, in_specs=specs, out_specs=(sharding.PARAM_SPECS, P('latent'), P()), check_vma=False
+    step, mesh=mesh, in_specs=specs, out_specs=(layouts, P('latent'), P()), check_vma=False
   )
   arrays = (
     {

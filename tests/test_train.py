@@ -359,7 +359,9 @@ def test_digest_does_not_depend_on_the_mesh():
   for shape in ((1, 1), (8, 1), (1, 8), (2, 4)):
     mesh = sharding.make_mesh(config.MeshConfig(*shape))
     digests.add(
-      checkpoint.array_digest(jax.device_put(w_FD, jax.NamedSharding(mesh, sharding.SPECS['w_enc_FD'])))
+      checkpoint.array_digest(
+        jax.device_put(w_FD, jax.NamedSharding(mesh, sharding.layout('w_enc_FD', w_FD.shape)))
+      )
     )
   w_FD[-1, -1] += 1e-6
   assert len(digests) == 1 and checkpoint.array_digest(jax.numpy.asarray(w_FD)) not in digests
