@@ -7,6 +7,7 @@ autoencoder is defined and used afterwards, also where training selects approxim
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,10 +18,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import sharding, sparse, topk
-from sae_jax.config import Config
+from sae_jax.config import Config, SAEConfig
 from sae_jax.data import soundness
 from sae_jax.data.source import Source
 from sae_jax.sae import Params, encode, reconstruct, shapes
+
+_KEPT = 8  # compiled programs that a process keeps for later cells of the same sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Evaluator:
   def __init__(self, config: Config, mesh: Mesh, source: Source):
     self._tokens, self._batch, self._width = config.eval.tokens, config.eval.batch_tokens, source.d_model
     self._mesh, self._source = mesh, source
-    self._token_sums = _make_token_sums(config, mesh)
+    self._token_sums = _make_token_sums(config.sae, config.train.compute_dtype, config.mesh.products, mesh)
     self._chosen = config.eval.tokens * config.sae.k
     layouts = sharding.layouts(shapes(config.sae.n_latents, config.sae.d_model))
     whole = {name: NamedSharding(mesh, spec) for name, spec in layouts.items()}
@@ -92,33 +95,34 @@ class Evaluator:
     return x_BD
 
 
-def _make_token_sums(config: Config, mesh: Mesh) -> Callable[[Params, jax.Array], dict[str, jax.Array]]:
+@functools.lru_cache(maxsize=_KEPT)
+def _make_token_sums(
+  size: SAEConfig, compute_dtype: str, products: str, mesh: Mesh
+) -> Callable[[Params, jax.Array], dict[str, jax.Array]]:
   """Of each token the squared error, the active latents and, of an approximate selection, the latents it found.
 
   Evaluation never donates.
   """
   axes = sharding.axes_of(mesh)
-  dtype = jnp.bfloat16 if config.train.compute_dtype == 'bfloat16' else None
+  dtype = jnp.bfloat16 if compute_dtype == 'bfloat16' else None
 
-  @sparse.forced(config.mesh.products)
+  @sparse.forced(products)
   def token_sums(params, x_BD):
-    x_hat_BD, codes = reconstruct(params, x_BD, config.sae.k, axes, dtype)
+    x_hat_BD, codes = reconstruct(params, x_BD, size.k, axes, dtype)
     active_B = jnp.sum(codes.z_BK > 0, axis=-1, dtype=jnp.int32)
     if axes.latent:
       active_B = jax.lax.psum(active_B, axes.latent)
     sums = {'error': jnp.sum((x_BD - x_hat_BD) ** 2, axis=-1), 'active': active_B}
-    if config.sae.selection == 'approximate':
-      product_BF, _, _ = encode(params, x_BD, config.sae.k, axes, dtype)  # compiled once, with the one above
-      sums['found'] = topk.found(
-        product_BF, params['b_enc_F'], config.sae.k, config.sae.recall_target, axes.latent
-      )
+    if size.selection == 'approximate':
+      product_BF, _, _ = encode(params, x_BD, size.k, axes, dtype)  # compiled once, with the one above
+      sums['found'] = topk.found(product_BF, params['b_enc_F'], size.k, size.recall_target, axes.latent)
     return sums
 
   return jax.jit(
     jax.shard_map(
       token_sums,
       mesh=mesh,
-      in_specs=(sharding.layouts(shapes(config.sae.n_latents, config.sae.d_model)), sharding.BATCH),
+      in_specs=(sharding.layouts(shapes(size.n_latents, size.d_model)), sharding.BATCH),
       out_specs=P('data'),
       check_vma=False,
     )

@@ -1,5 +1,6 @@
 """The compiled training step: of one autoencoder, and of a group of them on one stream."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import optim, sae, sharding, sparse
-from sae_jax.config import Config
+from sae_jax.config import Config, LossConfig, OptimConfig, SAEConfig
 
 _PROBES = 256
+_KEPT = 8  # compiled steps that a process keeps for later cells of the same sizes
 
 
 @flax.struct.dataclass
@@ -30,31 +32,60 @@ class TrainState:
 def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
   """Compiled `init(b_pre_D, scale) -> state` and `step(state, x_BD) -> (state, metrics)`; step donates its state.
 
+  Cells that differ in seed, budget or data share their programs in this process.
   Raises `UserError` when the configuration forces a path of the sparse products that these devices do not have.
   """
-  axes = sharding.axes_of(mesh)
-  tx = optim.make_optimizer(config.optim, config.train.batch_tokens)
-  dtype = jnp.bfloat16 if config.train.compute_dtype == 'bfloat16' else None
-  batch, width = config.train.batch_tokens, config.sae.d_model
-  rows = max(batch, config.eval.batch_tokens) // mesh.shape['data']
+  train, where = config.train, config.mesh
+  rows = max(train.batch_tokens, config.eval.batch_tokens) // mesh.shape['data']
   latents = config.sae.n_latents // mesh.shape['latent']
-  sparse.check(config.mesh.products, mesh.devices.flat[0].platform, rows, latents, width)
+  sparse.check(where.products, mesh.devices.flat[0].platform, rows, latents, config.sae.d_model)
+  compiled_init, step = _programs(
+    config.sae, config.loss, config.optim, train.batch_tokens, train.compute_dtype, where.products, where.exchange,
+    sharding.row_chunks(config, mesh), config.state_is_split, mesh,
+  )  # fmt: skip
+  # The seed goes in as a value, so that cells which differ in it share one compiled program.
+  key_data = np.asarray(jax.random.key_data(jax.random.key(train.seed)))
+
+  def init(b_pre_D: jax.Array, scale: jax.Array) -> TrainState:
+    return compiled_init(key_data, b_pre_D, scale)
+
+  return init, step
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _programs(
+  size: SAEConfig,
+  loss: LossConfig,
+  optimizer: OptimConfig,
+  batch: int,
+  compute_dtype: str,
+  products: str,
+  exchange: str,
+  chunks: int,
+  scatter: bool,
+  mesh: Mesh,
+) -> tuple[Callable, Callable]:
+  """`init(key_data, b_pre_D, scale)` and `step`: what depends on nothing but these."""
+  axes = sharding.axes_of(mesh)
+  tx = optim.make_optimizer(optimizer, batch)
+  dtype = jnp.bfloat16 if compute_dtype == 'bfloat16' else None
+  width = size.d_model
 
   def on_shards(f, in_specs, out_specs):
-    f = sparse.forced(config.mesh.products)(f)
+    f = sparse.forced(products)(f)
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-  param_layouts = sharding.layouts(sae.shapes(config.sae.n_latents, width))
-  idle_layout = sharding.layout('idle_F', (config.sae.n_latents,))
+  param_layouts = sharding.layouts(sae.shapes(size.n_latents, width))
+  idle_layout = sharding.layout('idle_F', (size.n_latents,))
   encoder_scale = on_shards(
-    lambda params, probe_BD: sae.encoder_scale(params, probe_BD, config.sae.k, axes),
+    lambda params, probe_BD: sae.encoder_scale(params, probe_BD, size.k, axes),
     (param_layouts, P()),
     P(),
   )
 
-  def init_from(key_data: jax.Array, b_pre_D: jax.Array, scale: jax.Array) -> TrainState:
+  def init(key_data: jax.Array, b_pre_D: jax.Array, scale: jax.Array) -> TrainState:
     key, probe_key = jax.random.split(jax.random.wrap_key_data(key_data))
-    params = sae.init_params(key, b_pre_D, config.sae)
+    params = sae.init_params(key, b_pre_D, size)
     probe_BD = jax.random.normal(probe_key, (_PROBES, width), b_pre_D.dtype)
     probe_BD = probe_BD / jnp.linalg.norm(probe_BD, axis=-1, keepdims=True)
     params['w_enc_FD'] = params['w_enc_FD'] * encoder_scale(params, probe_BD)
@@ -63,37 +94,26 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
       params=params,
       ema=jax.tree.map(jnp.zeros_like, params),
       opt_state=tx.init(params),
-      idle_F=jnp.zeros(config.sae.n_latents, jnp.int32),
+      idle_F=jnp.zeros(size.n_latents, jnp.int32),
       aux_steps=jnp.zeros((), jnp.int32),
       scale=scale,
     )
 
-  # The seed goes in as a value, so that cells which differ in it share one compiled program.
-  key_data = np.asarray(jax.random.key_data(jax.random.key(config.train.seed)))
+  some_key = np.asarray(jax.random.key_data(jax.random.key(0)))
   abstract = jax.eval_shape(
-    init_from, key_data, jax.ShapeDtypeStruct((width,), np.float32), jax.ShapeDtypeStruct((), np.float32)
+    init, some_key, jax.ShapeDtypeStruct((width,), np.float32), jax.ShapeDtypeStruct((), np.float32)
   )
   state_shardings = sharding.shardings(mesh, abstract)
   loss_and_grads = on_shards(
     lambda params, idle_F, x_BD, scale: sae.loss_and_grads(
-      params,
-      idle_F,
-      x_BD,
-      scale,
-      sae=config.sae,
-      loss=config.loss,
-      batch=batch,
-      axes=axes,
-      dtype=dtype,
-      chunks=sharding.row_chunks(config, mesh),
-      exchange=config.mesh.exchange,
-      scatter=config.state_is_split,
+      params, idle_F, x_BD, scale,
+      sae=size, loss=loss, batch=batch, axes=axes, dtype=dtype, chunks=chunks, exchange=exchange, scatter=scatter,
     ),
     (param_layouts, idle_layout, sharding.BATCH, P()),
     ({name: where.spec for name, where in state_shardings.params.items()}, idle_layout, P()),
-  )
+  )  # fmt: skip
 
-  def step(state: TrainState, x_BD):
+  def step(state: TrainState, x_BD: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
     grads, idle_F, sums = loss_and_grads(state.params, state.idle_F, x_BD, state.scale)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optim.unit_norm_decoder(jax.tree.map(jnp.add, state.params, updates))
@@ -101,26 +121,21 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
     state = TrainState(
       step=state.step + 1,
       params=params,
-      ema=optim.ema_update(state.ema, params, config.optim.ema_decay),
+      ema=optim.ema_update(state.ema, params, optimizer.ema_decay),
       opt_state=opt_state,
       idle_F=idle_F,
       aux_steps=state.aux_steps + (sums.n_dead > 0),
       scale=state.scale,
     )
     return state, {
-      'train/loss': nmse + config.loss.aux_coefficient * sums.aux_loss,
+      'train/loss': nmse + loss.aux_coefficient * sums.aux_loss,
       'train/nmse': nmse,
       'train/aux_loss': sums.aux_loss,
       'train/l0': sums.active / batch,
-      'sae/dead_fraction': sums.n_dead / config.sae.n_latents,
+      'sae/dead_fraction': sums.n_dead / size.n_latents,
     }
 
   replicated = NamedSharding(mesh, P())
-  compiled_init = jax.jit(init_from, in_shardings=(replicated,) * 3, out_shardings=state_shardings)
-
-  def init(b_pre_D: jax.Array, scale: jax.Array) -> TrainState:
-    return compiled_init(key_data, b_pre_D, scale)
-
   step = jax.jit(
     step,
     in_shardings=(state_shardings, NamedSharding(mesh, sharding.BATCH)),
@@ -128,7 +143,7 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
     donate_argnames='state',
     compiler_options=sharding.compiler_options(mesh),
   )
-  return init, step
+  return jax.jit(init, in_shardings=(replicated,) * 3, out_shardings=state_shardings), step
 
 
 def abstract_state(init: Callable, mesh: Mesh, config: Config) -> Any:

@@ -403,3 +403,18 @@ def test_create_lets_exactly_one_writer_win(tmp_path):
 def test_ledger_without_exclusive_create_is_refused():
   with pytest.raises(UserError, match='no exclusive create'):
     files.check_exclusive_create('s3://bucket/ledger')
+
+
+def test_cells_that_differ_in_their_seed_or_data_share_one_compiled_step():
+  from sae_jax import sharding, step
+
+  mesh = sharding.make_mesh(cell().mesh)
+
+  def compiled(**overrides):
+    return step.make_step(cell(**overrides), mesh)[1]
+
+  assert compiled() is compiled(
+    **{'train.seed': 3, 'data.seed': 5, 'train.tokens': 9 * cell().train.batch_tokens}
+  )
+  for key, value in {'optim.learning_rate': 0.5, 'sae.k': 3, 'train.compute_dtype': 'bfloat16'}.items():
+    assert compiled() is not compiled(**{key: value})
