@@ -14,8 +14,15 @@ if TYPE_CHECKING:
   from analysis.table import best_learning_rate, load_curves, load_ledger, read_csv
 
 __all__ = [
-  'analyse', 'best_learning_rate', 'fit_by', 'fit_law', 'load_curves', 'load_ledger', 'plots', 'read_csv',
-]  # fmt: skip
+  'analyse',
+  'best_learning_rate',
+  'fit_by',
+  'fit_law',
+  'load_curves',
+  'load_ledger',
+  'plots',
+  'read_csv',
+]
 
 
 def __dir__() -> list[str]:

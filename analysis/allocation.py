@@ -40,9 +40,7 @@ def allocate(fit: Fit, flops: float, flops_per_latent_token: float) -> Allocatio
   """
   (fit,) = fits_of(fit)
   if fit.law.name != 'additive2' or fit.x != ('n_latents', 'tokens'):
-    raise UserError(
-      f'an allocation needs additive2 over n_latents, tokens, not {fit.law.name} over {", ".join(fit.x)}'
-    )
+    raise UserError(f'an allocation needs additive2 over n_latents, tokens, not {fit.law.name} over {", ".join(fit.x)}')
   for name, value in (('flops', flops), ('flops_per_latent_token', flops_per_latent_token)):
     checks.positive(name, value, 'give FLOPs')
   for name in ('alpha', 'beta'):
@@ -52,16 +50,12 @@ def allocate(fit: Fit, flops: float, flops_per_latent_token: float) -> Allocatio
       )
   product = flops / flops_per_latent_token
   rows_5M = _split(fit, np.concatenate([fit.theta_P[None], fit.draws_BP]), product)
-  ends_5M = rows_5M[:, 1:][
-    :, np.isfinite(rows_5M[:, 1:]).all(axis=0)
-  ]  # resamples without a best split say nothing
+  ends_5M = rows_5M[:, 1:][:, np.isfinite(rows_5M[:, 1:]).all(axis=0)]  # resamples without a best split say nothing
   if ends_5M.shape[1]:
     low_5, high_5 = np.quantile(ends_5M, uncertainty.TAILS, axis=1)
   else:
     low_5 = high_5 = np.full(5, np.nan)
-  found = [
-    (float(e), float(low), float(high)) for e, low, high in zip(rows_5M[:, 0], low_5, high_5, strict=True)
-  ]
+  found = [(float(e), float(low), float(high)) for e, low, high in zip(rows_5M[:, 0], low_5, high_5, strict=True)]
   return Allocation(flops, *found)
 
 

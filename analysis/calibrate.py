@@ -52,11 +52,16 @@ class Calibration:
   def to_json(self) -> dict[str, Any]:
     """Strict JSON; `cells` as a list of objects."""
     return {
-      'level': self.level, 'n_cells': len(self.cells), 'inside': self.inside, 'p_so_few': self.p_so_few,
-      'mean_rel_err': float(self.cells['rel_err'].abs().mean()), 'max_rel_err': float(self.cells['rel_err'].abs().max()),
-      'mean_signed_rel_err': float(self.cells['rel_err'].mean()), 'missing': self.missing,
+      'level': self.level,
+      'n_cells': len(self.cells),
+      'inside': self.inside,
+      'p_so_few': self.p_so_few,
+      'mean_rel_err': float(self.cells['rel_err'].abs().mean()),
+      'max_rel_err': float(self.cells['rel_err'].abs().max()),
+      'mean_signed_rel_err': float(self.cells['rel_err'].mean()),
+      'missing': self.missing,
       'cells': json.loads(self.cells.to_json(orient='records')),
-    }  # fmt: skip
+    }
 
   def summary(self) -> str:
     """A table for a terminal and the verdict in two lines."""
@@ -94,14 +99,11 @@ def write_predictions(
   for n, k in sizes:
     known = seen[(seen['n_latents'] == n) & (seen['k'] == k)]
     if len(known):
-      raise UserError(
-        f'n={n}, k={k} is cell {known["id"].iloc[0]} of the ledger; predict sizes it does not hold'
-      )
+      raise UserError(f'n={n}, k={k} is cell {known["id"].iloc[0]} of the ledger; predict sizes it does not hold')
   if files.exists(out):
     raise UserError(f'{out} exists; predictions are never replaced: choose another --out')
   found = [
-    predict(ledger, {'n_latents': n, 'k': k}, bootstrap=bootstrap)
-    for n, k in tqdm(sizes, 'predicting', disable=None)
+    predict(ledger, {'n_latents': n, 'k': k}, bootstrap=bootstrap) for n, k in tqdm(sizes, 'predicting', disable=None)
   ]
   for p in found:
     if not math.isfinite(p.low + p.high):
@@ -111,11 +113,14 @@ def write_predictions(
       )
   first = found[0]
   record = {
-    'schema': 1, 'law': first.fit.law.name, 'level': uncertainty.LEVEL, 'holdout': first.fit.to_json()['holdout'],
+    'schema': 1,
+    'law': first.fit.law.name,
+    'level': uncertainty.LEVEL,
+    'holdout': first.fit.to_json()['holdout'],
     'fitted_cells': sorted(first.fit.table['id']),
     'predictions': [p.at | {key: value for key, value in p.to_json().items() if key in _NUMBERS} for p in found],
     'warnings': list({(w['code'], w['message']): w for p in found for w in p.warnings}.values()),
-  }  # fmt: skip
+  }
   try:
     files.create(out, json.dumps(record, indent=1, allow_nan=False).encode() + b'\n')
   except FileExistsError:
@@ -142,18 +147,24 @@ def check(predictions: str, ledger: str) -> Calibration:
       missing.append({'n_latents': p['n_latents'], 'k': p['k']})
     for cell in mine.to_dict('records'):
       if cell['id'] in fitted:
-        raise UserError(
-          f'cell {cell["id"]} was fitted, so it cannot check the fit; give a ledger of new cells'
-        )
+        raise UserError(f'cell {cell["id"]} was fitted, so it cannot check the fit; give a ledger of new cells')
       if cell['tokens'] != p['tokens']:
         raise UserError(
           f'cell {cell["id"]} saw {cell["tokens"]:.0f} tokens and was predicted for {p["tokens"]}; train it as predicted'
         )
-      rows.append({
-        'n_latents': p['n_latents'], 'k': p['k'], 'id': cell['id'], 'predicted': p['nmse'], 'low': p['low'],
-        'high': p['high'], 'measured': cell['nmse'], 'rel_err': p['nmse'] / cell['nmse'] - 1,
-        'inside': bool(p['low'] <= cell['nmse'] <= p['high']),
-      })  # fmt: skip
+      rows.append(
+        {
+          'n_latents': p['n_latents'],
+          'k': p['k'],
+          'id': cell['id'],
+          'predicted': p['nmse'],
+          'low': p['low'],
+          'high': p['high'],
+          'measured': cell['nmse'],
+          'rel_err': p['nmse'] / cell['nmse'] - 1,
+          'inside': bool(p['low'] <= cell['nmse'] <= p['high']),
+        }
+      )
   if not rows:
     raise UserError(f'no finished cell of {ledger} was predicted in {predictions}; train them first')
   return Calibration(pd.DataFrame(rows), missing, float(record['level']))
@@ -183,17 +194,13 @@ def _whole(text: str) -> list[int]:
   try:
     return [int(part) for part in text.split(',')]
   except ValueError:
-    raise UserError(
-      f'{text[:80]!r} is not a list of whole numbers; write them with commas: 2048,4096'
-    ) from None
+    raise UserError(f'{text[:80]!r} is not a list of whole numbers; write them with commas: 2048,4096') from None
 
 
 @one_line_errors
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog='python -m analysis.calibrate', description=__doc__.splitlines()[0])
-  parser.add_argument(
-    '--ledger', required=True, metavar='DIR', help='cells to predict from, or to check with'
-  )
+  parser.add_argument('--ledger', required=True, metavar='DIR', help='cells to predict from, or to check with')
   parser.add_argument('--n_latents', metavar='N,N', help='sizes to predict')
   parser.add_argument('--k', metavar='K,K', help='sparsities to predict; every pair of both is')
   parser.add_argument('--out', metavar='FILE', help='write the predictions there; must not exist')

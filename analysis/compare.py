@@ -42,9 +42,7 @@ class Comparison:
   @property
   def holdout_errors(self) -> tuple[float, float]:
     """Mean relative errors on the held-out rows, with and without; NaN where none could be held out."""
-    first, second = (
-      fit.holdout['mean_rel_err'] if fit.holdout else math.nan for fit in (self.floored, self.plain)
-    )
+    first, second = (fit.holdout['mean_rel_err'] if fit.holdout else math.nan for fit in (self.floored, self.plain))
     return first, second
 
   @property
@@ -59,7 +57,9 @@ class Comparison:
       return f'undecided: AICc differs by {abs(gain):.1f}, less than {_CLEAR:g}'
     if (gain > 0) != (floored < plain):
       described, predicted = ('with', 'without') if gain > 0 else ('without', 'with')
-      return f'undecided: the law {described} it describes these points better, {predicted} it predicts larger ones better'
+      return (
+        f'undecided: the law {described} it describes these points better, {predicted} it predicts larger ones better'
+      )
     if gain > 0 and 'asymptote_not_identified' in {w['code'] for w in self.floored.warnings}:
       return 'undecided: the law with it describes and predicts better, but its size is not identified'
     return 'supported' if gain > 0 else 'not supported'

@@ -88,9 +88,7 @@ def risen_cells(best: pd.DataFrame) -> list[str]:
   """
   table.positive(best, ['n_latents', 'k', 'nmse'])
   frames.labels(frames.frame('best', best, ['id']), 'id')
-  means = (
-    best.groupby(['n_latents', 'k'], sort=True).agg(nmse=('nmse', 'mean'), ids=('id', list)).reset_index()
-  )
+  means = best.groupby(['n_latents', 'k'], sort=True).agg(nmse=('nmse', 'mean'), ids=('id', list)).reset_index()
   out = []
   for fixed, moving, a, b in (('k', 'n_latents', 'k', 'n'), ('n_latents', 'k', 'n', 'k')):
     for value, line in means.groupby(fixed):
@@ -141,7 +139,5 @@ def _left_out(found: pd.DataFrame) -> list[dict[str, str]]:
     return []
   named = [f'{row["id"]} ({row["reason"]})' for row in out.head(_NAMED).to_dict('records')]
   more = f' and {len(out) - _NAMED} more' if len(out) > _NAMED else ''
-  text = (
-    f'{len(out)} of {len(found)} runs do not meet the criterion and are left out: {", ".join(named)}{more}'
-  )
+  text = f'{len(out)} of {len(found)} runs do not meet the criterion and are left out: {", ".join(named)}{more}'
   return [table.warning('not_converged', text)]

@@ -54,9 +54,7 @@ def of_residuals(
     like = [column for column, share in shares.items() if column != best and share > 0.99 * shares[best]]
     also = f' (or {", ".join(like[:3])})' if like else ''
     seen = _furthest(points, x, y, setting_N, points[best].astype(str).to_numpy())
-    text = (
-      f'{best}{also} tells apart rows that are fitted as one curve{seen}; fit each by itself with --by={best}'
-    )
+    text = f'{best}{also} tells apart rows that are fitted as one curve{seen}; fit each by itself with --by={best}'
     return [table.warning('pooled', text)]
   if group is not None or seeds.replicates(points, x) is not None or len(np.unique(setting_N)) == len(points):
     return []
@@ -66,9 +64,7 @@ def of_residuals(
   seen = _furthest(points, x, y, setting_N, np.arange(len(points)))
   text = f'rows of equal {", ".join(x)} lie far apart{seen}'
   if likely:
-    return [
-      table.warning('equal_x', f'{text}; if {likely[0]} is why, fit each by itself with --by={likely[0]}')
-    ]
+    return [table.warning('equal_x', f'{text}; if {likely[0]} is why, fit each by itself with --by={likely[0]}')]
   text += ', and no column says why; name what differs in a column, and fit each by itself with --by=COL'
   return [table.warning('equal_x', text)]
 
@@ -122,8 +118,7 @@ def _lie_side_by_side(curve_N: Array, u_NQ: Array) -> bool:
   """Whether two curves of several settings span common ground."""
   members = [u_NQ[curve_N == c] for c in range(int(curve_N.max()) + 1)]
   low_CQ, high_CQ = (
-    np.array([end(mine, axis=0) for mine in members if len(np.unique(mine, axis=0)) > 1])
-    for end in (np.min, np.max)
+    np.array([end(mine, axis=0) for mine in members if len(np.unique(mine, axis=0)) > 1]) for end in (np.min, np.max)
   )
   both_CCQ = np.minimum(high_CQ[:, None], high_CQ[None]) - np.maximum(low_CQ[:, None], low_CQ[None])
   return bool((both_CCQ >= 0).all(axis=2)[~np.eye(len(low_CQ), dtype=bool)].any())

@@ -93,9 +93,17 @@ def fit_family(
   for separate in (False, True):
     chosen = _law(subjects, separate, floor)
     fit = fit_weighted(
-      frame, chosen, columns, y, np.ones((1, len(frame))), objective='logls', delta=np.inf, holdout=None, by='row',
+      frame,
+      chosen,
+      columns,
+      y,
+      np.ones((1, len(frame))),
+      objective='logls',
+      delta=np.inf,
+      holdout=None,
+      by='row',
       rng=np.random.default_rng(seed),
-    )  # fmt: skip
+    )
     # The columns of the subjects are no variables, whose range would mean something.
     kept = [w for w in fit.warnings if w['code'] != 'short_range' or w['message'].startswith(f'{x} ')]
     fits.append(dataclasses.replace(fit, warnings=kept))
@@ -106,25 +114,22 @@ def _law(subjects: tuple[str, ...], separate: bool, floor: bool) -> laws.Law:
   """Constants of the first subject, and of every other its difference to the first. Axis s is that of subject s."""
   first, others = subjects[0], list(enumerate(subjects))[1:]
   power = [laws.Parameter('ln_a', f'log of the loss at n = 1, {first}', ())]
-  power += [
-    laws.Parameter(f'ln_a_{s}', f'the same of {name}, less that of {first}', (s,)) for s, name in others
-  ]
+  power += [laws.Parameter(f'ln_a_{s}', f'the same of {name}, less that of {first}', (s,)) for s, name in others]
   power += [laws.Parameter('b', f'exponent of n{f", {first}" if separate else ""}', (0,), 'exponent')]
   if separate:
     power += [
-      laws.Parameter(f'b_{s}', f'exponent of {name}, less that of {first}', (0, s), 'exponent')
-      for s, name in others
+      laws.Parameter(f'b_{s}', f'exponent of {name}, less that of {first}', (0, s), 'exponent') for s, name in others
     ]
   terms = [tuple(power)]
   if floor:
-    terms.append((
-      laws.Parameter('ln_e', f'log of the irreducible loss, {first}', ()),
-      *(laws.Parameter(f'ln_e_{s}', f'the same of {name}, less that of {first}', (s,)) for s, name in others),
-    ))  # fmt: skip
+    terms.append(
+      (
+        laws.Parameter('ln_e', f'log of the irreducible loss, {first}', ()),
+        *(laws.Parameter(f'ln_e_{s}', f'the same of {name}, less that of {first}', (s,)) for s, name in others),
+      )
+    )
   kind = 'b_s' if separate else 'b'
   formula = f'L_s(n) = {"e_s + " if floor else ""}a_s n^-{kind}'
   axes = ('n_latents', *(f'is_{s}' for s, _ in others))
   # No floor is named: whether one is identified is a question to each subject's own power law.
-  return laws.Law(
-    f'family_{"separate" if separate else "common"}', formula, formula, axes, tuple(terms), None
-  )
+  return laws.Law(f'family_{"separate" if separate else "common"}', formula, formula, axes, tuple(terms), None)

@@ -35,9 +35,7 @@ class Findings:
   """A ledger's cells, the laws fitted to them, and everything a reader must be warned of."""
 
   cells: pd.DataFrame  # all, with state and reason
-  done: (
-    pd.DataFrame
-  )  # finished cells of all subjects; `best_learning_rate` marks the best rate of every setting
+  done: pd.DataFrame  # finished cells of all subjects; `best_learning_rate` marks the best rate of every setting
   curves: pd.DataFrame  # of the subject that the laws are about
   joint: Fit | None
   by_k: list[OneK]
@@ -91,9 +89,11 @@ def _family_json(family: Family) -> dict[str, Any]:
   rows = family.exponents().to_dict('records')
   exponents = [{str(key): _known(value) for key, value in row.items()} for row in rows]
   return {
-    'subjects': list(family.subjects), 'verdict': family.verdict, 'p_common': _known(family.p_common),
+    'subjects': list(family.subjects),
+    'verdict': family.verdict,
+    'p_common': _known(family.p_common),
     'exponents': exponents,
-  }  # fmt: skip
+  }
 
 
 def _known(value: Any) -> Any:

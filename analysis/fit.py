@@ -107,11 +107,11 @@ def fit_law(
   by = group or ('row' if repeat_N is None else 'setting, then seed')
   fit = fit_weighted(
     points, chosen, columns, y, weight_BN, objective=objective, delta=delta, holdout=held, by=by, rng=rng
-  )  # fmt: skip
+  )
   residual_N = fit.residuals()
   noise, found = seeds.judge(
     repeat_N, np.log(fit.table[y].to_numpy(float)), residual_N @ residual_N, len(chosen.names), objective == 'logls'
-  )  # fmt: skip
+  )
   share = np.bincount(label_N).max() / len(label_N)
   if group and share > 0.5:
     found.append(table.warning('one_run_dominates', f'one {group} holds {share:.0%} of the points'))
@@ -187,9 +187,7 @@ def fit_weighted(
   found += uncertainty.interval_warnings(params, method)
   loose = uncertainty.floor_is_loose(law, ends_2P[0])
   found += uncertainty.floor_warnings(law, u_NQ[used], theta_P, draws_BP, covariance_PP, loose)
-  found += uncertainty.data_warnings(
-    dict(zip(x, np.ptp(u_NQ[used], axis=0), strict=True)), settings, width, agreement
-  )
+  found += uncertainty.data_warnings(dict(zip(x, np.ptp(u_NQ[used], axis=0), strict=True)), settings, width, agreement)
   held = _held_out(law, x, u_NQ, v_N, holdout, delta, rng) if holdout else None
   diagnostics = {
     'delta': delta if objective == 'huber' else None,
@@ -205,8 +203,20 @@ def fit_weighted(
     'correlation': uncertainty.correlation(jacobian_NP),
   }
   return Fit(
-    law, x, y, objective, params, agreement, diagnostics, held, found, points[used].reset_index(drop=True), theta_P, draws_BP, covariance_PP
-  )  # fmt: skip
+    law,
+    x,
+    y,
+    objective,
+    params,
+    agreement,
+    diagnostics,
+    held,
+    found,
+    points[used].reset_index(drop=True),
+    theta_P,
+    draws_BP,
+    covariance_PP,
+  )
 
 
 def _held_out(law, x, u_NQ, v_N, holdout, delta, rng) -> dict[str, Any]:
@@ -231,9 +241,7 @@ def _held_out(law, x, u_NQ, v_N, holdout, delta, rng) -> dict[str, Any]:
     'n_fitted': int(on.sum()),
     'n_held_out': int(test_N.sum()),
     'params': dict(zip(law.names, law.outside(theta_P[None])[0].tolist(), strict=True)),
-    'warnings': uncertainty.floor_warnings(
-      law, u_NQ[on], theta_P, np.empty((0, len(theta_P))), covariance_PP
-    ),
+    'warnings': uncertainty.floor_warnings(law, u_NQ[on], theta_P, np.empty((0, len(theta_P))), covariance_PP),
   }
 
 
@@ -244,17 +252,17 @@ def _names(text: str, points: pd.DataFrame) -> list[str]:
   try:
     return [name.strip() for name in next(csv.reader([text], strict=True, skipinitialspace=True))]
   except (csv.Error, StopIteration):
-    raise UserError(
-      f'--x={text!r} is not a list of names; separate them by commas and close every quote'
-    ) from None
+    raise UserError(f'--x={text!r} is not a list of names; separate them by commas and close every quote') from None
 
 
 @one_line_errors
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
-    prog='python -m analysis.fit', description=__doc__.splitlines()[0], epilog=_EXAMPLES,
+    prog='python -m analysis.fit',
+    description=__doc__.splitlines()[0],
+    epilog=_EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
-  )  # fmt: skip
+  )
   parser.add_argument(
     'table', metavar='TABLE', help='a CSV file with a header, JSONL or Parquet; a path or an fsspec URL'
   )
@@ -267,31 +275,21 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--y', metavar='COL', default='nmse', help='column of the loss (default: nmse)')
   parser.add_argument('--objective', default='logls', help='logls (log least squares, the default) or huber')
   parser.add_argument('--delta', type=float, default=1e-3, help='of Huber, in log loss (default: 1e-3)')
-  parser.add_argument(
-    '--bootstrap', type=int, default=500, metavar='N', help='resamples (default: 500; 0: none)'
-  )
+  parser.add_argument('--bootstrap', type=int, default=500, metavar='N', help='resamples (default: 500; 0: none)')
   parser.add_argument(
     '--holdout', metavar='RULE', help='predict these rows from a fit to the others: "n_latents>65536"'
   )
-  parser.add_argument(
-    '--group', metavar='COL', help='resample by this column: rows of one run are not independent'
-  )
+  parser.add_argument('--group', metavar='COL', help='resample by this column: rows of one run are not independent')
   parser.add_argument(
     '--by', metavar='COL', help='fit the rows of each value of COL, and one law with common exponents to all'
   )
   parser.add_argument(
     '--json', metavar='OUT', help='write the fit there, as an entry of laws.json; with --by a list of them'
   )
-  parser.add_argument(
-    '--sep', default=',', help='between the fields of a line: one character, or the word tab'
-  )
+  parser.add_argument('--sep', default=',', help='between the fields of a line: one character, or the word tab')
   parser.add_argument('--decimal', default='.', help='decimal sign: "." (the default) or ","')
-  parser.add_argument(
-    '--thousands', default='', metavar='SIGN', help='between groups of three digits; none by default'
-  )
-  parser.add_argument(
-    '--encoding', default='utf-8', help='of the text: utf-8 (the default), utf-16, latin-1, …'
-  )
+  parser.add_argument('--thousands', default='', metavar='SIGN', help='between groups of three digits; none by default')
+  parser.add_argument('--encoding', default='utf-8', help='of the text: utf-8 (the default), utf-16, latin-1, …')
   args = parser.parse_args(argv)
   points = table.read_csv(
     args.table, sep=args.sep, decimal=args.decimal, thousands=args.thousands, encoding=args.encoding

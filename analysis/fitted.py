@@ -33,9 +33,7 @@ class Fit:
   theta_P: Array  # estimates in fit coordinates
   draws_BP: Array  # the same for every resample; empty without bootstrap
   covariance_PP: Array | None = None  # of theta_P; None when the points do not determine it
-  where: dict[str, float | str] = dataclasses.field(
-    default_factory=dict
-  )  # common to all points, e.g. {'k': 32}
+  where: dict[str, float | str] = dataclasses.field(default_factory=dict)  # common to all points, e.g. {'k': 32}
 
   @property
   def label(self) -> str:
@@ -45,8 +43,7 @@ class Fit:
     shown = self.x[:1] if family else self.variables  # the others only tell subjects apart
     symbols = ', '.join(laws.SYMBOLS.get(column, column) for column in shown)
     return f'{quantity}({symbols})' + ''.join(
-      f', {key} = {value if isinstance(value, str | bool) else f"{value:g}"}'
-      for key, value in self.where.items()
+      f', {key} = {value if isinstance(value, str | bool) else f"{value:g}"}' for key, value in self.where.items()
     )
 
   @property
@@ -60,9 +57,7 @@ class Fit:
     Raises:
       UserError: a column of the law is missing, its values are not finite and positive, or lengths differ.
     """
-    with np.errstate(
-      over='ignore'
-    ):  # a law far outside its data may leave the range of float64: inf, not an error
+    with np.errstate(over='ignore'):  # a law far outside its data may leave the range of float64: inf, not an error
       return np.exp(self.law.log_prediction(self.theta_P[None], self._logs(at))[0][0])
 
   @property
@@ -84,12 +79,10 @@ class Fit:
     params = {name: self.params[name] | p for name, p in params.items()}  # profiles stay
     interval = self.diagnostics['interval'] | {'method': method, 'resamples': len(draws_BP), 'by': by}
     old = ('no_interval', 'not_finite')
-    warnings = [w for w in self.warnings if w['code'] not in old] + uncertainty.interval_warnings(
-      params, method
-    )
+    warnings = [w for w in self.warnings if w['code'] not in old] + uncertainty.interval_warnings(params, method)
     return dataclasses.replace(
       self, params=params, draws_BP=draws_BP, warnings=warnings, diagnostics=self.diagnostics | {'interval': interval}
-    )  # fmt: skip
+    )
 
   def warned(self, *more: dict[str, str]) -> 'Fit':
     """The same fit with more warnings."""
@@ -102,11 +95,19 @@ class Fit:
   def to_json(self) -> dict[str, Any]:
     """An entry of laws.json: strict JSON, null where a number is unknown."""
     record = {
-      'law': self.law.name, 'formula': self.law.formula, 'x': list(self.variables), 'y': self.y, 'where': self.where,
-      'params': self.params, 'meaning': {p.name: p.meaning for p in self.law.parameters},
-      'objective': self.objective, 'n_points': len(self.table), 'start_agreement': self.start_agreement,
-      'holdout': self.holdout, 'warnings': self.warnings,
-    }  # fmt: skip
+      'law': self.law.name,
+      'formula': self.law.formula,
+      'x': list(self.variables),
+      'y': self.y,
+      'where': self.where,
+      'params': self.params,
+      'meaning': {p.name: p.meaning for p in self.law.parameters},
+      'objective': self.objective,
+      'n_points': len(self.table),
+      'start_agreement': self.start_agreement,
+      'holdout': self.holdout,
+      'warnings': self.warnings,
+    }
     return _strict(record | self.diagnostics)
 
   def summary(self) -> str:
@@ -202,15 +203,11 @@ def warning_lines(fits: Sequence[Fit]) -> list[str]:
 def _rows(at: Mapping[str, Any]) -> pd.DataFrame:
   """Scalars and arrays [N] by column name as a table."""
   if not isinstance(at, Mapping):
-    raise UserError(
-      f'at={checks.shown(at)} is no place; give a table, or values by column: {{"n_latents": 8192}}'
-    )
+    raise UserError(f'at={checks.shown(at)} is no place; give a table, or values by column: {{"n_latents": 8192}}')
   try:
     columns = {key: np.asarray(value) for key, value in at.items()}
   except ValueError:
-    raise UserError(
-      'at holds rows of different lengths; give a number or an array [N] for each column'
-    ) from None
+    raise UserError('at holds rows of different lengths; give a number or an array [N] for each column') from None
   shapes = {key: column.shape for key, column in columns.items() if column.ndim}
   if any(len(shape) > 1 for shape in shapes.values()) or len(set(shapes.values())) > 1:
     said = ', '.join(f'{key} {shape}' for key, shape in shapes.items())

@@ -19,9 +19,7 @@ from sae_jax.errors import UserError
 def frame(name: str, value: Any, columns: Iterable[str] = ()) -> pd.DataFrame:
   """A DataFrame whose columns have names of their own, these among them."""
   if not isinstance(value, pd.DataFrame):
-    raise UserError(
-      f'{name}={shown(value)} is not a table; give a pandas.DataFrame, as analysis.load_ledger returns'
-    )
+    raise UserError(f'{name}={shown(value)} is not a table; give a pandas.DataFrame, as analysis.load_ledger returns')
   if not value.columns.is_unique:
     twice = value.columns[value.columns.duplicated()][0]
     raise UserError(f'{name} has two columns {shown(twice)}; rename or drop one')
@@ -47,9 +45,7 @@ def floats(table: pd.DataFrame, column: str) -> np.ndarray:
   """A column as float64 [N], NaN where it is missing. Raises `UserError` for what is no number, naming the row."""
   series = table[column]
   if series.dtype.kind in 'cmM':
-    raise UserError(
-      f'{column} holds {series.dtype}, which are no plain numbers; convert the column to floats'
-    )
+    raise UserError(f'{column} holds {series.dtype}, which are no plain numbers; convert the column to floats')
   read, form = series, table.attrs.get(read_table.NOTATION)
   if form is not None:  # pandas would take 1.024 for a number in a file of decimal commas
     read = series.map(lambda value: form.number(value) if isinstance(value, str) else value)
@@ -58,9 +54,7 @@ def floats(table: pd.DataFrame, column: str) -> np.ndarray:
   if bad.size:
     value = series.iloc[bad[0]]
     what = 'remove or correct that row' if form is None else notation.remedy(value)
-    raise UserError(
-      f'{column}={shown(value, 42)} in {read_table.place(table, bad[0])} is not a number; {what}'
-    )
+    raise UserError(f'{column}={shown(value, 42)} in {read_table.place(table, bad[0])} is not a number; {what}')
   return numbers.to_numpy(dtype=np.float64, na_value=np.nan)
 
 
@@ -80,15 +74,11 @@ def labels(table: pd.DataFrame, column: str) -> None:
   series = table[column]
   if series.isna().any():
     rows = np.flatnonzero(series.isna()) + 1
-    raise UserError(
-      f'{column} is missing in {len(rows)} rows, first in row {rows[0]}; fill it in or leave them out'
-    )
+    raise UserError(f'{column} is missing in {len(rows)} rows, first in row {rows[0]}; fill it in or leave them out')
   kinds = {type(value) for value in series}
   if len(kinds) > 1 or not all(issubclass(kind, str | int | float | np.number) for kind in kinds):
     names = ', '.join(sorted(kind.__name__ for kind in kinds))
-    raise UserError(
-      f'{column} holds {names}, and labels are texts or numbers, all of one type; convert the column'
-    )
+    raise UserError(f'{column} holds {names}, and labels are texts or numbers, all of one type; convert the column')
 
 
 def _no_number(value: Any) -> bool:

@@ -83,7 +83,7 @@ def fit_frontier(
   held = held and (held[0], held[1][on_N], held[2][on_N])
   found = fit.fit_weighted(
     points[on_N], chosen, (x,), y, weight_BN[:, on_N], objective='logls', delta=np.inf, holdout=held, by='run', rng=rng
-  )  # fmt: skip
+  )
   return found.warned(*_warnings(found.table, points, sorted(set(curves['id']) - set(runs))))
 
 
@@ -117,9 +117,7 @@ def _warnings(used: pd.DataFrame, points: pd.DataFrame, left_out: list[str]) -> 
   out = []
   shares = used['id'].value_counts(normalize=True)
   if shares.iloc[0] > 0.5:
-    text = (
-      f'cell {shares.index[0]} gives {shares.iloc[0]:.0%} of the envelope, which is then its learning curve'
-    )
+    text = f'cell {shares.index[0]} gives {shares.iloc[0]:.0%} of the envelope, which is then its learning curve'
     out.append(table.warning('one_run_dominates', text))
   smallest, largest = points[_SIZE].min(), points[_SIZE].max()
   for name, size in (('smallest', smallest), ('largest', largest)):

@@ -31,9 +31,7 @@ class Grouped:
   by: str
   fits: tuple[Fit, ...]
   common: Fit
-  p_common: (
-    float  # of a gain at least this large from exponents of their own were all the same; NaN when not known
-  )
+  p_common: float  # of a gain at least this large from exponents of their own were all the same; NaN when not known
 
   def to_json(self) -> list[dict[str, Any]]:
     """An entry of laws.json for each curve, then one for the common law."""
@@ -87,7 +85,7 @@ def fit_by(
     def own(rule: str | None, mine: pd.DataFrame = mine) -> Fit:
       return fit_law(
         mine, law, x, y, objective=objective, delta=delta, bootstrap=bootstrap, holdout=rule, group=group, seed=seed
-      )  # fmt: skip
+      )
 
     try:
       fit = with_holdout(own, holdout) if holdout is not None else own(None)
@@ -108,9 +106,7 @@ def fit_by(
     constants = sum(len(fit.theta_P) for fit in fits)
     p = uncertainty.nested(small, large, constants - len(common.theta_P), len(points) - constants)
   if p < _CLEAR:
-    text = (
-      f'the exponents of the values of {by} differ (p = {p:.1g}): read those of each fit, not the common ones'
-    )
+    text = f'the exponents of the values of {by} differ (p = {p:.1g}): read those of each fit, not the common ones'
     common = common.warned(table.warning('exponents_differ', text))
   common = dataclasses.replace(common, diagnostics=common.diagnostics | {'p_common': p})
   return Grouped(by, tuple(fits), common, p)
@@ -120,16 +116,12 @@ def _values(points: pd.DataFrame, by: str, used: tuple[str, ...]) -> tuple[str, 
   if by not in points.columns:
     raise UserError(f'no column {by!r} in the table; it has {", ".join(map(str, points.columns))}')
   if by in used:
-    raise UserError(
-      f'--by={by} is a variable of the fit; group by another column, or leave it out of --x and --y'
-    )
+    raise UserError(f'--by={by} is a variable of the fit; group by another column, or leave it out of --x and --y')
   if points[by].isna().any():
     raise UserError(f'{by} is missing in {int(points[by].isna().sum())} rows; fill it in or leave them out')
   values = tuple(dict.fromkeys(table.useful(points)[by].astype(str)))
   if not 2 <= len(values) <= _MOST:
-    raise UserError(
-      f'--by={by} has {len(values)} values, not 2 to {_MOST}; name the column that tells curves apart'
-    )
+    raise UserError(f'--by={by} has {len(values)} values, not 2 to {_MOST}; name the column that tells curves apart')
   return values
 
 
@@ -162,13 +154,19 @@ def _common(
     held = (holdout, (~test_N).astype(float), test_N)
   solved, shown, parts = _laws(law, by, values, inside)
   fit = fit_weighted(
-    frame, solved, (*x, *inside[1:]), y, weight_BN,
-    objective=objective, delta=delta, holdout=held, by=f'row within {by}', rng=rng,
-  )  # fmt: skip
-  shown_fit = _by_curve(fit, shown, parts, (*x, *inside), delta if objective == 'huber' else np.inf)
-  return dataclasses.replace(
-    shown_fit, diagnostics=shown_fit.diagnostics | {'by': by, 'values': list(values)}
+    frame,
+    solved,
+    (*x, *inside[1:]),
+    y,
+    weight_BN,
+    objective=objective,
+    delta=delta,
+    holdout=held,
+    by=f'row within {by}',
+    rng=rng,
   )
+  shown_fit = _by_curve(fit, shown, parts, (*x, *inside), delta if objective == 'huber' else np.inf)
+  return dataclasses.replace(shown_fit, diagnostics=shown_fit.diagnostics | {'by': by, 'values': list(values)})
 
 
 def _laws(
@@ -198,17 +196,13 @@ def _laws(
   formula = f'{law.formula}, with {", ".join(p.name for p in law.parameters if not p.factors)} of each {by}'
   both = [
     # No floor is named: whether one is identified is a question to each curve's own fit.
-    laws.Law(
-      law.name, formula, law.latex, (*law.axes, *columns), tuple(map(tuple, terms)), None, len(columns)
-    )
+    laws.Law(law.name, formula, law.latex, (*law.axes, *columns), tuple(map(tuple, terms)), None, len(columns))
     for terms, columns in ((solved, inside[1:]), (read, inside))
   ]
   return both[0], both[1], parts
 
 
-def _by_curve(
-  fit: Fit, shown: laws.Law, parts: dict[str, tuple[str, ...]], x: tuple[str, ...], delta: float
-) -> Fit:
+def _by_curve(fit: Fit, shown: laws.Law, parts: dict[str, tuple[str, ...]], x: tuple[str, ...], delta: float) -> Fit:
   """The same fit with the constants of every curve in place of differences to the first."""
   change_PP = np.array([[float(name in parts[p.name]) for name in fit.law.names] for p in shown.parameters])
   theta_P, draws_BP = change_PP @ fit.theta_P, fit.draws_BP @ change_PP.T
@@ -227,12 +221,18 @@ def _by_curve(
   # The columns of the curves are no variables, whose range would mean something.
   ranges = tuple(f'{column} spans' for column in x[len(x) - shown.inner :])
   kept = [
-    w
-    for w in fit.warnings
-    if w['code'] not in ('no_interval', 'not_finite') and not w['message'].startswith(ranges)
+    w for w in fit.warnings if w['code'] not in ('no_interval', 'not_finite') and not w['message'].startswith(ranges)
   ]
   held = fit.holdout and {k: v for k, v in fit.holdout.items() if k != 'params'}
   return dataclasses.replace(
-    fit, law=shown, x=x, params=params, diagnostics=diagnostics, holdout=held, theta_P=theta_P, draws_BP=draws_BP,
-    covariance_PP=covariance_PP, warnings=[*kept, *uncertainty.interval_warnings(params, method)],
-  )  # fmt: skip
+    fit,
+    law=shown,
+    x=x,
+    params=params,
+    diagnostics=diagnostics,
+    holdout=held,
+    theta_P=theta_P,
+    draws_BP=draws_BP,
+    covariance_PP=covariance_PP,
+    warnings=[*kept, *uncertainty.interval_warnings(params, method)],
+  )

@@ -51,10 +51,19 @@ def profiles(
   for budget in budgets:
     mine = points[points['budget'] == budget]
     found = valley.fit_valley(mine['n_latents'].to_numpy(float), mine[y].to_numpy(float), flat)
-    best.append({
-      'budget': budget, 'sizes': mine['n_latents'].nunique(), 'n_latents': found.x, 'low': found.low, 'high': found.high,
-      y: found.y, 'curvature': found.curvature, 'verdict': found.verdict, 'reason': found.reason,
-    })  # fmt: skip
+    best.append(
+      {
+        'budget': budget,
+        'sizes': mine['n_latents'].nunique(),
+        'n_latents': found.x,
+        'low': found.low,
+        'high': found.high,
+        y: found.y,
+        'curvature': found.curvature,
+        'verdict': found.verdict,
+        'reason': found.reason,
+      }
+    )
   columns = ['budget', 'sizes', 'n_latents', 'low', 'high', y, 'curvature', 'verdict', 'reason']
   return points, pd.DataFrame(best, columns=pd.Index(columns))
 
@@ -96,14 +105,10 @@ def fit_best_size(
     fit = fit.redrawn(draws_B2, 'run')
   if not refused:
     return fit
-  return fit.warned(
-    table.warning('edge_minimum', f'{len(refused)} of {len(best)} budgets are left out: {why}')
-  )
+  return fit.warned(table.warning('edge_minimum', f'{len(refused)} of {len(best)} budgets are left out: {why}'))
 
 
-def _resampled(
-  points: pd.DataFrame, budgets: np.ndarray, y: str, count: int, rng: np.random.Generator
-) -> np.ndarray:
+def _resampled(points: pd.DataFrame, budgets: np.ndarray, y: str, count: int, rng: np.random.Generator) -> np.ndarray:
   """ln c and p of up to `count` resamples of runs; those that leave fewer than two minima are dropped."""
   name_R, run_N = np.unique(points['id'], return_inverse=True)
   weight_BR = rng.multinomial(len(name_R), np.full(len(name_R), 1 / len(name_R)), size=count).astype(float)

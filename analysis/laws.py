@@ -14,6 +14,7 @@ from sae_jax.errors import UserError
 
 Array = np.ndarray
 
+# Of columns, in formulas.
 SYMBOLS = {
   'n_latents': 'n',
   'k': 'k',
@@ -21,12 +22,13 @@ SYMBOLS = {
   'flops_useful': 'C',
   'flops_dense': 'C',
   'budget': 'C',
-}  # of columns, in formulas
+}
+# Of what a law gives; else it is a loss L.
 QUANTITIES = {
   'n_latents': 'n',
   'learning_rate': 'lr',
   'converged_tokens': 'T',
-}  # of what a law gives; else a loss L
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +49,7 @@ class Parameter:
 
   def slope(self, t: Array) -> Array:
     """d outside / dt, which carries a standard error to the published constant."""
-    return (
-      self.outside(t)
-      if self.kind == 'amplitude'
-      else np.full_like(t, -1.0 if self.kind == 'exponent' else 1.0)
-    )
+    return self.outside(t) if self.kind == 'amplitude' else np.full_like(t, -1.0 if self.kind == 'exponent' else 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +109,7 @@ class Law:
     share_JMN = np.exp(t_JMN - top_MN)
     total_MN = share_JMN.sum(axis=0)
     share_JMN /= total_MN
-    jacobian_MNP = np.concatenate(
-      [share[:, :, None] * f for share, f in zip(share_JMN, features, strict=True)], axis=2
-    )
+    jacobian_MNP = np.concatenate([share[:, :, None] * f for share, f in zip(share_JMN, features, strict=True)], axis=2)
     return top_MN + np.log(total_MN), jacobian_MNP, share_JMN
 
   def starts(self, u_NQ: Array, v_N: Array, count: int, rng: np.random.Generator) -> Array:
@@ -155,12 +151,9 @@ _JOINT_FLOOR = (
   Parameter('eta', 'exponent of k in the irreducible loss', (1,)),
 )
 
-POWER = Law(
-  'power', 'L(x) = e + a x^-b', r'e + a\,<0>^{-b}', ('n_latents',), terms=((_E,), _POWER), floor=0
-)  # fmt: skip
-POWER_NO_FLOOR = Law(
-  'power_no_floor', 'L(x) = a x^-b', r'a\,<0>^{-b}', ('n_latents',), terms=(_POWER,), floor=None
-)  # fmt: skip
+POWER = Law('power', 'L(x) = e + a x^-b', r'e + a\,<0>^{-b}', ('n_latents',), terms=((_E,), _POWER), floor=0)
+POWER_NO_FLOOR = Law('power_no_floor', 'L(x) = a x^-b', r'a\,<0>^{-b}', ('n_latents',), terms=(_POWER,), floor=None)
+# As power_no_floor, with the sign of what grows: tokens to convergence, best sizes, downstream loss.
 GROWTH = Law(
   'growth',
   'y(x) = c x^p',
@@ -173,7 +166,7 @@ GROWTH = Law(
     ),
   ),
   floor=None,
-)  # power_no_floor with the sign of what grows: tokens to convergence, best sizes, downstream loss
+)
 JOINT_NK = Law(
   'joint_nk',
   'L(n,k) = exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)',

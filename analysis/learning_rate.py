@@ -29,10 +29,19 @@ def valleys(cells: pd.DataFrame, flat: float = valley.FLAT) -> pd.DataFrame:
   rows = []
   for _, group in cells.groupby(keys, sort=True, dropna=False):
     found = valley.fit_valley(group['learning_rate'].to_numpy(), group['nmse'].to_numpy(), flat)
-    rows.append({key: group[key].iloc[0] for key in keys} | {
-      'rates': group['learning_rate'].nunique(), 'learning_rate': found.x, 'low': found.low, 'high': found.high,
-      'nmse': found.y, 'curvature': found.curvature, 'verdict': found.verdict, 'reason': found.reason,
-    })  # fmt: skip
+    rows.append(
+      {key: group[key].iloc[0] for key in keys}
+      | {
+        'rates': group['learning_rate'].nunique(),
+        'learning_rate': found.x,
+        'low': found.low,
+        'high': found.high,
+        'nmse': found.y,
+        'curvature': found.curvature,
+        'verdict': found.verdict,
+        'reason': found.reason,
+      }
+    )
   columns = [*keys, 'rates', 'learning_rate', 'low', 'high', 'nmse', 'curvature', 'verdict', 'reason']
   return pd.DataFrame(rows, columns=pd.Index(columns))
 
@@ -56,9 +65,7 @@ def fit_learning_rate(cells: pd.DataFrame, flat: float = valley.FLAT, *, bootstr
   if not refused:
     return fit
   return fit.warned(
-    table.warning(
-      'edge_minimum', f'{len(refused)} of {len(found)} valleys are left out: {_refusals(refused)}'
-    )
+    table.warning('edge_minimum', f'{len(refused)} of {len(found)} valleys are left out: {_refusals(refused)}')
   )
 
 

@@ -25,22 +25,14 @@ class Notation:
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       if not isinstance(value := getattr(self, field.name), str):
-        raise UserError(
-          f'{field.name}={shown(value)} is not a text; give {field.default!r} or what the file has'
-        )
+        raise UserError(f'{field.name}={shown(value)} is not a text; give {field.default!r} or what the file has')
     if self.sep in _TABS:
       object.__setattr__(self, 'sep', '\t')
     if len(self.sep) != 1 or self.sep.isalnum() or self.sep in '"\r\n\0.+-#':
-      raise UserError(
-        f'--sep={self.sep!r} cannot separate fields; give one character such as ";" or the word tab'
-      )
+      raise UserError(f'--sep={self.sep!r} cannot separate fields; give one character such as ";" or the word tab')
     if self.decimal not in ('.', ','):
       raise UserError(f'--decimal={self.decimal!r} is not a decimal sign; give "." or ","')
-    if (
-      len(self.thousands) > 1
-      or self.thousands.isalnum()
-      or self.thousands in ('"', '\n', '\r', '\0', '+', '-')
-    ):
+    if len(self.thousands) > 1 or self.thousands.isalnum() or self.thousands in ('"', '\n', '\r', '\0', '+', '-'):
       raise UserError(f"--thousands={self.thousands!r} cannot group digits; give one of , . ' or a space")
     if self.thousands == self.decimal:
       other = ',' if self.decimal == '.' else '.'

@@ -14,10 +14,22 @@ from analysis.findings import Findings
 from analysis.fitted import Fit, nothing_is_zero, warning_lines
 
 _COLUMNS = {
-  'id': 'cell', 'n_latents': 'n', 'k': 'k', 'learning_rate': 'learning rate', 'seed': 'seed', 'nmse': 'NMSE',
-  'weights': 'weights', 'l0': 'L0', 'dead_fraction': 'dead', 'tokens': 'tokens', 'flops_useful': 'useful FLOPs',
-  'wall_s': 'seconds', 'subject': 'subject', 'site': 'site', 'best_learning_rate': 'best rate',
-}  # fmt: skip
+  'id': 'cell',
+  'n_latents': 'n',
+  'k': 'k',
+  'learning_rate': 'learning rate',
+  'seed': 'seed',
+  'nmse': 'NMSE',
+  'weights': 'weights',
+  'l0': 'L0',
+  'dead_fraction': 'dead',
+  'tokens': 'tokens',
+  'flops_useful': 'useful FLOPs',
+  'wall_s': 'seconds',
+  'subject': 'subject',
+  'site': 'site',
+  'best_learning_rate': 'best rate',
+}
 _SAME = ('subject', 'site', 'seed', 'weights')  # shown only where they differ
 _CAPTIONS = {
   'joint': 'Loss at the end of training against n for every k, with the joint law. Dashed: extrapolation.',
@@ -105,9 +117,7 @@ def render(
   parts.append(f'<div class="warnings"><ul>{listed}</ul></div>' if items else '<p>None.</p>')
   if found.not_attempted:
     rest = ''.join(f'<li>{_text(text)}</li>' for text in found.not_attempted)
-    summary = (
-      f'<summary>Not attempted: {len(found.not_attempted)} laws that this sweep was not made for</summary>'
-    )
+    summary = f'<summary>Not attempted: {len(found.not_attempted)} laws that this sweep was not made for</summary>'
     parts.append(f'<details>{summary}<ul class="note">{rest}</ul></details>')
   parts.append('<h2>Figures</h2>' + (_figures(pictures) or '<p>None: no law could be fitted.</p>'))
   # How FLOPs are counted is a choice; the laws under the other choice stand by, folded.
@@ -139,9 +149,7 @@ def render(
 def figure_digests(text: str) -> dict[str, str]:
   """The digests that a page was rendered with, by file name; none of a page of another kind."""
   found = re.search(r'<meta name="figures" content="([^"]*)">', text)
-  return dict(
-    re.findall(r'(?:^| )([a-z_]+[0-9]*\.(?:png|pdf))=([0-9a-f]{64})(?= |$)', found[1] if found else '')
-  )
+  return dict(re.findall(r'(?:^| )([a-z_]+[0-9]*\.(?:png|pdf))=([0-9a-f]{64})(?= |$)', found[1] if found else ''))
 
 
 def _figures(pictures: Mapping[str, bytes]) -> str:
@@ -189,9 +197,7 @@ def _law(fits: Sequence[Fit]) -> str:
     ]
     meaning = '; '.join(f'{p.name}: {p.meaning}' for p in fit.law.parameters)
     meaning += '. rms: of the log residuals; held out: mean error; starts: share that agree. '
-    meaning += (
-      'seed noise: standard deviation between seeds, and p of a lack of fit beyond it. ' if noisy else ''
-    )
+    meaning += 'seed noise: standard deviation between seeds, and p of a lack of fit beyond it. ' if noisy else ''
   else:  # a row a constant
     profiled = _has_profile(fit)
     heads = ['constant', 'estimate and 90 % interval', *['profile'] * profiled, 'meaning']
@@ -217,7 +223,9 @@ def _law(fits: Sequence[Fit]) -> str:
   known = [method for method in methods if method != 'none']
   facts = f'{meaning}In brackets 90 % intervals from {" and ".join(known)}{resamples}. ' if known else meaning
   if any(_has_profile(one) for one in fits):
-    facts += 'Profile: how far the constant can move at 90 % while the others make up for it, were residuals independent. '
+    facts += (
+      'Profile: how far the constant can move at 90 % while the others make up for it, were residuals independent. '
+    )
   facts += f'Objective {fit.objective}.' + (f' Held out: {", ".join(rules)}.' if rules else '')
   doubts = ''.join(f'<li>{_text(line)}</li>' for line in warning_lines(fits))
   name = fit.label.partition(', k')[0] if fit.where else fit.label
@@ -233,9 +241,7 @@ def _checks(fit: Fit, seeds: bool) -> list[str]:
   """Points, rms, seed noise where it is asked for, held-out error, agreement of starts."""
   held = f'{fit.holdout["mean_rel_err"]:.2%}' if fit.holdout else ''
   rms = f'{fit.diagnostics["rms_log_residual"]:.4f}'
-  return [
-    str(len(fit.table)), rms, *[_seed_noise(fit)] * seeds, held, f'{fit.start_agreement:.0%}'
-  ]  # fmt: skip
+  return [str(len(fit.table)), rms, *[_seed_noise(fit)] * seeds, held, f'{fit.start_agreement:.0%}']
 
 
 def _seed_noise(fit: Fit) -> str:
@@ -248,13 +254,9 @@ def _seed_noise(fit: Fit) -> str:
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """Heads are escaped here, cells by the caller; a column of words stands left."""
-  css = [
-    ' class="text"' if head in ('meaning', 'irreducible loss', 'state', 'reason') else '' for head in heads
-  ]
+  css = [' class="text"' if head in ('meaning', 'irreducible loss', 'state', 'reason') else '' for head in heads]
   head = ''.join(f'<th scope="col"{c}>{_text(h)}</th>' for h, c in zip(heads, css, strict=True))
-  body = ''.join(
-    f'<tr>{"".join(f"<td{c}>{cell}</td>" for cell, c in zip(row, css, strict=True))}</tr>' for row in rows
-  )
+  body = ''.join(f'<tr>{"".join(f"<td{c}>{cell}</td>" for cell, c in zip(row, css, strict=True))}</tr>' for row in rows)
   return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -341,13 +343,7 @@ def _raw(value: Any) -> str:
   if isinstance(value, bool | np.bool_):
     return 'yes' if value else 'no'
   if isinstance(value, int | float | np.number):
-    return (
-      f'{value:.6g}'
-      if np.isfinite(value) and abs(value) < 1e6
-      else f'{value:g}'
-      if np.isfinite(value)
-      else ''
-    )
+    return f'{value:.6g}' if np.isfinite(value) and abs(value) < 1e6 else f'{value:g}' if np.isfinite(value) else ''
   return _text(value)
 
 

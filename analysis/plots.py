@@ -23,8 +23,17 @@ from sae_jax import checks
 from sae_jax.errors import UserError
 
 __all__ = [
-  'allocation', 'calibration', 'family', 'frontier', 'growth', 'isoflop', 'joint', 'learning_rates', 'power', 'residuals',
-]  # fmt: skip
+  'allocation',
+  'calibration',
+  'family',
+  'frontier',
+  'growth',
+  'isoflop',
+  'joint',
+  'learning_rates',
+  'power',
+  'residuals',
+]
 
 _COMPUTE = ('flops_useful', 'flops_dense')
 
@@ -45,9 +54,7 @@ def frontier(fits: Fit | Sequence[Fit], curves: pd.DataFrame | None = None) -> F
   x, y = fits[0].x[0], fits[0].y
   handles = []
   reach = [fit.table[y] for fit in fits]
-  drawn = (
-    pd.DataFrame() if curves is None else _drawn(curves, x, y, [key for fit in fits for key in fit.where])
-  )
+  drawn = pd.DataFrame() if curves is None else _drawn(curves, x, y, [key for fit in fits for key in fit.where])
   for i, fit in enumerate(fits):
     color, marker = style.look(i, len(fits))
     size = 4.5 if len(fit.table) <= 30 else 3.0
@@ -70,9 +77,7 @@ def frontier(fits: Fit | Sequence[Fit], curves: pd.DataFrame | None = None) -> F
   ax.set_ylim(min(0.9 * min(r.min() for r in reach), 0.97 * min(ends)), top)
   if len(drawn):
     handles.append(Line2D([], [], color='0.4', lw=0.6, label='one run'))
-    handles.append(
-      Line2D([], [], ls='', marker='o', mfc='none', mec='0.4', label='only one size there: not fitted')
-    )
+    handles.append(Line2D([], [], ls='', marker='o', mfc='none', mec='0.4', label='only one size there: not fitted'))
     last = max(float(line.get_xdata()[-1]) for line in ax.lines if line.get_linestyle() == '--')
     ax.set_xlim(drawn.loc[drawn[y] <= top, x].min() / 1.3, 1.3 * last)
   return _finish(fig, ax, x, fits, style.equation(fits[0]), handles)
@@ -110,9 +115,7 @@ def growth(fits: Fit | Sequence[Fit], refused: Sequence[float] = ()) -> Figure:
   Points with columns `low` and `high` get bars. `refused` are values of the variable that gave no point: they are
   marked at the bottom, so that a reader sees what the law does not rest on.
   """
-  return _one_variable(
-    fits_of(fits, 1), checks.numbers('refused', refused, 'give values of the variable, each once')
-  )
+  return _one_variable(fits_of(fits, 1), checks.numbers('refused', refused, 'give values of the variable, each once'))
 
 
 def residuals(fit: Fit) -> Figure:
@@ -131,13 +134,9 @@ def residuals(fit: Fit) -> Figure:
     color, marker = style.look(i, len(values))
     mine = (second == value).to_numpy()
     order = np.argsort(fit.table[x].to_numpy()[mine], kind='stable')
-    ax.plot(
-      fit.table[x].to_numpy()[mine][order], percent[mine][order], color=color, marker=marker, ms=5, lw=0.8
-    )
+    ax.plot(fit.table[x].to_numpy()[mine][order], percent[mine][order], color=color, marker=marker, ms=5, lw=0.8)
     if len(fit.x) == 2:
-      handles.append(
-        Line2D([], [], color=color, marker=marker, label=f'${style.symbol(fit.x[1])}$ = {value:g}')
-      )
+      handles.append(Line2D([], [], color=color, marker=marker, label=f'${style.symbol(fit.x[1])}$ = {value:g}'))
   handles.append(Line2D([], [], color='0.9', lw=6, label=f'rms {rms:.2g} %'))
   _finish(fig, ax, x, [fit], style.equation(fit), handles)
   style.linear(ax)

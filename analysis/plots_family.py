@@ -31,9 +31,7 @@ def family(found: Family, codes: Sequence[str] = ()) -> Figure:
     mine = fit.table[np.logical_and.reduce([(fit.table[c] > 1) == (c == f'is_{i}') for c in inside])]
     low, high = float(mine[x].min()), float(mine[x].max())
     for start, stop, line in ((low, high, '-'), (high, 4 * high, '--')):
-      at = {x: np.geomspace(start, stop, 60)} | {
-        c: np.full(60, np.e if c == f'is_{i}' else 1.0) for c in inside
-      }
+      at = {x: np.geomspace(start, stop, 60)} | {c: np.full(60, np.e if c == f'is_{i}' else 1.0) for c in inside}
       ax.plot(at[x], found.common.predict(at), color='0.8', lw=4, zorder=0, solid_capstyle='butt')
       ax.plot(at[x], fit.predict(at), line, color=color, lw=1.4, zorder=3)
     style.points(ax, mine[x], mine[fit.y], color, marker)

@@ -83,8 +83,8 @@ def allocation(fit: Fit, flops_per_latent_token: float) -> Figure:
     Line2D([], [], ls=':', color='0.6', label='equal compute, in FLOPs'),
     Line2D([], [], ls='', marker='o', color='0.35', ms=4, label='measured'),
     Line2D([], [], ls=(0, (4, 3)), color='0.35', lw=1, label='the range of the data'),
-    Line2D([], [], ls='', label='\n' + '\n'.join(style.constants(fit).splitlines()[len(fit.where):])),
-  ]  # fmt: skip
+    Line2D([], [], ls='', label='\n' + '\n'.join(style.constants(fit).splitlines()[len(fit.where) :])),
+  ]
   style.legend(fig, handles)
   style.warn(fig, style.codes([fit]))
   return fig
@@ -104,9 +104,7 @@ def calibration(predictions: pd.DataFrame) -> Figure:
   if frame.empty:
     raise UserError('predictions has no rows; give one a predicted cell')
   fig, (left, right) = style.axes(2)
-  ends = np.array(
-    [frame[['low', 'measured']].min().min() / 1.05, frame[['high', 'measured']].max().max() * 1.05]
-  )
+  ends = np.array([frame[['low', 'measured']].min().min() / 1.05, frame[['high', 'measured']].max().max() * 1.05])
   left.plot(ends, ends, color='0.4', lw=0.9, zorder=1)
   right.axhline(0, color='0.4', lw=0.9, zorder=1)
   handles = []
@@ -121,9 +119,7 @@ def calibration(predictions: pd.DataFrame) -> Figure:
     style.bars(right, mine['n_latents'] * shift, percent['predicted'], percent['low'], percent['high'], color)
     for some, hollow in ((hit, False), (~hit, True)):
       style.points(left, mine['measured'][some], mine['predicted'][some], color, marker, hollow=hollow)
-      style.points(
-        right, mine['n_latents'][some] * shift, percent['predicted'][some], color, marker, hollow=hollow
-      )
+      style.points(right, mine['n_latents'][some] * shift, percent['predicted'][some], color, marker, hollow=hollow)
     text = f'$k$ = {k:g}: {hit.sum()} of {len(hit)} inside'
     handles.append(Line2D([], [], color=color, marker=marker, label=text))
   inside = ((frame['low'] <= frame['measured']) & (frame['measured'] <= frame['high'])).sum()

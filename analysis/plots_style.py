@@ -114,9 +114,7 @@ def ticks(ax: Axes, x: str = '', sizes: Sequence[float] | Array = (), *, narrow:
     _round_ticks(ax.xaxis, *ax.get_xlim(), most=40 if narrow else 120)
     return
   ratio = known[-1] / known[-2]
-  further = known[-1] * ratio ** np.arange(
-    1, 1 + math.floor(np.log(ax.get_xlim()[1] / known[-1]) / np.log(ratio))
-  )
+  further = known[-1] * ratio ** np.arange(1, 1 + math.floor(np.log(ax.get_xlim()[1] / known[-1]) / np.log(ratio)))
   shown = np.concatenate([known, further])
   letters = sum(len(f'{value:.10g}') for value in shown)
   every = -(-letters // (28 if narrow else 42))  # labels must not touch
@@ -128,9 +126,7 @@ def ticks(ax: Axes, x: str = '', sizes: Sequence[float] | Array = (), *, narrow:
 
 def legend(fig: Figure, handles: Sequence[Line2D]) -> None:
   """Outside on the right, where it can hide no point."""
-  box = fig.legend(
-    handles=list(handles), loc='outside right upper', frameon=False, fontsize=8.5, labelspacing=0.7
-  )
+  box = fig.legend(handles=list(handles), loc='outside right upper', frameon=False, fontsize=8.5, labelspacing=0.7)
   for text in box.get_texts():
     text.set_linespacing(1.35)
 

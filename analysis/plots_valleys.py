@@ -37,14 +37,10 @@ def isoflop(
   frames.frame('points', points, ('budget', 'id', 'n_latents'))
   y = str(points.columns[-1])
   if y in ('budget', 'id', 'n_latents'):
-    raise UserError(
-      f'points ends with {y!r} and its last column is the loss; give what isoflop.profiles returns'
-    )
+    raise UserError(f'points ends with {y!r} and its last column is the loss; give what isoflop.profiles returns')
   frames.frame('best', best, ('budget', 'n_latents', 'low', 'high', y, 'curvature', 'verdict', 'reason'))
   if points.empty or best.empty:
-    raise UserError(
-      'there is no profile to draw; give budgets that several sizes had spent, as survey.budgets finds'
-    )
+    raise UserError('there is no profile to draw; give budgets that several sizes had spent, as survey.budgets finds')
   table.positive(points, ['budget', 'n_latents', y])
   _check_found(best, ['n_latents', 'low', 'high', y, 'curvature'])
   where, codes = _given_where(where), style.given_codes(codes)
@@ -88,9 +84,7 @@ def learning_rates(cells: pd.DataFrame, fit: Fit | None = None, codes: Sequence[
     mine = mine.rename(columns={'nmse': 'y'})
     look = style.look(i, len(found))
     text = f'$n$ = {row["n_latents"]:g}: '
-    handles.append(
-      _valley(ax, 'learning_rate', mine, row | {'x': row['learning_rate'], 'y': row['nmse']}, look, text)
-    )
+    handles.append(_valley(ax, 'learning_rate', mine, row | {'x': row['learning_rate'], 'y': row['nmse']}, look, text))
   style.label(ax, 'learning_rate', 'nmse')
   style.ticks(ax, narrow=fit is not None)
   ks = ', '.join(f'{k:g}' for k in np.sort(cells['k'].unique()))
@@ -127,18 +121,14 @@ def _check_found(best: pd.DataFrame, columns: Sequence[str]) -> None:
 
 def _given_where(where: Mapping[str, float] | None) -> dict[str, float]:
   if not isinstance(where, Mapping | None):
-    raise UserError(
-      f'where={checks.shown(where)} does not say what the runs have in common; write {{"k": 32}}'
-    )
+    raise UserError(f'where={checks.shown(where)} does not say what the runs have in common; write {{"k": 32}}')
   return {
     checks.text('a key of where', key, 'write {"k": 32}'): checks.positive(str(key), value, 'write {"k": 32}')
     for key, value in (where or {}).items()
   }
 
 
-def _valley(
-  ax: Axes, x: str, rows: pd.DataFrame, found: dict[str, Any], look: tuple[str, str], text: str
-) -> Line2D:
+def _valley(ax: Axes, x: str, rows: pd.DataFrame, found: dict[str, Any], look: tuple[str, str], text: str) -> Line2D:
   """Draws the points of one valley and what was found there; returns its line of the legend."""
   color, marker = look
   if found['verdict'] != 'minimum':
@@ -149,9 +139,7 @@ def _valley(
     label = f'{text}refused\n' + why.replace('$', r'\$')
     return Line2D([], [], ls=':', lw=1.0, color=color, marker=marker, mfc='white', label=label)
   at = np.geomspace(min(rows[x].min(), found['x']), max(rows[x].max(), found['x']), 80)
-  ax.plot(
-    at, found['y'] * np.exp(found['curvature'] * np.log(at / found['x']) ** 2), color=color, lw=1.3, zorder=3
-  )
+  ax.plot(at, found['y'] * np.exp(found['curvature'] * np.log(at / found['x']) ** 2), color=color, lw=1.3, zorder=3)
   style.points(ax, rows[x], rows['y'], color, marker)
   style.bars(ax, [found['x']], [found['y']], [found['low']], [found['high']], color, along='x')
   ax.plot([found['x']], [found['y']], '|', color='black', ms=13, mew=1.6, zorder=5)
@@ -162,9 +150,7 @@ def _valley(
 def _key(found: pd.DataFrame) -> list[Line2D]:
   if not (found['verdict'] == 'minimum').any():
     return []
-  return [
-    Line2D([], [], ls='', marker='|', ms=11, mew=1.6, color='black', label='least loss of the parabola')
-  ]
+  return [Line2D([], [], ls='', marker='|', ms=11, mew=1.6, color='black', label='least loss of the parabola')]
 
 
 def _codes(found: pd.DataFrame, what: str) -> list[str]:

@@ -36,9 +36,7 @@ class Prediction:
   flops_useful: float
   flops_dense: float
   flops_subject: float  # of making the activations; NaN when the ledger does not say
-  beyond: dict[
-    str, float
-  ]  # decades above the largest (positive) or below the smallest (negative) in the ledger
+  beyond: dict[str, float]  # decades above the largest (positive) or below the smallest (negative) in the ledger
   fit: Fit
   warnings: list[dict[str, str]]
 
@@ -52,9 +50,16 @@ class Prediction:
       'warnings': self.warnings,
     }
     return {
-      'at': self.at, **numbers, 'level': uncertainty.LEVEL, 'tokens': self.tokens, **costs, **rest,
-      'law': self.fit.law.name, 'n_points': len(self.fit.table), 'interval_of': 'one new cell',
-    }  # fmt: skip
+      'at': self.at,
+      **numbers,
+      'level': uncertainty.LEVEL,
+      'tokens': self.tokens,
+      **costs,
+      **rest,
+      'law': self.fit.law.name,
+      'n_points': len(self.fit.table),
+      'interval_of': 'one new cell',
+    }
 
   def summary(self) -> str:
     """Lines for a terminal, without the warnings."""
@@ -62,13 +67,15 @@ class Prediction:
     known = np.isfinite(self.low)
     interval = f'90 % interval {self.low:.4g} to {self.high:.4g}' if known else '90 % interval unknown'
     subject = f', {self.flops_subject:.3g} for the subject' if np.isfinite(self.flops_subject) else ''
-    return '\n'.join([
-      f'NMSE {self.nmse:.4g} at n = {n}, k = {k}   {interval}',
-      f'  law {self.fit.law.name} through {len(self.fit.table)} cells; {self._where()}',
-      f'  held out: {self.fit.holdout_text() or "nothing"}',
-      f'  needs {self.tokens:,} tokens as the cells of the ledger: {self.flops_useful:.3g} useful FLOPs, '
-      f'{self.flops_dense:.3g} dense{subject}',
-    ])  # fmt: skip
+    return '\n'.join(
+      [
+        f'NMSE {self.nmse:.4g} at n = {n}, k = {k}   {interval}',
+        f'  law {self.fit.law.name} through {len(self.fit.table)} cells; {self._where()}',
+        f'  held out: {self.fit.holdout_text() or "nothing"}',
+        f'  needs {self.tokens:,} tokens as the cells of the ledger: {self.flops_useful:.3g} useful FLOPs, '
+        f'{self.flops_dense:.3g} dense{subject}',
+      ]
+    )
 
   def _where(self) -> str:
     words = []
@@ -101,9 +108,7 @@ def predict(ledger: str, at: Mapping[str, int], *, bootstrap: int = 500) -> Pred
   sizes = sorted(best['n_latents'].unique())
   alone = best['k'].nunique() == 1
   if alone and best['k'].iloc[0] != at['k']:
-    raise UserError(
-      f'k={at["k"]} cannot be predicted from cells of k={best["k"].iloc[0]:g} alone; add another k'
-    )
+    raise UserError(f'k={at["k"]} cannot be predicted from cells of k={best["k"].iloc[0]:g} alone; add another k')
   law = 'power' if alone else 'joint_nk'
   fit = with_holdout(
     lambda holdout: fit_law(best, law, bootstrap=bootstrap, holdout=holdout),
@@ -114,12 +119,23 @@ def predict(ledger: str, at: Mapping[str, int], *, bootstrap: int = 500) -> Pred
   beyond = {column: _beyond(best[column], at[column]) for column in ('n_latents', 'k')}
   curves = table.load_curves(ledger)
   return Prediction(
-    at=at, nmse=float(fit.predict(at)[0]), low=low, high=high, tokens=tokens, **costs, beyond=beyond, fit=fit,
+    at=at,
+    nmse=float(fit.predict(at)[0]),
+    low=low,
+    high=high,
+    tokens=tokens,
+    **costs,
+    beyond=beyond,
+    fit=fit,
     warnings=[
-      *table.useless_warnings(done), *fit.warnings, *notes, *convergence.risen_warnings(best), *_far(fit, beyond),
+      *table.useless_warnings(done),
+      *fit.warnings,
+      *notes,
+      *convergence.risen_warnings(best),
+      *_far(fit, beyond),
       *convergence.unconverged_warnings(curves, best['id']),
     ],
-  )  # fmt: skip
+  )
 
 
 def interval(fit: Fit, at: Mapping[str, float]) -> tuple[float, float]:
@@ -145,9 +161,7 @@ def parse_at(text: str) -> dict[str, int]:
     try:
       number = float(value)
     except ValueError:
-      raise UserError(
-        f'{key[:40]}={value[:40]!r} is not a number; write --at as n_latents=8192,k=32'
-      ) from None
+      raise UserError(f'{key[:40]}={value[:40]!r} is not a number; write --at as n_latents=8192,k=32') from None
     at[key] = int(number) if math.isfinite(number) and number == int(number) else number
   return _size(at)
 
@@ -160,9 +174,7 @@ def _size(at: Mapping[str, Any]) -> dict[str, int]:
     raise UserError(f'a prediction is made at n_latents and k, not at {names}; write n_latents=8192,k=32')
   for key, value in at.items():
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= _MOST:
-      raise UserError(
-        f'{key}={checks.shown(value)} is not a whole number of at least 1; give one, e.g. {key}=32'
-      )
+      raise UserError(f'{key}={checks.shown(value)} is not a whole number of at least 1; give one, e.g. {key}=32')
   if at['k'] > at['n_latents']:
     raise UserError(f'k={at["k"]} exceeds n_latents={at["n_latents"]}; lower k or raise n_latents')
   return {key: int(at[key]) for key in ('n_latents', 'k')}
@@ -197,7 +209,9 @@ def _far(fit: Fit, beyond: dict[str, float]) -> list[dict[str, str]]:
   out = []
   for column, decades in beyond.items():
     if abs(decades) > _FAR:
-      text = f'{laws.SYMBOLS[column]} is {abs(decades):.1f} decades outside the cells: the law itself may not hold there'
+      text = (
+        f'{laws.SYMBOLS[column]} is {abs(decades):.1f} decades outside the cells: the law itself may not hold there'
+      )
       out.append(table.warning('far_extrapolation', text))
   sizes = np.unique(fit.table['n_latents'])
   if fit.holdout and beyond['n_latents'] > 0 and len(sizes) > 1:

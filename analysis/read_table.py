@@ -24,9 +24,7 @@ from sae_jax.errors import UserError
 MOST_BYTES = 2**26  # of a file, unpacked; the points of a law take some kilobytes
 MOST_ROWS = 100_000  # a fit holds a weight for every row of every resample
 LINE = 'line'  # name of the index
-NOTATION = (
-  'notation'  # attrs: how a text file writes its numbers, for those of columns that are not all numbers
-)
+NOTATION = 'notation'  # attrs: how a text file writes its numbers, for those of columns that are not all numbers
 GROUPED = 'grouped'  # attrs: columns whose broken numbers have three digits after the point, with one of them
 _MISSING = ('', 'na', 'n/a', '#n/a', '<na>', 'nan', '-nan', 'null', 'none')
 _THREE = re.compile(r'[+-]?[1-9][0-9]{0,2}\.[0-9]{3}')
@@ -73,13 +71,9 @@ def _bytes(name: str) -> bytes:
     if len(data) > MOST_BYTES:
       raise schema.Broken('unpacked, it is too large')
   except schema.Broken:
-    raise UserError(
-      f'{name!r} has more than {MOST_BYTES} bytes; keep the columns and rows of the fit alone'
-    ) from None
+    raise UserError(f'{name!r} has more than {MOST_BYTES} bytes; keep the columns and rows of the fit alone') from None
   except (OSError, EOFError, zlib.error) as error:
-    raise UserError(
-      f'cannot read {name!r} as a table ({type(error).__name__}); check the path and file'
-    ) from None
+    raise UserError(f'cannot read {name!r} as a table ({type(error).__name__}); check the path and file') from None
   if data.startswith(_ZIP):
     raise UserError(f'{name!r} is a zip archive or a spreadsheet (.xlsx); export the sheet as CSV')
   return data
@@ -94,16 +88,12 @@ def _text(name: str, data: bytes, encoding: str) -> str:
     text = data.decode(encoding).removeprefix('\ufeff')
   except UnicodeDecodeError as error:
     line = data[: error.start].count(b'\n') + 1
-    instead = (
-      'give --encoding=latin-1 where the file is Latin-1' if plain else 'give the encoding of the file'
-    )
+    instead = 'give --encoding=latin-1 where the file is Latin-1' if plain else 'give the encoding of the file'
     raise UserError(
       f'byte 0x{data[error.start]:02x} in line {line} of {name!r} is not {error.encoding.upper()}; {instead}'
     ) from None
   except (LookupError, UnicodeError, TypeError) as error:
-    raise UserError(
-      f'cannot read {name!r} as {encoding} ({str(error)[:60]}); give the encoding of the file'
-    ) from None
+    raise UserError(f'cannot read {name!r} as {encoding} ({str(error)[:60]}); give the encoding of the file') from None
   if '\0' in text:
     line = text[: text.index('\0')].count('\n') + 1
     raise UserError(f'line {line} of {name!r} holds a NUL byte; the file is damaged, write it again')
@@ -182,14 +172,10 @@ def _csv(name: str, text: str, notation: Notation) -> pd.DataFrame:
 
 def _check_names(name: str, line: int, names: list[str], notation: Notation) -> None:
   if names[0].lower().startswith('sep='):
-    raise UserError(
-      f'line {line} of {name!r}, {names[0]!r}, is a note to a spreadsheet; remove it and give --sep'
-    )
+    raise UserError(f'line {line} of {name!r}, {names[0]!r}, is a note to a spreadsheet; remove it and give --sep')
   if len(names) == 1 and (found := [s for s in ';\t|,' if s in names[0]]):
     given = 'tab' if found[0] == '\t' else f'"{found[0]}"'
-    raise UserError(
-      f'line {line} of {name!r} has one name, {names[0][:60]!r}; separate its fields by --sep={given}'
-    )
+    raise UserError(f'line {line} of {name!r} has one name, {names[0][:60]!r}; separate its fields by --sep={given}')
   for j, column in enumerate(names):
     if column and column in names[:j]:
       raise UserError(
@@ -246,10 +232,7 @@ def _jsonl(name: str, text: str) -> pd.DataFrame:
       raise UserError(f'line {i} of {name!r}: {error}; give one JSON object a line') from None
     lines.append(i)
     records.append(
-      {
-        key.strip(): json.dumps(value) if isinstance(value, dict | list) else value
-        for key, value in record.items()
-      }
+      {key.strip(): json.dumps(value) if isinstance(value, dict | list) else value for key, value in record.items()}
     )
     if len(records) > MOST_ROWS:
       raise UserError(f'{name!r} has more than {MOST_ROWS} rows; keep those of the fit alone')
@@ -280,9 +263,7 @@ def _parquet(name: str, data: bytes) -> pd.DataFrame:
       f'{name!r} is a Parquet file, which needs pyarrow; pip install pyarrow, or export it as CSV'
     ) from None
   except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are among them
-    raise UserError(
-      f'cannot read {name!r} as Parquet ({type(error).__name__}); write the file again'
-    ) from None
+    raise UserError(f'cannot read {name!r} as Parquet ({type(error).__name__}); write the file again') from None
   names = [str(column).strip() for column in table.columns]
   for j, column in enumerate(names):
     if column in names[:j]:

@@ -29,9 +29,7 @@ def figures(found: Findings) -> dict[str, Figure]:
   def said(fits: Sequence[Fit | None]) -> list[Fit]:
     """The fits with the ledger's own warnings, which hold for all of them."""
     return [
-      fit.warned(*(n for n in notes if n['code'] not in {w['code'] for w in fit.warnings}))
-      for fit in fits
-      if fit
+      fit.warned(*(n for n in notes if n['code'] not in {w['code'] for w in fit.warnings})) for fit in fits if fit
     ]
 
   def each(name: str) -> list[Fit]:

@@ -59,16 +59,12 @@ def constrained(law, u_NQ, v_N, start_MP, free_MP) -> tuple[Array, Array]:
 def settings(law: Law, x_NQ: Array, columns: Sequence[str]) -> Array:
   """Index [N] of the distinct point each row lies on. Raises `UserError` when they cannot carry the law."""
   if len(columns) != len(law.axes):
-    raise UserError(
-      f'{law.name} is over {len(law.axes)} variable(s), not {", ".join(columns)}: {law.formula}'
-    )
+    raise UserError(f'{law.name} is over {len(law.axes)} variable(s), not {", ".join(columns)}: {law.formula}')
   if not len(x_NQ):
     raise UserError(f'no points to fit {law.name} to; finish some cells first')
   for column, values in zip(columns, x_NQ.T, strict=True):
     if len(np.unique(values)) < 2:
-      raise UserError(
-        f'{column} has one value ({values[0]:g}); {law.name} needs at least two, or use a law without it'
-      )
+      raise UserError(f'{column} has one value ({values[0]:g}); {law.name} needs at least two, or use a law without it')
   index_N = np.unique(x_NQ, axis=0, return_inverse=True)[1].ravel()
   count, width = len(np.unique(index_N)), len(law.names)
   if count < width:
@@ -96,9 +92,7 @@ def _solve(law, u_NQ, v_N, weight_BN, which_M, theta_MP, delta, free_MP=None) ->
   for i in range(0, len(theta_MP), size):
     part = slice(i, i + size)
     free = np.ones_like(theta_MP[part]) if free_MP is None else free_MP[part]
-    theta_MP[part], value_M[part] = _solve_chunk(
-      law, u_NQ, v_N, weight_BN[which_M[part]], theta_MP[part], delta, free
-    )
+    theta_MP[part], value_M[part] = _solve_chunk(law, u_NQ, v_N, weight_BN[which_M[part]], theta_MP[part], delta, free)
   return theta_MP, value_M
 
 

@@ -56,9 +56,7 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
   Raises:
     UserError: there is no ledger, or no finished cell of that subject.
   """
-  resample.count(
-    bootstrap
-  )  # asked here, for a law that refuses it would be named as one the cells cannot carry
+  resample.count(bootstrap)  # asked here, for a law that refuses it would be named as one the cells cannot carry
   if subject is not None:
     checks.text('subject', subject, 'name a language model of the ledger')
   cells = table.load_cells(ledger)
@@ -74,9 +72,7 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
   curves = table.useful(curves[curves['id'].isin(own(cells)['id'])])
   data = _Data(points, own(best), own(_longest(useful)), every, curves)
   risen = convergence.risen_warnings(points)
-  warnings += (
-    holes + notes + _mixed_settings(points) + risen + convergence.unconverged_warnings(curves, points['id'])
-  )
+  warnings += holes + notes + _mixed_settings(points) + risen + convergence.unconverged_warnings(curves, points['id'])
 
   asked, not_attempted = _asked(data)
   tries = _Tries(bootstrap, _largest(points))
@@ -86,9 +82,7 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
   last = points.sort_values('n_latents').iloc[-1:]  # none in an empty ledger
   cost = float((last['flops_useful'] / last['n_latents'] / last['tokens']).sum())
   by_k = [_one_k(tries, data.at(k), k, asked, cost) for k in sorted(int(k) for k in points['k'].unique())]
-  return Findings(
-    cells, done, curves, joint, by_k, cost, tries.comparisons, warnings + tries.warnings(), not_attempted
-  )
+  return Findings(cells, done, curves, joint, by_k, cost, tries.comparisons, warnings + tries.warnings(), not_attempted)
 
 
 def budgets(curves: pd.DataFrame, x: str = 'flops_useful') -> np.ndarray:
@@ -143,9 +137,7 @@ class _Tries:
     def tested() -> Fit:
       found = fit()
       if len(found.table) <= len(found.law.names):
-        text = (
-          f'{len(found.table)} points for {len(found.law.names)} constants: nothing tests the law; add points'
-        )
+        text = f'{len(found.table)} points for {len(found.law.names)} constants: nothing tests the law; add points'
         raise UserError(text)
       return dataclasses.replace(found, where={'k': k})
 
@@ -180,9 +172,7 @@ class _Tries:
     for what, reasons in self._refused.items():
       parts = [(f'k={", ".join(map(str, ks))}: ' if ks else '') + reason for reason, ks in reasons.items()]
       out.append(
-        table.warning(
-          'not_fitted', f'{what}{" at " if parts[0].startswith("k=") else ": "}{"; ".join(parts)}'
-        )
+        table.warning('not_fitted', f'{what}{" at " if parts[0].startswith("k=") else ": "}{"; ".join(parts)}')
       )
     return out
 
@@ -211,9 +201,7 @@ def _one_k(tries: _Tries, data: _Data, k: int, asked: set[str], cost: float) -> 
       found[name] = tries.law('L(C) in dense FLOPs', lambda h, fit=compute: fit('power', b, h), k, far)
 
   if 'converged' in asked:
-    found['converged'] = tries.plain(
-      'T(n)', lambda: convergence.fit_convergence(data.measured(points), bootstrap=b), k
-    )
+    found['converged'] = tries.plain('T(n)', lambda: convergence.fit_convergence(data.measured(points), bootstrap=b), k)
   if 'best_size' in asked:
     runs = data.measured(data.best)
     found['profiles'] = profiles = tries.one('n(C)', lambda: _profiles(runs), k)
@@ -222,9 +210,7 @@ def _one_k(tries: _Tries, data: _Data, k: int, asked: set[str], cost: float) -> 
       found['best_size'] = tries.plain('n(C)', lambda: isoflop.fit_best_size(runs, spent, bootstrap=b), k)
   if 'learning_rate' in asked and _several(data.rates, 'learning_rate'):
     found['rates'] = data.rates
-    found['learning_rate'] = tries.plain(
-      'lr(n)', lambda: learning_rate.fit_learning_rate(data.rates, bootstrap=b), k
-    )
+    found['learning_rate'] = tries.plain('lr(n)', lambda: learning_rate.fit_learning_rate(data.rates, bootstrap=b), k)
   if 'tokens' in asked and _several(data.best, 'tokens'):
     fit = tries.law('L(n,T)', lambda h: fit_law(data.best, 'additive2', bootstrap=b, holdout=h), k)
     most = 10 * float(data.best['flops_useful'].max())
@@ -238,9 +224,7 @@ def _one_k(tries: _Tries, data: _Data, k: int, asked: set[str], cost: float) -> 
 def _profiles(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
   spent = budgets(runs)
   if not len(spent):
-    raise UserError(
-      'at no compute had three sizes been measured; evaluate more often or train small sizes longer'
-    )
+    raise UserError('at no compute had three sizes been measured; evaluate more often or train small sizes longer')
   return isoflop.profiles(runs, spent.tolist())
 
 
@@ -294,9 +278,7 @@ def _choose_subject(
   counts = points['subject'].astype(str).value_counts() if 'subject' in points else pd.Series(dtype=int)
   names = sorted(counts.index)
   if wanted is not None and wanted not in names:
-    raise UserError(
-      f'no finished cell of subject {wanted[:40]!r}; the ledger has {", ".join(names)[:200] or "none"}'
-    )
+    raise UserError(f'no finished cell of subject {wanted[:40]!r}; the ledger has {", ".join(names)[:200] or "none"}')
   if len(names) < 2:
     return lambda frame: frame, []
   chosen = wanted or min(names, key=lambda name: (-counts[name], name))
@@ -304,9 +286,7 @@ def _choose_subject(
     f'cells of {len(names)} subjects are in one ledger; laws but L_s(n) are of the {counts[chosen]} of {chosen[:40]!r} alone; '
     '--subject chooses another'
   )
-  return lambda frame: frame[frame['subject'].astype(str) == chosen], [
-    table.warning('several_subjects', text)
-  ]
+  return lambda frame: frame[frame['subject'].astype(str) == chosen], [table.warning('several_subjects', text)]
 
 
 def _mixed_settings(points: pd.DataFrame) -> list[dict[str, str]]:

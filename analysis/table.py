@@ -18,13 +18,20 @@ from sae_jax import cell, cell_state, checks, files, metrics, schema
 from sae_jax.errors import UserError
 
 _MUST = [field.name for field in schema.RESULTS if field.must]
-_NUMBERS = [
-  field.name for field in schema.RESULTS if field.kind in (int, float) and not (field.must or field.may)
-]
+_NUMBERS = [field.name for field in schema.RESULTS if field.kind in (int, float) and not (field.must or field.may)]
 # Not part of a setting: replicates, the learning rate itself, what the recipe derived it from, where it ran.
 _NOT_SETTING = (
-  'schema', 'id', 'digest', 'recipe', 'mesh', 'optim.learning_rate', 'train.seed', 'data.seed', 'data.path', 'train.checkpoint_every',
-)  # fmt: skip
+  'schema',
+  'id',
+  'digest',
+  'recipe',
+  'mesh',
+  'optim.learning_rate',
+  'train.seed',
+  'data.seed',
+  'data.path',
+  'train.checkpoint_every',
+)
 _CURVES = {field.line: field.name for field in schema.CURVES if field.kind in (int, float) and not field.may}
 _CURVES_MAY = {field.line: field.name for field in schema.CURVES if field.may}
 _FACTS = ('n_latents', 'k', 'learning_rate', 'seed', 'batch_tokens')  # of the cell, repeated on its curve
@@ -42,9 +49,7 @@ def load_cells(path: str) -> pd.DataFrame:
   folder = files.join(checks.path('path', path), schema.CELLS)
   names = [name for name in files.listdir(folder) if not name.startswith('.')]
   if not names and not files.exists(folder):
-    raise UserError(
-      f'no ledger at {str(path)!r} (no folder "cells" in it); give --ledger the folder a sweep wrote'
-    )
+    raise UserError(f'no ledger at {str(path)!r} (no folder "cells" in it); give --ledger the folder a sweep wrote')
   rows = [_cell(folder, name) for name in names]
   columns = ['id', 'state', 'reason', 'verified', *_MUST, *_NUMBERS, 'setting']
   rest = list(dict.fromkeys(key for row in rows for key in row if key not in columns))
@@ -68,10 +73,7 @@ def load_ledger(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
   others = cells.loc[~done, ['id', 'state', 'reason']].to_dict('records')
   table.attrs = {
     'not_done': others,
-    'warnings': version_warnings(table)
-    + _unverified(table)
-    + useless_warnings(table)
-    + _not_done_warnings(others),
+    'warnings': version_warnings(table) + _unverified(table) + useless_warnings(table) + _not_done_warnings(others),
   }
   return table
 
@@ -182,7 +184,9 @@ def useless_warnings(table: pd.DataFrame) -> list[dict[str, str]]:
     if 'id' in row and 'nmse' in row
   ]
   more = f' and {len(found) - _NAMED} more' if len(found) > _NAMED else ''
-  text = f'{len(found)} finished cells reconstruct no better than the mean does and are in no law: {", ".join(named)}{more}'
+  text = (
+    f'{len(found)} finished cells reconstruct no better than the mean does and are in no law: {", ".join(named)}{more}'
+  )
   return [warning(USELESS, text)]
 
 
@@ -226,9 +230,13 @@ def matching(table: pd.DataFrame, rule: str) -> np.ndarray:
   column, operator, bound = _parsed(table, rule)
   values = frames.floats(table, column)
   compare = {
-    '>': values > bound, '>=': values >= bound, '<': values < bound,
-    '<=': values <= bound, '==': values == bound, '!=': (values != bound) & ~np.isnan(values),
-  }  # fmt: skip
+    '>': values > bound,
+    '>=': values >= bound,
+    '<': values < bound,
+    '<=': values <= bound,
+    '==': values == bound,
+    '!=': (values != bound) & ~np.isnan(values),
+  }
   return compare[operator]
 
 
@@ -294,8 +302,7 @@ def _cell(folder: str, name: str) -> dict[str, Any]:
   if found.result is None:
     return row
   plain = {
-    k: v if isinstance(v, str | int | float | None) else json.dumps(v, sort_keys=True)
-    for k, v in found.result.items()
+    k: v if isinstance(v, str | int | float | None) else json.dumps(v, sort_keys=True) for k, v in found.result.items()
   }
   numbers = {key: _number(found.result.get(key)) for key in _NUMBERS}
   return row | plain | numbers | {'id': name, 'verified': found.verified}
@@ -337,9 +344,7 @@ def _holes_warnings(holes: dict[str, tuple[int, int]]) -> list[dict[str, str]]:
 
 
 def _setting(flat: dict[str, Any]) -> str:
-  kept = {
-    k: v for k, v in flat.items() if not any(k == out or k.startswith(f'{out}.') for out in _NOT_SETTING)
-  }
+  kept = {k: v for k, v in flat.items() if not any(k == out or k.startswith(f'{out}.') for out in _NOT_SETTING)}
   return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -35,9 +35,7 @@ def covariance(residual_N: Array, jacobian_NP: Array, delta: float = np.inf) -> 
   return squares / (count - width) * np.linalg.inv(jacobian_NP.T @ jacobian_NP)
 
 
-def band(
-  law, theta_P, draws_BP, covariance_PP, freedom, u_MQ, residual_N: Array | None = None
-) -> tuple[Array, Array]:
+def band(law, theta_P, draws_BP, covariance_PP, freedom, u_MQ, residual_N: Array | None = None) -> tuple[Array, Array]:
   """Ends [M] of the 90 % interval of the log loss at points: of the law, or of one new observation with `residual_N`.
 
   The wider, at each end, of two: resampled laws (with resampled residuals, scaled for the constants that were
@@ -90,9 +88,7 @@ def params(
   squares only; it shows curvature and what nothing bounds.
   """
   estimate_P = law.outside(theta_P[None])[0]
-  deviation_P = (
-    np.full(len(theta_P), np.nan) if covariance_PP is None else np.sqrt(np.diagonal(covariance_PP))
-  )
+  deviation_P = np.full(len(theta_P), np.nan) if covariance_PP is None else np.sqrt(np.diagonal(covariance_PP))
   slope_P = np.array([p.slope(t) for p, t in zip(law.parameters, theta_P, strict=True)])
   reach_P = special.stdtrit(freedom, TAILS[1]) * deviation_P if freedom > 0 else deviation_P
   errors_2P = law.outside(np.stack([theta_P - reach_P, theta_P + reach_P]))
@@ -104,9 +100,7 @@ def params(
     candidates = [np.quantile(law.outside(draws_BP), TAILS, axis=0), estimate_P[None]]
     method = 'bootstrap'
     if freedom > 0:
-      floor_P = np.array(
-        [j == law.floor and p.kind == 'amplitude' for j, term in enumerate(law.terms) for p in term]
-      )
+      floor_P = np.array([j == law.floor and p.kind == 'amplitude' for j, term in enumerate(law.terms) for p in term])
       instead_P = np.isnan(reach_P) | (floor_P & (reach_P > _VAGUE))
       candidates.append(np.where(instead_P, _profiled(law, profile_2P, estimate_P), errors_2P))
       if covariance_PP is not None:
@@ -141,9 +135,7 @@ def interval_warnings(params: dict[str, dict[str, float]], method: str) -> list[
   return []
 
 
-def data_warnings(
-  log_range: dict[str, float], settings: int, width: int, agreement: float
-) -> list[dict[str, str]]:
+def data_warnings(log_range: dict[str, float], settings: int, width: int, agreement: float) -> list[dict[str, str]]:
   """Says when a variable spans less than a decade, when points are few, and when starts end in different places."""
   out = []
   for column, log_factor in log_range.items():

@@ -65,9 +65,7 @@ def fit_valley(x_N: Array, y_N: Array, flat: float = FLAT) -> Valley:
     return _none('maximum', 'the parabola opens downwards', curvature)
   bottom = center - slope / (2 * curvature)
   if not tried_S[0] < bottom < tried_S[-1]:
-    return _none(
-      'edge', f'the parabola has its bottom at {np.exp(bottom):.5g}, outside the values tried', curvature
-    )
+    return _none('edge', f'the parabola has its bottom at {np.exp(bottom):.5g}, outside the values tried', curvature)
   low, high = _fieller(slope, curvature, a_N3, squares, freedom)
   y = float(np.exp(coefficient_3[0] - slope**2 / (4 * curvature)))
   ends = (float(np.exp(end + center)) for end in (low, high))
@@ -80,9 +78,7 @@ def refusals(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
   for name, row in rows:
     names.setdefault(f'{row["verdict"]} ({row["reason"]})', []).append(name)
   said = [f'{", ".join(these)}: {why}' for why, these in names.items()]
-  return '; '.join(said[:_NAMED]) + (
-    f'; and {len(said) - _NAMED} other reasons' if len(said) > _NAMED else ''
-  )
+  return '; '.join(said[:_NAMED]) + (f'; and {len(said) - _NAMED} other reasons' if len(said) > _NAMED else '')
 
 
 def bottoms(u_N: Array, v_N: Array, weight_BN: Array) -> Array:
@@ -117,9 +113,7 @@ def _none(verdict: str, reason: str, curvature: float) -> Valley:
   return Valley(verdict, reason, np.nan, np.nan, np.nan, np.nan, float(curvature))
 
 
-def _fieller(
-  slope: float, curvature: float, a_N3: Array, squares: float, freedom: int
-) -> tuple[float, float]:
+def _fieller(slope: float, curvature: float, a_N3: Array, squares: float, freedom: int) -> tuple[float, float]:
   """The values t with |slope + 2 t curvature| within its own 90 % reach: an interval, or NaN when unbounded."""
   if freedom < 1:
     return np.nan, np.nan

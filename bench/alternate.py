@@ -34,21 +34,22 @@ _QUIET = 0.05
 class Worker:
   """A child process that computes only when asked. Raises `UserError` with its last words when it dies."""
 
-  def __init__(
-    self, module: str, args: Sequence[str] = (), python: str = sys.executable, env: dict | None = None
-  ):
+  def __init__(self, module: str, args: Sequence[str] = (), python: str = sys.executable, env: dict | None = None):
     self._name = ' '.join([module, *args])
     self._errors = tempfile.TemporaryFile('w+')
     try:
       self._process = subprocess.Popen(
-        [python, '-m', module, *args], cwd=ROOT, env=os.environ | (env or {}), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-      )  # fmt: skip
+        [python, '-m', module, *args],
+        cwd=ROOT,
+        env=os.environ | (env or {}),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=self._errors,
+      )
     except OSError as error:
       self._errors.close()
-      raise UserError(
-        f'cannot start {python} ({error.strerror}); see bench/peers.md for its packages'
-      ) from error
+      raise UserError(f'cannot start {python} ({error.strerror}); see bench/peers.md for its packages') from error
     self._facts: dict[str, Any] | None = None
     self.peak_bytes = 0
 
@@ -148,9 +149,7 @@ def warn(load: float) -> None:
 
 def machine() -> dict[str, Any]:
   """What a number was measured on and when."""
-  jax.config.update(
-    'jax_platforms', 'cpu'
-  )  # where every worker is put; this process has no use for an accelerator
+  jax.config.update('jax_platforms', 'cpu')  # where every worker is put; this process has no use for an accelerator
   return bench.machine()
 
 
@@ -168,7 +167,5 @@ def median(rounds: list[list[float]]) -> float:
 
 def ratio(over: list[list[float]], under: list[list[float]]) -> dict[str, float]:
   """Time of one over time of the other, a round at a time: median, lowest, highest."""
-  each = [
-    statistics.median(a) / statistics.median(b) for a, b in zip(over, under, strict=True)
-  ]  # fmt: skip
+  each = [statistics.median(a) / statistics.median(b) for a, b in zip(over, under, strict=True)]
   return {'ratio': statistics.median(each), 'low': min(each), 'high': max(each), 'rounds': len(each)}

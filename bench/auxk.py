@@ -16,9 +16,7 @@ SHARES = (0.0, 0.001, 0.01, 0.1, 0.5)
 
 def measure(shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
   """Step seconds by share of dead latents, as the step itself reports it, and ratios to none dead."""
-  workers = {
-    str(share): Worker('bench.step_ours', [command.shape_flag(shape), f'--dead={share}']) for share in SHARES
-  }
+  workers = {str(share): Worker('bench.step_ours', [command.shape_flag(shape), f'--dead={share}']) for share in SHARES}
   with started(workers):
     seconds, load = alternate(workers, rounds, label='auxk')
     none = seconds[str(SHARES[0])]

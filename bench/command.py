@@ -25,16 +25,20 @@ def add_rounds(made: argparse.ArgumentParser) -> None:
 
 def add_peers_python(made: argparse.ArgumentParser) -> None:
   made.add_argument(
-    '--peers_python', default='runs/peers/bin/python',
+    '--peers_python',
+    default='runs/peers/bin/python',
     help='interpreter of the environment in bench/peers.md (default %(default)s)',
-  )  # fmt: skip
+  )
 
 
 def add_shapes(made: argparse.ArgumentParser) -> None:
   made.add_argument(
-    '--shape', metavar='D,N,B,K', type=parse_shape, action='append',
+    '--shape',
+    metavar='D,N,B,K',
+    type=parse_shape,
+    action='append',
     help='instead of the standard ones; may repeat',
-  )  # fmt: skip
+  )
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

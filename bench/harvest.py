@@ -51,10 +51,17 @@ def measure(python: str, calls: tuple[int, ...], rounds: int) -> dict[str, Any]:
   times = ratio(seconds[best['transformers']], seconds[best['sae_jax']])
   scale = size['sae_jax'] / size['transformers']
   return {
-    'site': SITE, 'window_tokens': WINDOW, 'tokens_per_s': rate, 'best': best,
+    'site': SITE,
+    'window_tokens': WINDOW,
+    'tokens_per_s': rate,
+    'best': best,
     'faster': {key: value if key == 'rounds' else value * scale for key, value in times.items()},
-    'agreement': agreement, 'facts': facts, 'load_of_others': load, 'seconds': seconds, 'machine': machine(),
-  }  # fmt: skip
+    'agreement': agreement,
+    'facts': facts,
+    'load_of_others': load,
+    'seconds': seconds,
+    'machine': machine(),
+  }
 
 
 def lines(row: dict[str, Any]) -> str:
@@ -118,9 +125,11 @@ def _windows(folder: pathlib.Path, count: int) -> pathlib.Path:
 def main(argv: list[str]) -> int:
   parser = command.parser('harvest', __doc__)
   parser.add_argument(
-    '--calls', type=arguments.whole('--calls'), action='append',
+    '--calls',
+    type=arguments.whole('--calls'),
+    action='append',
     help='windows a call; may repeat (default 4, 8, 32)',
-  )  # fmt: skip
+  )
   command.add_rounds(parser)
   command.add_peers_python(parser)
   args = parser.parse_args(argv)

@@ -51,10 +51,16 @@ def measure(gigabytes: float, dtype: str, folder: str) -> dict[str, Any]:
       raise UserError(f'the import ended with code {process.returncode}; see above')
     meta = config.read_store_file(str(out))
     return {
-      'file_bytes': path.stat().st_size, 'rows': rows, 'width': WIDTH, 'dtype': dtype,
-      'block_tokens': meta['block_tokens'], 'peak_anonymous_bytes': peak['RssAnon'], 'peak_file_bytes': peak['RssFile'],
-      'goal_bytes': GOAL_BYTES, 'wall_s': time.monotonic() - began,
-    }  # fmt: skip
+      'file_bytes': path.stat().st_size,
+      'rows': rows,
+      'width': WIDTH,
+      'dtype': dtype,
+      'block_tokens': meta['block_tokens'],
+      'peak_anonymous_bytes': peak['RssAnon'],
+      'peak_file_bytes': peak['RssFile'],
+      'goal_bytes': GOAL_BYTES,
+      'wall_s': time.monotonic() - began,
+    }
 
 
 def line(row: dict[str, Any]) -> str:
@@ -92,9 +98,7 @@ def _memory(pid: int) -> dict[str, int]:
 def main(argv: list[str]) -> int:
   parser = command.parser('import_memory', __doc__)
   parser.add_argument('--gigabytes', type=arguments.positive('--gigabytes', '5'), default=5.0)
-  parser.add_argument(
-    '--folder', default=tempfile.gettempdir(), help='with room for twice the file (%(default)s)'
-  )
+  parser.add_argument('--folder', default=tempfile.gettempdir(), help='with room for twice the file (%(default)s)')
   args = parser.parse_args(argv)
   rows = [measure(args.gigabytes, dtype, args.folder) for dtype in DTYPES]
   command.report({'rows': rows} | machine(), '\n'.join(map(line, rows)), args.json)

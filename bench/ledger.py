@@ -42,8 +42,12 @@ def sweep():
   return grid.product(sizes, grid.param('train.seed', range({seeds})))[:{count}]
 """
 _GOALS = {
-  'register': '5 s', 'dry run': '3 s', 'status': '2 s', 'driver': '5 % of a core', 'report': '120 s',
-}  # fmt: skip
+  'register': '5 s',
+  'dry run': '3 s',
+  'status': '2 s',
+  'driver': '5 % of a core',
+  'report': '120 s',
+}
 
 
 def measure(count: int, reported: int, watched_s: float) -> dict[str, Any]:
@@ -61,14 +65,17 @@ def measure(count: int, reported: int, watched_s: float) -> dict[str, Any]:
     _command('sweeps.launch', *flags, '--workers=0')
     _finish(grid.build(str(folder / 'reported.py')), folder / 'reported')
     out = f'--out={folder / "report"}'
-    rows['report'] = _command(
-      'analysis.report', f'--ledger={folder / "reported"}', out, f'--bootstrap={_RESAMPLES}'
-    )
+    rows['report'] = _command('analysis.report', f'--ledger={folder / "reported"}', out, f'--bootstrap={_RESAMPLES}')
   return {
-    'cells': count, 'reported_cells': reported, 'resamples': _RESAMPLES, 'rows': rows,
-    'date': time.strftime('%Y-%m-%d'), 'versions': metrics.versions(), 'git_commit': metrics.git_commit(),
+    'cells': count,
+    'reported_cells': reported,
+    'resamples': _RESAMPLES,
+    'rows': rows,
+    'date': time.strftime('%Y-%m-%d'),
+    'versions': metrics.versions(),
+    'git_commit': metrics.git_commit(),
     'machine': machine(),
-  }  # fmt: skip
+  }
 
 
 def lines(record: dict[str, Any]) -> str:
@@ -85,9 +92,7 @@ def lines(record: dict[str, Any]) -> str:
     row = record['rows'][name]
     cost = f'{100 * row["share"]:.1f} % of a core' if 'share' in row else f'{row["cpu_s"]:.2f} s'
     out.append(f'| {text} | {cost} | {_GOALS[name]} | {row["seconds"]:.1f} |')
-  return '\n'.join(
-    [*out, '', f'{record["date"]}, {record["machine"]["cpu"]}, {record["machine"]["cores"]} cores']
-  )
+  return '\n'.join([*out, '', f'{record["date"]}, {record["machine"]["cpu"]}, {record["machine"]["cores"]} cores'])
 
 
 def _grid(folder: pathlib.Path, name: str, count: int) -> tuple[str, ...]:
@@ -128,23 +133,48 @@ def _info(result: dict[str, Any], tensors: dict[str, bytes]) -> dict[str, Any]:
 def _line(c: config.Config, step: int, nmse: float) -> dict[str, Any]:
   spent = flops.spent(c, step, 0)
   return {
-    'step': step, 'tokens': step * c.train.batch_tokens, 'flops_useful': spent['useful'],
-    'flops_dense': spent['dense'], 'flops_subject': 0.0, 'wall_s': 0.01 * step, 'eval/nmse': nmse,
-    'eval/nmse_raw': 1.01 * nmse, 'eval/nmse_ema': nmse, 'eval/weights': 'ema', 'eval/mse': nmse / c.sae.d_model,
-    'eval/l0': float(c.sae.k), 'sae/dead_fraction': 0.0, 'train/loss': nmse, 'train/nmse': nmse,
-    'train/aux_loss': 0.0, 'train/l0': float(c.sae.k),
-  }  # fmt: skip
+    'step': step,
+    'tokens': step * c.train.batch_tokens,
+    'flops_useful': spent['useful'],
+    'flops_dense': spent['dense'],
+    'flops_subject': 0.0,
+    'wall_s': 0.01 * step,
+    'eval/nmse': nmse,
+    'eval/nmse_raw': 1.01 * nmse,
+    'eval/nmse_ema': nmse,
+    'eval/weights': 'ema',
+    'eval/mse': nmse / c.sae.d_model,
+    'eval/l0': float(c.sae.k),
+    'sae/dead_fraction': 0.0,
+    'train/loss': nmse,
+    'train/nmse': nmse,
+    'train/aux_loss': 0.0,
+    'train/l0': float(c.sae.k),
+  }
 
 
 def _result(c: config.Config, last: dict[str, Any]) -> dict[str, Any]:
   measured = {name: last[key] for key, name in schema.line_names(schema.MEASURED).items() if key in last}
   return measured | {
-    'id': c.id, 'n_latents': c.sae.n_latents, 'k': c.sae.k, 'd_model': c.sae.d_model,
-    'activation': c.sae.activation, 'seed': c.train.seed, 'learning_rate': c.optim.learning_rate,
-    'batch_tokens': c.train.batch_tokens, 'steps': c.train.steps, 'tokens_asked': c.train.tokens, 'aux_steps': 0,
-    'params_digest': 'none', 'bit_exact': True, 'device_kind': 'none', 'n_devices': 1, 'mesh': [1, 1],
-    'versions': {}, 'git_commit': '',
-  }  # fmt: skip
+    'id': c.id,
+    'n_latents': c.sae.n_latents,
+    'k': c.sae.k,
+    'd_model': c.sae.d_model,
+    'activation': c.sae.activation,
+    'seed': c.train.seed,
+    'learning_rate': c.optim.learning_rate,
+    'batch_tokens': c.train.batch_tokens,
+    'steps': c.train.steps,
+    'tokens_asked': c.train.tokens,
+    'aux_steps': 0,
+    'params_digest': 'none',
+    'bit_exact': True,
+    'device_kind': 'none',
+    'n_devices': 1,
+    'mesh': [1, 1],
+    'versions': {},
+    'git_commit': '',
+  }
 
 
 def _command(module: str, *flags: str) -> dict[str, float]:
@@ -184,9 +214,11 @@ def _driver(folder: pathlib.Path, flags: tuple[str, ...], watched_s: float) -> d
     process.kill()
     process.wait()
   return {
-    'share': cpu_s / seconds, 'cpu_s': cpu_s, 'seconds': seconds,
+    'share': cpu_s / seconds,
+    'cpu_s': cpu_s,
+    'seconds': seconds,
     'load_of_others': _load_of_others(before, cpu_s),
-  }  # fmt: skip
+  }
 
 
 def _children(pid: int) -> list[int]:

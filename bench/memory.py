@@ -29,10 +29,13 @@ def measure(shape: tuple[int, ...], peers: list[str], python: str) -> dict[str, 
   peak = {name: _peak(name, shape, python) for name in ('sae_jax', *peers)}
   least = {name: needed(shape, 5 if name == 'sae_jax' else 4) for name in peak}
   return {
-    'shape': list(shape), 'peak_bytes': peak, 'needed_bytes': least,
+    'shape': list(shape),
+    'peak_bytes': peak,
+    'needed_bytes': least,
     'toy_bytes': {name: _peak(name, _TOY, python) for name in peak},
-    'times_needed': {name: peak[name] / least[name] for name in peak}, 'machine': machine(),
-  }  # fmt: skip
+    'times_needed': {name: peak[name] / least[name] for name in peak},
+    'machine': machine(),
+  }
 
 
 def _peak(name: str, shape: tuple[int, ...], python: str) -> int:

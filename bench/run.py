@@ -39,9 +39,7 @@ def main(argv: list[str]) -> int:
   names = list(parts('', 1))
   parser = argparse.ArgumentParser(prog='python -m bench.run', description=__doc__.splitlines()[0])
   command.add_peers_python(parser)
-  parser.add_argument(
-    '--only', choices=names, action='append', help='may repeat; the others keep what the file holds'
-  )
+  parser.add_argument('--only', choices=names, action='append', help='may repeat; the others keep what the file holds')
   command.add_rounds(parser)
   parser.add_argument('--out', metavar='DIR', default='bench/results', help='default bench/results')
   args = parser.parse_args(argv)
@@ -54,12 +52,13 @@ def main(argv: list[str]) -> int:
     measure, say = chosen[name]
     result = measure()
     record[name] = {
-      'result': result, 'machine': where, 'git_commit': metrics.git_commit(), 'load_average': os.getloadavg(),
+      'result': result,
+      'machine': where,
+      'git_commit': metrics.git_commit(),
+      'load_average': os.getloadavg(),
       'wall_s': time.monotonic() - began,
-    }  # fmt: skip
-    files.replace(
-      path, json.dumps(record, indent=1).encode() + b'\n'
-    )  # after each: an interrupt loses one part
+    }
+    files.replace(path, json.dumps(record, indent=1).encode() + b'\n')  # after each: an interrupt loses one part
     print(f'\n{say(result)}', flush=True)
     print(f'({name}: {time.monotonic() - began:.0f} s)', file=sys.stderr, flush=True)
   if 'side_by_side' in record:

@@ -29,24 +29,29 @@ def along(axis: str, sizes: list[int], base: dict[str, int], rounds: int) -> dic
   larger half of them, where what does not grow weighs less; beside it the exponent of the useful FLOPs.
   """
   shapes = {size: tuple((base | {axis: size})[name] for name in _AXES) for size in sizes}
-  workers = {
-    str(size): Worker('bench.step_ours', [command.shape_flag(shape)]) for size, shape in shapes.items()
-  }
+  workers = {str(size): Worker('bench.step_ours', [command.shape_flag(shape)]) for size, shape in shapes.items()}
   with started(workers):
     seconds, load = alternate(workers, rounds, label=axis)
-  table = pd.DataFrame({
-    'size': sizes,
-    'seconds': [median(seconds[str(size)]) for size in sizes],
-    'flops_useful': [_useful(*shape) for shape in shapes.values()],
-  })  # fmt: skip
+  table = pd.DataFrame(
+    {
+      'size': sizes,
+      'seconds': [median(seconds[str(size)]) for size in sizes],
+      'flops_useful': [_useful(*shape) for shape in shapes.values()],
+    }
+  )
   larger = table.iloc[len(table) // 2 - 1 :]
   return {
-    'axis': axis, 'base': base, 'sizes': sizes, 'step_s': table['seconds'].tolist(),
+    'axis': axis,
+    'base': base,
+    'sizes': sizes,
+    'step_s': table['seconds'].tolist(),
     'exponent': _exponent(table, 'seconds'),
     'exponent_larger_half': _exponent(larger, 'seconds') if len(larger) >= 3 else None,
     'exponent_flops_useful': _exponent(table, 'flops_useful'),
-    'load_of_others': load, 'seconds': seconds, 'machine': machine(),
-  }  # fmt: skip
+    'load_of_others': load,
+    'seconds': seconds,
+    'machine': machine(),
+  }
 
 
 def meshes(which: list[tuple[int, int]], base: dict[str, int], rounds: int) -> dict[str, Any]:
@@ -61,9 +66,14 @@ def meshes(which: list[tuple[int, int]], base: dict[str, int], rounds: int) -> d
   step_s = {name: median(times) for name, times in seconds.items()}
   first = next(iter(step_s.values()))
   return {
-    'axis': 'mesh', 'base': base, 'step_s': step_s, 'times_one_device': {n: s / first for n, s in step_s.items()},
-    'load_of_others': load, 'seconds': seconds, 'machine': machine(),
-  }  # fmt: skip
+    'axis': 'mesh',
+    'base': base,
+    'step_s': step_s,
+    'times_one_device': {n: s / first for n, s in step_s.items()},
+    'load_of_others': load,
+    'seconds': seconds,
+    'machine': machine(),
+  }
 
 
 def lines(rows: list[dict[str, Any]]) -> str:

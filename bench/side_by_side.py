@@ -37,9 +37,7 @@ def measure(shape: tuple[int, ...], peers: list[str], python: str, rounds: int) 
         )
     label = f'n={shape[1]}'
     steps, load = alternate(workers, rounds, label=f'{label} step')
-    matmuls, _ = alternate(
-      {name: workers[name] for name in (_OURS, *peers[:1])}, rounds, 'matmul', f'{label} matmul'
-    )
+    matmuls, _ = alternate({name: workers[name] for name in (_OURS, *peers[:1])}, rounds, 'matmul', f'{label} matmul')
     return {
       'shape': list(shape),
       'step_s': {name: median(seconds) for name, seconds in steps.items()},
@@ -81,9 +79,7 @@ def _named(name: str, row: dict[str, Any]) -> str:
 def main(argv: list[str]) -> int:
   parser = command.parser('side_by_side', __doc__)
   command.add_peers_python(parser)
-  parser.add_argument(
-    '--peer', choices=PEERS, action='append', help='only this one; may repeat (default all)'
-  )
+  parser.add_argument('--peer', choices=PEERS, action='append', help='only this one; may repeat (default all)')
   command.add_shapes(parser)
   command.add_rounds(parser)
   args = parser.parse_args(argv)

@@ -29,17 +29,20 @@ def cell(shape: Shape, mesh: tuple[int, ...] = (1, 1), learning_rate: float = 1e
     config.override(
       template,
       {
-        'sae.d_model': d, 'sae.n_latents': n, 'sae.k': k, 'train.batch_tokens': batch,
-        'train.tokens': 10_000 * batch, 'optim.learning_rate': learning_rate,
-        'mesh.data': mesh[0], 'mesh.latent': mesh[1],
+        'sae.d_model': d,
+        'sae.n_latents': n,
+        'sae.k': k,
+        'train.batch_tokens': batch,
+        'train.tokens': 10_000 * batch,
+        'optim.learning_rate': learning_rate,
+        'mesh.data': mesh[0],
+        'mesh.latent': mesh[1],
       },
     )
-  )  # fmt: skip
+  )
 
 
-def just_below(
-  x_BD: np.ndarray, w_FD: np.ndarray, k: int, share: float
-) -> tuple[np.ndarray, np.ndarray, int]:
+def just_below(x_BD: np.ndarray, w_FD: np.ndarray, k: int, share: float) -> tuple[np.ndarray, np.ndarray, int]:
   """Latents that never fire in a batch but nearly do: the dearest dead latents there can be.
 
   Returns a latent bias [F] that keeps every `1 / share`-th latent just below the weakest latent selected anywhere in
@@ -85,9 +88,7 @@ def begin(
     )
     pool = [sharding.place_rows(devices, x_BD.shape, lambda a, b, x_BD=x_BD: x_BD[a:b]) for x_BD in pool_PBD]
     if devices.size == 1:
-      x_hat_BD, _ = jax.jit(sae.reconstruct, static_argnums=(2, 3, 4))(
-        state.params, pool[0], k, sae.Axes(), None
-      )
+      x_hat_BD, _ = jax.jit(sae.reconstruct, static_argnums=(2, 3, 4))(state.params, pool[0], k, sae.Axes(), None)
       facts['error'] = float(jnp.sum((pool[0] - x_hat_BD) ** 2) / jnp.sum(pool[0] ** 2))
     state, values = step(state, pool[0])  # compiles, with the average as asked
   if not ema and any(jnp.any(a) for a in jax.tree.leaves(state.ema)):
@@ -117,12 +118,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(prog='python -m bench.step_ours', description=__doc__.splitlines()[0])
   parser.add_argument('--shape', metavar='D,N,B,K', required=True)
   parser.add_argument('--mesh', metavar='DATA,LATENT', default='1,1', help='on virtual CPU devices')
-  parser.add_argument(
-    '--no_ema', action='store_true', help='leave the average of the weights alone, as peers do'
-  )
-  parser.add_argument(
-    '--dead', metavar='SHARE', type=float, default=0.0, help='share of latents planted as dead'
-  )
+  parser.add_argument('--no_ema', action='store_true', help='leave the average of the weights alone, as peers do')
+  parser.add_argument('--dead', metavar='SHARE', type=float, default=0.0, help='share of latents planted as dead')
   args = parser.parse_args()
   shape, mesh = (tuple(int(v) for v in text.split(',')) for text in (args.shape, args.mesh))
 

@@ -91,9 +91,7 @@ def _saelens():
     sae.W_enc.data.copy_(w_FD.T)
     sae.W_dec.data.copy_(w_FD)
     trainer = SAETrainer(
-      SAETrainerConfig(
-        total_training_samples=100_000 * batch, train_batch_size_samples=batch, lr=_RATE, lr_end=_RATE
-      ),
+      SAETrainerConfig(total_training_samples=100_000 * batch, train_batch_size_samples=batch, lr=_RATE, lr_end=_RATE),
       sae,
       iter(()),
     )

@@ -19,9 +19,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(prog='python -m bench.subject_ours', description=__doc__.splitlines()[0])
   parser.add_argument('--windows', metavar='FILE.npy', required=True, help='ids of one call, int32 [B, T]')
   parser.add_argument('--site', required=True)
-  parser.add_argument(
-    '--check', metavar='DIR', help='write logits.npy and residual.npy of these windows here'
-  )
+  parser.add_argument('--check', metavar='DIR', help='write logits.npy and residual.npy of these windows here')
   args = parser.parse_args()
   ids_BT = np.load(args.windows)
 

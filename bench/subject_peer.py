@@ -21,9 +21,7 @@ def main() -> None:
   parser.add_argument('--gguf', metavar='FILE', required=True)
   parser.add_argument('--windows', metavar='FILE.npy', required=True, help='ids of one call, int32 [B, T]')
   parser.add_argument('--site', required=True)
-  parser.add_argument(
-    '--check', metavar='DIR', help='write logits.npy and residual.npy of these windows here'
-  )
+  parser.add_argument('--check', metavar='DIR', help='write logits.npy and residual.npy of these windows here')
   args = parser.parse_args()
   ids_BT = torch.from_numpy(np.load(args.windows)).long()
 
@@ -32,9 +30,7 @@ def main() -> None:
 
     def begin():
       path = pathlib.Path(args.gguf)
-      model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-      ).eval()
+      model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
 
       def forward():
         with torch.inference_mode():

@@ -45,9 +45,12 @@ def measure(tokens: int = TOKENS, every: int = 1) -> dict[str, Any]:
   """
   data = {'data.store_tokens': tokens, 'data.held_out_tokens': _HELD_OUT}
   overrides = data | {
-    'data.source': 'live', 'sae.d_model': _WIDTH, 'train.tokens': tokens, 'eval.tokens': _HELD_OUT,
+    'data.source': 'live',
+    'sae.d_model': _WIDTH,
+    'train.tokens': tokens,
+    'eval.tokens': _HELD_OUT,
     'eval.batch_tokens': _HELD_OUT,
-  }  # fmt: skip
+  }
   with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
     folder = pathlib.Path(name)
     path = folder / 'live.py'
@@ -86,9 +89,12 @@ def compare(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
       f'({", ".join(differing)}); the two do not compute the same, so do not compare their time'
     )
   return {
-    'cells': [overrides for overrides, _ in cells], 'runs': runs, 'params_digests': apart,
-    'share': runs[_TOGETHER]['seconds'] / runs[_APART]['seconds'], 'machine': machine(),
-  }  # fmt: skip
+    'cells': [overrides for overrides, _ in cells],
+    'runs': runs,
+    'params_digests': apart,
+    'share': runs[_TOGETHER]['seconds'] / runs[_APART]['seconds'],
+    'machine': machine(),
+  }
 
 
 def run(module: str, *flags: str) -> dict[str, float]:
@@ -105,8 +111,10 @@ def run(module: str, *flags: str) -> dict[str, float]:
   seconds, after, cpu_s = time.monotonic() - began, cpu_time(), _children_s() - own
   busy_s, total_s = ((b - a) / os.sysconf('SC_CLK_TCK') for a, b in zip(before, after, strict=True))
   return {
-    'seconds': seconds, 'cpu_s': cpu_s, 'load_of_others': max(0.0, busy_s - cpu_s) / max(total_s, 1e-9),
-  }  # fmt: skip
+    'seconds': seconds,
+    'cpu_s': cpu_s,
+    'load_of_others': max(0.0, busy_s - cpu_s) / max(total_s, 1e-9),
+  }
 
 
 def lines(row: dict[str, Any]) -> str:
@@ -123,20 +131,19 @@ def lines(row: dict[str, Any]) -> str:
       f'| {name} | {r["seconds"]:,.0f} s | {r["training_s"]:,.0f} s | {r["subject_passes"]} | '
       f'{r["flops_subject"]:.2e} | {r["flops_useful"]:.2e} |'
     )
-  return '\n'.join([
-    *out,
-    '',
-    f'Together they take {row["share"]:.2f} of the time, and each ends with the same parameters bit for bit. One pass of '
-    f'the subject alone, harvested by a process of its own: {row["subject_alone"]["seconds"]:,.0f} s.',
-  ])  # fmt: skip
+  return '\n'.join(
+    [
+      *out,
+      '',
+      f'Together they take {row["share"]:.2f} of the time, and each ends with the same parameters bit for bit. One pass of '
+      f'the subject alone, harvested by a process of its own: {row["subject_alone"]["seconds"]:,.0f} s.',
+    ]
+  )
 
 
 def _results(where: pathlib.Path) -> dict[str, dict[str, Any]]:
   store = ledger.Ledger(str(where))
-  return {
-    cell.id: json.loads(pathlib.Path(store.folder(cell.id), schema.RESULT).read_text())
-    for cell in store.cells()
-  }
+  return {cell.id: json.loads(pathlib.Path(store.folder(cell.id), schema.RESULT).read_text()) for cell in store.cells()}
 
 
 def _children_s() -> float:

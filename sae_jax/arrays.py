@@ -73,9 +73,7 @@ def _array(name: str, value: Any, remedy: str) -> Array:
   if isinstance(value, jax.core.Tracer):
     return value
   if isinstance(value, np.ma.MaskedArray):  # numpy drops the mask and takes what lies under it
-    raise UserError(
-      f'{name}={shown(value)} has a mask, and what lies under it is no value; fill it or drop those rows'
-    )
+    raise UserError(f'{name}={shown(value)} has a mask, and what lies under it is no value; fill it or drop those rows')
   try:
     return np.asarray(value)
   except (ValueError, TypeError, RuntimeError):
@@ -91,9 +89,7 @@ def _finite(name: str, found: Array) -> Array:
   bad = ~np.isfinite(narrow)
   if bad.any():
     where = tuple(np.argwhere(bad)[0].tolist())
-    raise UserError(
-      f'{name}{list(where)}={found[where]} is not a finite float32; leave that row out or correct it'
-    )
+    raise UserError(f'{name}{list(where)}={found[where]} is not a finite float32; leave that row out or correct it')
   return narrow
 
 

@@ -77,9 +77,7 @@ class Autoencoder:
     return tuple(part.reshape(*x.shape[:-1], part.shape[1]) for part in parts)
 
 
-def _traced_normalize(
-  x_BD: jax.Array, kind: str, scale: float | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _traced_normalize(x_BD: jax.Array, kind: str, scale: float | None) -> tuple[jax.Array, jax.Array, jax.Array]:
   """`normalize` inside jit, where there may be no float64: the mean of what is left corrects the mean."""
   if kind == 'none':
     return x_BD, jnp.zeros_like(x_BD[:, :1]), jnp.ones_like(x_BD[:, :1])
@@ -120,9 +118,7 @@ def load(cell: str | os.PathLike[str], weights: str | None = None) -> Autoencode
   """
   cell = checks.path('cell', cell)
   if weights is not None and not (isinstance(weights, str) and weights in _WEIGHTS):
-    raise UserError(
-      f'weights={checks.shown(weights)} is not one of {", ".join(_WEIGHTS)}; None takes the better'
-    )
+    raise UserError(f'weights={checks.shown(weights)} is not one of {", ".join(_WEIGHTS)}; None takes the better')
   folder = files.join(cell, schema.ARTIFACT)
   try:
     info = product.info(cell)
@@ -134,9 +130,7 @@ def load(cell: str | os.PathLike[str], weights: str | None = None) -> Autoencode
     product.tensors(cell, info, weights, data.write)
     params = safetensors.numpy.load(data.getvalue())
   except FileNotFoundError:
-    raise UserError(
-      f'{cell_state.printable(folder)} holds no trained autoencoder; is the cell finished?'
-    ) from None
+    raise UserError(f'{cell_state.printable(folder)} holds no trained autoencoder; is the cell finished?') from None
   except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
     why = cell_state.printable(product.why(error))[:120]
     raise UserError(

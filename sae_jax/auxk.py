@@ -107,9 +107,7 @@ def _of_few(params, dead_F, error_BD, xc_BD, *, width, k_aux, coefficient, batch
 
   w_enc_WD, w_dec_WD, b_enc_W = rows(params['w_enc_FD']), rows(params['w_dec_FD']), rows(params['b_enc_F'])
   dtype = dtype or xc_BD.dtype
-  product_BW = jnp.einsum(
-    'bd,wd->bw', xc_BD.astype(dtype), w_enc_WD.astype(dtype), preferred_element_type=xc_BD.dtype
-  )
+  product_BW = jnp.einsum('bd,wd->bw', xc_BD.astype(dtype), w_enc_WD.astype(dtype), preferred_element_type=xc_BD.dtype)
   y_BW = jax.nn.relu(product_BW + b_enc_W[None])
   if width > k_aux:
     y_BW = _leading(y_BW, k_aux, axes)

@@ -98,8 +98,7 @@ def _parts(cell: config.Config, state, x_BD, options) -> dict[str, tuple[Callabl
     'update': (update, (params, grads, state.opt_state, state.ema)),
   }
   copies = {
-    name: (jax.jit(f, compiler_options=options), jax.tree.map(jnp.copy, args))
-    for name, (f, args) in jitted.items()
+    name: (jax.jit(f, compiler_options=options), jax.tree.map(jnp.copy, args)) for name, (f, args) in jitted.items()
   }
   # The step consumes its state, so the parts keep copies; the update donates as the step does, and takes its own
   # output as the next input.
@@ -126,11 +125,15 @@ def _cell(d: int, n: int, batch: int, k: int) -> config.Config:
     config.override(
       template,
       {
-        'sae.d_model': d, 'sae.n_latents': n, 'sae.k': k, 'train.batch_tokens': batch,
-        'train.tokens': 10_000 * batch, 'optim.learning_rate': 1e-4,
+        'sae.d_model': d,
+        'sae.n_latents': n,
+        'sae.k': k,
+        'train.batch_tokens': batch,
+        'train.tokens': 10_000 * batch,
+        'optim.learning_rate': 1e-4,
       },
     )
-  )  # fmt: skip
+  )
 
 
 def machine() -> dict[str, Any]:
@@ -143,18 +146,20 @@ def machine() -> dict[str, Any]:
   except (OSError, StopIteration):
     pass
   return {
-    'device': device.device_kind, 'platform': device.platform, 'cpu': cpu, 'cores': len(os.sched_getaffinity(0)),
-    'versions': metrics.versions(), 'date': datetime.date.today().isoformat(),
-  }  # fmt: skip
+    'device': device.device_kind,
+    'platform': device.platform,
+    'cpu': cpu,
+    'cores': len(os.sched_getaffinity(0)),
+    'versions': metrics.versions(),
+    'date': datetime.date.today().isoformat(),
+  }
 
 
 @one_line_errors
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog='python -m sae_jax.bench', description=__doc__.splitlines()[0])
   parser.add_argument('--json', metavar='OUT', help='write the rows here: a list, one object a shape')
-  parser.add_argument(
-    '--shape', metavar='D,N,B,K', action='append', help='instead of the standard shapes; may repeat'
-  )
+  parser.add_argument('--shape', metavar='D,N,B,K', action='append', help='instead of the standard shapes; may repeat')
   parser.add_argument('--repeats', type=int, default=7, help='rounds a median is taken over (default 7)')
   args = parser.parse_args(argv)
   try:

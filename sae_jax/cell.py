@@ -152,16 +152,36 @@ _CHOICES = {
 }
 # Keys that must be at least this.
 _AT_LEAST = {
-  'sae.d_model': 1, 'sae.n_latents': 1, 'sae.k': 1, 'sae.k_aux': 0, 'sae.fired_threshold': 0,
-  'loss.aux_coefficient': 0, 'loss.dead_tokens': 1,
-  'optim.learning_rate': 0, 'optim.clip_norm': 0, 'optim.warmup_tokens': 0, 'optim.eps': 0,
-  'train.batch_tokens': 1, 'train.tokens': 1, 'train.seed': 0, 'train.checkpoint_every': 1,
-  'eval.tokens': 2, 'eval.per_decade': 1, 'eval.batch_tokens': 1,
-  'data.seed': 0, 'data.epochs': 1, 'data.window_tokens': 2, 'data.block_windows': 1,
-  'data.store_tokens': 1, 'data.held_out_tokens': 2, 'mesh.data': 1, 'mesh.latent': 1,
+  'sae.d_model': 1,
+  'sae.n_latents': 1,
+  'sae.k': 1,
+  'sae.k_aux': 0,
+  'sae.fired_threshold': 0,
+  'loss.aux_coefficient': 0,
+  'loss.dead_tokens': 1,
+  'optim.learning_rate': 0,
+  'optim.clip_norm': 0,
+  'optim.warmup_tokens': 0,
+  'optim.eps': 0,
+  'train.batch_tokens': 1,
+  'train.tokens': 1,
+  'train.seed': 0,
+  'train.checkpoint_every': 1,
+  'eval.tokens': 2,
+  'eval.per_decade': 1,
+  'eval.batch_tokens': 1,
+  'data.seed': 0,
+  'data.epochs': 1,
+  'data.window_tokens': 2,
+  'data.block_windows': 1,
+  'data.store_tokens': 1,
+  'data.held_out_tokens': 2,
+  'mesh.data': 1,
+  'mesh.latent': 1,
   'mesh.row_chunks': 1,
-  'data.planted.n_features': 1, 'data.planted.noise': 0,
-}  # fmt: skip
+  'data.planted.n_features': 1,
+  'data.planted.noise': 0,
+}
 _BELOW_ONE = ('optim.beta1', 'optim.beta2', 'optim.ema_decay')
 
 
@@ -196,9 +216,7 @@ class Config:
       if not 0 <= flat[key] < 1:
         raise UserError(f'{key}={flat[key]} is not in [0, 1); choose a decay below 1')
     if not 0 < self.sae.recall_target < 1:
-      raise UserError(
-        f"sae.recall_target={self.sae.recall_target} is not in (0, 1); for 1 use sae.selection='exact'"
-      )
+      raise UserError(f"sae.recall_target={self.sae.recall_target} is not in (0, 1); for 1 use sae.selection='exact'")
     if self.data.normalize == 'scale' and self.data.source != 'store':
       raise UserError(
         f"data.normalize='scale' but data.source={self.data.source!r} records no scalar; use center_unit or none, or "
@@ -228,9 +246,7 @@ class Config:
         '(train.batch_tokens / mesh.data); use a divisor'
       )
     if self.train.tokens < self.train.batch_tokens:
-      raise UserError(
-        f'train.tokens={self.train.tokens} is less than one batch of {self.train.batch_tokens}; raise it'
-      )
+      raise UserError(f'train.tokens={self.train.tokens} is less than one batch of {self.train.batch_tokens}; raise it')
 
   def flat(self) -> dict[str, Any]:
     """Dotted keys to values, in declaration order."""
@@ -278,15 +294,7 @@ def plain(value: Any) -> Any:
   if numpy is None or not isinstance(value, numpy.generic | numpy.ndarray) or value.ndim:
     return value
   kind = value.dtype.kind
-  return (
-    bool(value)
-    if kind == 'b'
-    else int(value)
-    if kind in 'iu'
-    else float(value)
-    if kind == 'f'
-    else value.item()
-  )
+  return bool(value) if kind == 'b' else int(value) if kind in 'iu' else float(value) if kind == 'f' else value.item()
 
 
 def id_of(record: dict[str, Any]) -> str:
@@ -320,17 +328,11 @@ def from_record(record: dict[str, Any], *, verified: bool = False) -> Config:
     flat = flatten(own)
     config = build(Config, own if RETIRED.keys().isdisjoint(flat) else unflatten(without_retired(flat)))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(
-      f'not a cell configuration ({type(error).__name__}: {error}); was it edited by hand?'
-    ) from None
+    raise UserError(f'not a cell configuration ({type(error).__name__}: {error}); was it edited by hand?') from None
   if number != SCHEMA:
-    raise UserError(
-      f'configuration schema {number} is not {SCHEMA}; use the version of sae_jax that wrote it'
-    )
+    raise UserError(f'configuration schema {number} is not {SCHEMA}; use the version of sae_jax that wrote it')
   if config.id != recorded_id:
-    raise UserError(
-      f'configuration hashes to {config.id} but says {recorded_id}; it was changed: make a new cell'
-    )
+    raise UserError(f'configuration hashes to {config.id} but says {recorded_id}; it was changed: make a new cell')
   return config
 
 

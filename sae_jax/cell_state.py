@@ -11,10 +11,14 @@ _REASON = 200  # characters of a reason shown to people
 
 # What a result repeats of the configuration it belongs to.
 _REPEATED = {
-  ('sae', 'n_latents'): 'n_latents', ('sae', 'k'): 'k', ('sae', 'd_model'): 'd_model',
-  ('optim', 'learning_rate'): 'learning_rate', ('train', 'seed'): 'seed', ('train', 'batch_tokens'): 'batch_tokens',
+  ('sae', 'n_latents'): 'n_latents',
+  ('sae', 'k'): 'k',
+  ('sae', 'd_model'): 'd_model',
+  ('optim', 'learning_rate'): 'learning_rate',
+  ('train', 'seed'): 'seed',
+  ('train', 'batch_tokens'): 'batch_tokens',
   ('train', 'tokens'): 'tokens_asked',
-}  # fmt: skip
+}
 # What a result repeats of the evaluation at the last step; not the time, which another attempt spends again.
 _MEASURED = {line: name for line, name in schema.line_names(schema.MEASURED).items() if name != 'wall_s'}
 
@@ -89,9 +93,7 @@ def read(
         product.glance(folder, result)
       except (schema.Broken, OSError) as error:
         return product_is_broken(error, config)
-    return CellState(
-      schema.DONE, result=schema.content(result), verified=schema.verified(result), config=config
-    )
+    return CellState(schema.DONE, result=schema.content(result), verified=schema.verified(result), config=config)
   if _is_imported(folder, names):
     return CellState(schema.IMPORTED, config=config)
   return dataclasses.replace(_unfinished(folder, names, max_failures, holder), config=config)
@@ -208,6 +210,4 @@ def _unfinished(folder: str, names: set[str], max_failures: int, holder: Holder 
   said = printable(f'{failure.get("kind", "")}: {failure.get("error", "")}')
   if failure.get('permanent') or attempts >= max_failures:
     return CellState(schema.FAILED, printable(f'{said[:170]} ({attempts} attempts)'), attempts)
-  return CellState(
-    schema.WAITING, printable(f'attempt {attempts} of {max_failures} failed: {said}'), attempts
-  )
+  return CellState(schema.WAITING, printable(f'attempt {attempts} of {max_failures} failed: {said}'), attempts)

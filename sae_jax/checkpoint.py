@@ -237,9 +237,7 @@ class _disk_full_is_user_error:
 
   def __exit__(self, kind, error, trace):
     if error is not None and faults.is_disk_full(error):
-      raise UserError(
-        f'{self._path}: no space left on the device; free some and start again: it resumes'
-      ) from error
+      raise UserError(f'{self._path}: no space left on the device; free some and start again: it resumes') from error
 
 
 def _check(metadata: Any, fields: Sequence[schema.Field]) -> None:

@@ -30,14 +30,8 @@ def shown(value: Any, most: int = 60) -> str:
 
 def path(name: str, value: Any) -> str:
   """A path or URL as text. An empty one would silently mean the folder one happens to be in."""
-  if (
-    not isinstance(value, str | os.PathLike)
-    or not isinstance(os.fspath(value), str)
-    or not str(value).strip()
-  ):
-    raise UserError(
-      f'{name}={shown(value)} is not a path; give a file, folder or URL as text, or a pathlib.Path'
-    )
+  if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str) or not str(value).strip():
+    raise UserError(f'{name}={shown(value)} is not a path; give a file, folder or URL as text, or a pathlib.Path')
   return str(value)
 
 

@@ -72,24 +72,45 @@ def template() -> ml_collections.ConfigDict:
   c = _Settings()
   c.recipe = dataclasses.asdict(GAO2024)
   c.sae = dict(
-    d_model=unset_int(), n_latents=4096, k=32, activation='topk', k_aux=unset_int(),
-    fired_threshold=unset_float(), latent_bias=True, selection='exact', recall_target=0.95,
-  )  # fmt: skip
+    d_model=unset_int(),
+    n_latents=4096,
+    k=32,
+    activation='topk',
+    k_aux=unset_int(),
+    fired_threshold=unset_float(),
+    latent_bias=True,
+    selection='exact',
+    recall_target=0.95,
+  )
   c.loss = dict(aux_coefficient=1 / 32, dead_tokens=unset_int())
   c.optim = dict(
-    learning_rate=unset_float(), beta1=0.9, beta2=0.999, eps=6.25e-10, clip_norm=0.0,
-    warmup_tokens=unset_int(), ema_decay=unset_float(),
-  )  # fmt: skip
-  c.train = dict(
-    batch_tokens=131_072, tokens=1_000_000_000, seed=0, checkpoint_every=500, compute_dtype='float32'
+    learning_rate=unset_float(),
+    beta1=0.9,
+    beta2=0.999,
+    eps=6.25e-10,
+    clip_norm=0.0,
+    warmup_tokens=unset_int(),
+    ema_decay=unset_float(),
   )
+  c.train = dict(batch_tokens=131_072, tokens=1_000_000_000, seed=0, checkpoint_every=500, compute_dtype='float32')
   c.eval = dict(tokens=16_384, per_decade=4, batch_tokens=4096)
   c.data = dict(
-    source='store', subject=unset_str(), site=unset_str(), text=unset_str(), path='', identity=unset_str(),
-    seed=0, epochs=1, normalize=unset_str(), window_tokens=unset_int(), block_windows=unset_int(),
-    store_tokens=unset_int(), held_out_tokens=unset_int(), dtype=unset_str(),
+    source='store',
+    subject=unset_str(),
+    site=unset_str(),
+    text=unset_str(),
+    path='',
+    identity=unset_str(),
+    seed=0,
+    epochs=1,
+    normalize=unset_str(),
+    window_tokens=unset_int(),
+    block_windows=unset_int(),
+    store_tokens=unset_int(),
+    held_out_tokens=unset_int(),
+    dtype=unset_str(),
     planted=dict(n_features=512, active=8.0, exponent=0.5, noise=0.05, seed=0),
-  )  # fmt: skip
+  )
   c.mesh = dict(data=1, latent=1, row_chunks=1, exchange='auto', products='auto')
   return c
 
@@ -167,9 +188,7 @@ def resolve_flat(flat: dict[str, Any]) -> Config:
       )
   if flat['sae.d_model'] is None:
     raise UserError('sae.d_model is not set and no store gives it; set it to the width of the activations')
-  recipe = cell.build(
-    ScalingRecipe, {k.removeprefix('recipe.'): v for k, v in flat.items() if k.startswith('recipe.')}
-  )
+  recipe = cell.build(ScalingRecipe, {k.removeprefix('recipe.'): v for k, v in flat.items() if k.startswith('recipe.')})
   derived = recipe.hyperparameters(
     n_latents=max(1, flat['sae.n_latents']),
     k=flat['sae.k'],
@@ -201,9 +220,7 @@ def read_store_file(path: str) -> dict[str, Any]:
   try:
     meta = schema.parse_large(files.read(files.join(path, schema.STORE), schema.LARGE))
     schema.check_digest(meta)
-    fields = (
-      schema.STORES if schema.verified(meta) else [f for f in schema.STORES if f.name in meta or f.must]
-    )
+    fields = schema.STORES if schema.verified(meta) else [f for f in schema.STORES if f.name in meta or f.must]
     settings = {f.name: f for f in schema.STORE_CONFIG}
     if not isinstance(meta.get('identity'), str) or not isinstance(meta.get('config'), dict):
       raise schema.Broken('identity or config is missing')
@@ -261,10 +278,17 @@ def _source_defaults(source: str) -> dict[str, Any]:
   if source == 'planted':
     # Planted inputs have mean norm 1 by construction; centring would bend the planted directions.
     return common | {
-      'data.normalize': 'none', 'data.window_tokens': 2, 'data.block_windows': 1,
-      'data.store_tokens': 1, 'data.held_out_tokens': 2,
-    }  # fmt: skip
+      'data.normalize': 'none',
+      'data.window_tokens': 2,
+      'data.block_windows': 1,
+      'data.store_tokens': 1,
+      'data.held_out_tokens': 2,
+    }
   return common | {
-    'data.normalize': 'center_unit', 'data.window_tokens': 128, 'data.block_windows': 256,
-    'data.store_tokens': 1_000_000, 'data.held_out_tokens': 16_384, 'data.dtype': 'float16',
-  }  # fmt: skip
+    'data.normalize': 'center_unit',
+    'data.window_tokens': 128,
+    'data.block_windows': 256,
+    'data.store_tokens': 1_000_000,
+    'data.held_out_tokens': 16_384,
+    'data.dtype': 'float16',
+  }

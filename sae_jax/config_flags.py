@@ -15,13 +15,9 @@ from sae_jax.errors import UserError
 HELP = 'python file with get_config() -> ConfigDict; override any key with --config.KEY=VALUE'
 
 
-def parse(
-  parser: argparse.ArgumentParser, argv: list[str]
-) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
   """Known arguments and the configuration. Raises `UserError` for an unknown key, a wrong type or no such file."""
-  parser.add_argument(
-    '--config', metavar='FILE', help=HELP
-  )  # for --help; the values are ml_collections' to read
+  parser.add_argument('--config', metavar='FILE', help=HELP)  # for --help; the values are ml_collections' to read
   ours = [a for a in argv if not a.startswith('--config')]
   theirs = [a for a in argv if a.startswith('--config')]
   for arg in theirs:
@@ -30,9 +26,7 @@ def parse(
   args = parser.parse_args(ours)
   paths = [a.removeprefix('--config=') for a in theirs if a.startswith('--config=')]
   if len(paths) != 1:
-    raise UserError(
-      f'{len(paths)} --config=FILE given; give one, for a first try --config=experiments/tiny.py'
-    )
+    raise UserError(f'{len(paths)} --config=FILE given; give one, for a first try --config=experiments/tiny.py')
   module = load_file(paths[0])
   if not hasattr(module, 'get_config'):
     raise UserError(f'{paths[0]} has no get_config(); see experiments/tiny.py')
@@ -42,9 +36,7 @@ def parse(
     config_flags.DEFINE_config_dict('config', made, flag_values=values, sys_argv=overrides)
     values(['sae_jax', *overrides])
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError(
-      f'{" ".join(overrides) or paths[0]}: {error}; the keys are in sae_jax/config.py'
-    ) from None
+    raise UserError(f'{" ".join(overrides) or paths[0]}: {error}; the keys are in sae_jax/config.py') from None
   return args, values['config'].value
 
 

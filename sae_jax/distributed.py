@@ -31,9 +31,7 @@ _service: list[Any] = []  # the preemption service of a gang of several processe
 _START_S = 300  # hosts of one gang may pull their image minutes apart
 
 
-def initialize(
-  coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
-) -> None:
+def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
   """Joins the other processes of this run, if there are any; call before any device is used.
 
   Stated by the arguments, or by JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID (in a
@@ -41,9 +39,7 @@ def initialize(
   machine are detected. A rank that is dead for SAE_JAX_HEARTBEAT_S (20) ends the others. Raises `UserError` for an
   incomplete or impossible statement.
   """
-  limits = dict(
-    initialization_timeout=_START_S, heartbeat_timeout_seconds=heartbeat_s(), shutdown_timeout_seconds=20
-  )
+  limits = dict(initialization_timeout=_START_S, heartbeat_timeout_seconds=heartbeat_s(), shutdown_timeout_seconds=20)
   stated = stated_gang(os.environ, coordinator, num_processes, process_id)
   if stated is not None:
     jax.distributed.initialize(**stated, **limits)
@@ -201,9 +197,7 @@ def _on_tpu_machine() -> bool:
   """Whether jax finds the gang itself: from GKE's variables, or from the metadata of a TPU machine."""
   if (os.environ.get('JAX_PLATFORMS') or 'tpu').split(',')[0] != 'tpu':
     return False
-  return any(
-    cluster.is_env_present() for cluster in (cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster)
-  )
+  return any(cluster.is_env_present() for cluster in (cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster))
 
 
 def _whole(name: str, value: str | int, at_least: int) -> int:

@@ -6,8 +6,12 @@ import errno
 _OF_HOST = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO, errno.ESTALE)
 # The same from libraries that keep no errno, and what Python says where a thread cannot be started.
 _OF_HOST_TEXTS = (
-  'Too many open files', 'Cannot allocate memory', 'Input/output error', 'Stale file handle', "can't start new thread",
-)  # fmt: skip
+  'Too many open files',
+  'Cannot allocate memory',
+  'Input/output error',
+  'Stale file handle',
+  "can't start new thread",
+)
 
 
 def is_disk_full(error: BaseException) -> bool:

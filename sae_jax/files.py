@@ -297,9 +297,7 @@ def _read_local(path: str, limit: int) -> tuple[bytes, int]:
     if size > limit:
       return b'', size
     data = os.read(at, size + 1)
-    while (
-      len(data) != size and len(data) <= limit and (more := os.read(at, min(limit + 1 - len(data), 2**20)))
-    ):
+    while len(data) != size and len(data) <= limit and (more := os.read(at, min(limit + 1 - len(data), 2**20))):
       data, size = data + more, -1  # it grows, or came in parts: up to the end then
     return data, len(data)
   except OSError as error:

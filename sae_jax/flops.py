@@ -48,9 +48,7 @@ def chip_parts(config: Config, *, aux: bool) -> dict[str, dict[str, float]]:
       again['encode']['bytes'] += reread
     else:
       del again['encode']
-    parts |= {
-      f'aux_{name}': part for name, part in again.items() if name not in ('pre_bias_gradient', 'optimizer')
-    }
+    parts |= {f'aux_{name}': part for name, part in again.items() if name not in ('pre_bias_gradient', 'optimizer')}
   dense = ('encode', 'aux_encode', 'pre_bias_gradient')
   return {name: part | {'executed': part['useful'] if name in dense else 0.0} for name, part in parts.items()}
 

@@ -54,12 +54,15 @@ class Lease:
     self._cancel = files.join(cell_folder, schema.CANCEL)
     self._refresh_s, self._stale_s, self._clock = refresh_s, stale_s, clock
     self._record = {
-      'pid': os.getpid(), 'started': process_start(os.getpid()), 'pid_space': pid_space(),
-      'host': os.uname().nodename, 'nonce': secrets.token_hex(8), 'refreshed': 0, 'released': False,
-    }  # fmt: skip
-    self.cancelled = (
-      False  # whether someone asked, by sweeps.cancel, that the cell be left; seen at a refresh
-    )
+      'pid': os.getpid(),
+      'started': process_start(os.getpid()),
+      'pid_space': pid_space(),
+      'host': os.uname().nodename,
+      'nonce': secrets.token_hex(8),
+      'refreshed': 0,
+      'released': False,
+    }
+    self.cancelled = False  # whether someone asked, by sweeps.cancel, that the cell be left; seen at a refresh
     self._lost = ''  # why, once it is
     self._lock = threading.Lock()
     self._stop = threading.Event()
@@ -160,9 +163,7 @@ class Observer:
     clock: monotonic seconds of this process.
   """
 
-  def __init__(
-    self, *, refresh_s: float = 30.0, stale_s: float = 90.0, clock: Callable[[], float] = time.monotonic
-  ):
+  def __init__(self, *, refresh_s: float = 30.0, stale_s: float = 90.0, clock: Callable[[], float] = time.monotonic):
     self._refresh_s, self._stale_s, self._clock = refresh_s, stale_s, clock
     self._seen: dict[str, tuple[bytes, float]] = {}  # a folder's last claim, and when it was first seen so
 

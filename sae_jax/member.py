@@ -80,9 +80,7 @@ class Member:
     state, saved = restored
     # What checkpoints from before a fact was kept mean: the only way there was, and nothing known of the machine.
     saved = self._facts | {'row_chunks': 1, 'products': 'auto'} | saved
-    same = all(
-      saved[key] == value for key, value in self._facts.items() if key not in ('bit_exact', 'wall_s')
-    )
+    same = all(saved[key] == value for key, value in self._facts.items() if key not in ('bit_exact', 'wall_s'))
     self._facts |= {'bit_exact': saved['bit_exact'] and same, 'wall_s': saved['wall_s']}
     return state
 
@@ -101,11 +99,18 @@ class Member:
     better = 'ema' if ema.nmse < raw.nmse else 'raw'
     best = {'ema': ema, 'raw': raw}[better]
     line = {
-      'tokens': at * batch, 'flops_useful': spent['useful'], 'flops_dense': spent['dense'],
-      'flops_subject': self._source.flops_per_token * at * batch, 'wall_s': self._wall_s(),
-      'eval/nmse': best.nmse, 'eval/nmse_raw': raw.nmse, 'eval/nmse_ema': ema.nmse, 'eval/weights': better,
-      'eval/mse': best.mse, 'eval/l0': best.l0,
-    } | train_metrics  # fmt: skip
+      'tokens': at * batch,
+      'flops_useful': spent['useful'],
+      'flops_dense': spent['dense'],
+      'flops_subject': self._source.flops_per_token * at * batch,
+      'wall_s': self._wall_s(),
+      'eval/nmse': best.nmse,
+      'eval/nmse_raw': raw.nmse,
+      'eval/nmse_ema': ema.nmse,
+      'eval/weights': better,
+      'eval/mse': best.mse,
+      'eval/l0': best.l0,
+    } | train_metrics
     if best.topk_recall is not None:
       line['eval/topk_recall'] = best.topk_recall
     check_finite(at, line)
@@ -133,9 +138,12 @@ class Member:
     }
     if jax.process_index() == 0:
       sizes = {
-        'id': config.id, 'n_latents': config.sae.n_latents, 'k': config.sae.k, 'd_model': config.sae.d_model,
+        'id': config.id,
+        'n_latents': config.sae.n_latents,
+        'k': config.sae.k,
+        'd_model': config.sae.d_model,
         'activation': config.sae.activation,
-      }  # fmt: skip
+      }
       self._before_write()
       written = artifact.save(
         self.workdir, weights, sizes | {'weights': line['eval/weights']} | self._source.provenance
@@ -185,13 +193,9 @@ class Member:
 
 def check_finite(step: int, values: dict[str, Any]) -> None:
   """Raises `Diverged` naming what is not finite."""
-  bad = [
-    f'{key}={value}' for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)
-  ]
+  bad = [f'{key}={value}' for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
   if bad:
-    raise Diverged(
-      f'not finite at step {step}: {", ".join(bad)}; lower optim.learning_rate or set optim.clip_norm'
-    )
+    raise Diverged(f'not finite at step {step}: {", ".join(bad)}; lower optim.learning_rate or set optim.clip_norm')
 
 
 def claim_folder(config: Config, workdir: str) -> None:
@@ -206,9 +210,7 @@ def claim_folder(config: Config, workdir: str) -> None:
     except FileExistsError:
       pass  # another worker was faster; the check below still holds
     except OSError as error:
-      raise UserError(
-        f'cannot write {path} ({error.strerror}); free space or choose another workdir'
-      ) from error
+      raise UserError(f'cannot write {path} ({error.strerror}); free space or choose another workdir') from error
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(schema.CONFIG)
   try:
@@ -216,9 +218,7 @@ def claim_folder(config: Config, workdir: str) -> None:
   except (UserError, IsADirectoryError, schema.Broken) as error:
     raise _broken(path, getattr(error, 'strerror', None) or str(error)) from None
   if found.id != config.id:
-    raise UserError(
-      f'{workdir} holds cell {found.id} and the configuration is cell {config.id}; use another workdir'
-    )
+    raise UserError(f'{workdir} holds cell {found.id} and the configuration is cell {config.id}; use another workdir')
   state = cell_state.read(workdir, config.id)
   if state.state == schema.INVALID:
     name, _, why = state.reason.partition(': ') if state.broken else ('', '', state.reason)

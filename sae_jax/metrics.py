@@ -23,9 +23,17 @@ from sae_jax.errors import UserError
 
 # What /proc/cpuinfo says of a processor, on x86 and on Arm, that compiled code depends on.
 _CPU = (
-  'vendor_id', 'cpu family', 'model', 'model name', 'flags',
-  'CPU implementer', 'CPU architecture', 'CPU variant', 'CPU part', 'Features',
-)  # fmt: skip
+  'vendor_id',
+  'cpu family',
+  'model',
+  'model name',
+  'flags',
+  'CPU implementer',
+  'CPU architecture',
+  'CPU variant',
+  'CPU part',
+  'Features',
+)
 _METRICS = re.compile(r'metrics(\.([0-9]+))?\.jsonl')
 _ALL_LINES = 2**26  # bytes of a metrics file, about 100,000 lines; more is not read
 _KINDS = {field.line: field.kind for field in schema.CURVES}
@@ -104,9 +112,7 @@ def commit_result(workdir: str, result: dict[str, Any]) -> None:
   files.remove(files.join(workdir, schema.FAILURE))
 
 
-def record_failure(
-  workdir: str, error: BaseException, exit_code: int | None = None, permanent: bool = False
-) -> None:
+def record_failure(workdir: str, error: BaseException, exit_code: int | None = None, permanent: bool = False) -> None:
   """Writes failure.json, counting attempts. `permanent` failures are not worth a retry; a `UserError` is one, except
   for a full disk."""
   path = files.join(workdir, schema.FAILURE)
@@ -162,9 +168,7 @@ def git_commit() -> str:
   where = os.path.dirname(os.path.abspath(__file__))
 
   def git(*args):
-    return subprocess.run(
-      ('git', '-C', where, *args), capture_output=True, text=True, timeout=10, check=True
-    ).stdout
+    return subprocess.run(('git', '-C', where, *args), capture_output=True, text=True, timeout=10, check=True).stdout
 
   try:
     changed = git('status', '--porcelain', '--untracked-files=no').strip()

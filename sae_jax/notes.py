@@ -10,12 +10,21 @@ _PLANTED = ('n_features', 'active', 'exponent', 'noise', 'seed')
 # The data keys that each source does not read. A store's facts are compared with the keys where it is opened.
 _UNREAD = {
   'planted': (
-    'subject', 'site', 'text', 'path', 'epochs', 'normalize', 'window_tokens', 'block_windows', 'store_tokens',
-    'held_out_tokens', 'dtype',
+    'subject',
+    'site',
+    'text',
+    'path',
+    'epochs',
+    'normalize',
+    'window_tokens',
+    'block_windows',
+    'store_tokens',
+    'held_out_tokens',
+    'dtype',
   ),
   'store': tuple(f'planted.{key}' for key in _PLANTED),
   'live': ('path', 'identity', *(f'planted.{key}' for key in _PLANTED)),
-}  # fmt: skip
+}
 _READS = {
   'planted': 'data.planted and data.seed',
   'store': 'data.path and the facts in its store.json',
@@ -47,7 +56,4 @@ def of_all(cells: Iterable[Config]) -> list[str]:
   """The findings of many cells, each once, with the number of cells where those are not all."""
   each: Sequence[list[str]] = [of(cell) for cell in cells]
   counts = Counter(line for lines in each for line in lines)
-  return [
-    line if count == len(each) else f'{line} (in {count} of {len(each)} cells)'
-    for line, count in counts.items()
-  ]
+  return [line if count == len(each) else f'{line} (in {count} of {len(each)} cells)' for line, count in counts.items()]

@@ -19,9 +19,7 @@ def make_optimizer(config: OptimConfig, batch_tokens: int) -> optax.GradientTran
   rate = optax.constant_schedule(config.learning_rate)
   if warmup_steps:
     # The first step has count 0 and must move.
-    rate = optax.linear_schedule(
-      config.learning_rate / (warmup_steps + 1), config.learning_rate, warmup_steps
-    )
+    rate = optax.linear_schedule(config.learning_rate / (warmup_steps + 1), config.learning_rate, warmup_steps)
   clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
   adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
   return optax.chain(*clip, adam, optax.scale_by_learning_rate(rate))

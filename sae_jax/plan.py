@@ -120,9 +120,12 @@ def account(config: Config, topology: str, chip: Chip, compiled: Any) -> Plan:
   aux = config.loss.aux_coefficient > 0 and config.sae.k_aux > 0
   parts = flops.chip_parts(config, aux=aux)
   counted = flops.step_flops(
-    config.sae.n_latents, config.sae.k, config.sae.d_model, config.train.batch_tokens,
+    config.sae.n_latents,
+    config.sae.k,
+    config.sae.d_model,
+    config.train.batch_tokens,
     k_aux=config.sae.k_aux if aux else 0,
-  )  # fmt: skip
+  )
   sent = hlo.sent(compiled.collectives)
   warnings = []
   for c in compiled.collectives:

@@ -128,9 +128,7 @@ def encode(
   """
   xc_BD = x_BD - params['b_pre_D'][None]
   product_BF = _product(params, xc_BD, dtype) if chunks == 1 else None
-  codes = _codes(
-    params, params['b_enc_F'], product_BF, xc_BD, k, axes, dtype, chunks, exchange, recall_target
-  )
+  codes = _codes(params, params['b_enc_F'], product_BF, xc_BD, k, axes, dtype, chunks, exchange, recall_target)
   return product_BF, codes, xc_BD
 
 
@@ -233,11 +231,7 @@ def loss_and_grads(
   x_hat_BD = _decode(params, codes, axes) + params['b_pre_D'][None]
   error_BD = x_BD - x_hat_BD
 
-  fired_F = (
-    jnp.zeros(idle_F.shape, jnp.int8)
-    .at[codes.idx_BK]
-    .max((codes.z_BK > sae.fired_threshold).astype(jnp.int8))
-  )
+  fired_F = jnp.zeros(idle_F.shape, jnp.int8).at[codes.idx_BK].max((codes.z_BK > sae.fired_threshold).astype(jnp.int8))
   fired_F = largest(fired_F, axes.data)
   # Counted in steps, and held at a ceiling no dead threshold reaches, so that no run is long enough to overflow.
   idle_F = jnp.where(fired_F > 0, 0, jnp.minimum(idle_F, 2**30)) + 1
@@ -250,10 +244,19 @@ def loss_and_grads(
       return _codes(params, bias_F, product_BF, xc_BD, sae.k_aux, axes, dtype, chunks, exchange)
 
     aux = auxk.gradients(
-      params, dead_F, n_dead, error_BD, xc_BD, select, k_aux=sae.k_aux, coefficient=loss.aux_coefficient,
-      batch=batch, axes=axes, dtype=dtype,
+      params,
+      dead_F,
+      n_dead,
+      error_BD,
+      xc_BD,
+      select,
+      k_aux=sae.k_aux,
+      coefficient=loss.aux_coefficient,
+      batch=batch,
+      axes=axes,
+      dtype=dtype,
       room=len(dead_F) // 2 if chunks == 1 else 0,  # no more than the product already takes
-    )  # fmt: skip
+    )
   else:
     aux = auxk.none(params)
 

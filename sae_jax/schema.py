@@ -79,11 +79,14 @@ MEASURED = (
   Field('mse', float, 'mean squared error a component, of the better weights', 'eval/mse'),
   Field('l0', float, 'mean number of active latents a token', 'eval/l0'),
   Field(
-    'topk_recall', float, 'share of the exact top k that training finds; approximate selection alone',
-    'eval/topk_recall', may=True,
+    'topk_recall',
+    float,
+    'share of the exact top k that training finds; approximate selection alone',
+    'eval/topk_recall',
+    may=True,
   ),
   Field('dead_fraction', float, 'share of latents idle for longer than the threshold', 'sae/dead_fraction'),
-)  # fmt: skip
+)
 # What only a line of metrics.jsonl has.
 STEP = Field('step', int, 'training steps done', 'step')
 TRAINING = (
@@ -215,9 +218,7 @@ JOURNAL = (  # a block of an unfinished store
   Field('sum_of_squares', float, 'of its numbers'),
   Field('sum_of_norms', float, 'that were divided out'),
   Field('zero_tokens', int, 'rows without a direction'),
-  Field(
-    'sum_of_losses', float, 'squares of what rounding to the dtype lost; absent in early versions', may=True
-  ),
+  Field('sum_of_losses', float, 'squares of what rounding to the dtype lost; absent in early versions', may=True),
 )
 SWEEPS = (
   Field('name', str, 'of the grid'),
@@ -228,12 +229,22 @@ SWEEPS = (
 
 # Columns that only the configuration knows, by its dotted keys.
 FROM_CONFIG = {
-  'sae.n_latents': 'n_latents', 'sae.k': 'k', 'sae.d_model': 'd_model', 'optim.learning_rate': 'learning_rate',
-  'train.seed': 'seed', 'train.batch_tokens': 'batch_tokens', 'data.source': 'source', 'data.subject': 'subject',
-  'data.site': 'site', 'data.text': 'text', 'data.seed': 'data_seed', 'data.epochs': 'epochs',
-  'optim.ema_decay': 'ema_decay', 'loss.aux_coefficient': 'aux_coefficient',
+  'sae.n_latents': 'n_latents',
+  'sae.k': 'k',
+  'sae.d_model': 'd_model',
+  'optim.learning_rate': 'learning_rate',
+  'train.seed': 'seed',
+  'train.batch_tokens': 'batch_tokens',
+  'data.source': 'source',
+  'data.subject': 'subject',
+  'data.site': 'site',
+  'data.text': 'text',
+  'data.seed': 'data_seed',
+  'data.epochs': 'epochs',
+  'optim.ema_decay': 'ema_decay',
+  'loss.aux_coefficient': 'aux_coefficient',
   'eval.per_decade': 'per_decade',
-}  # fmt: skip
+}
 
 
 def names(fields: Iterable[Field], kind: type | tuple[type, ...] = object) -> list[str]:

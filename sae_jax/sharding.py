@@ -59,13 +59,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       f'{len(devices)}; use a smaller mesh'
     )
   if len({getattr(device, 'slice_index', 0) for device in devices[:size]}) > 1:
-    raise UserError(
-      f'mesh.data={config.data} x mesh.latent={config.latent} spans TPU slices; use one slice a cell'
-    )
+    raise UserError(f'mesh.data={config.data} x mesh.latent={config.latent} spans TPU slices; use one slice a cell')
   # Where a mesh axis is no axis of the torus (4 x 128 on 8x8x8), jax.make_mesh refuses; split one instead.
-  placed = mesh_utils.create_device_mesh(
-    (config.data, config.latent), devices[:size], allow_split_physical_axes=True
-  )
+  placed = mesh_utils.create_device_mesh((config.data, config.latent), devices[:size], allow_split_physical_axes=True)
   # Auto and said so: under Explicit every gather and scatter wants an out_sharding.
   return Mesh(placed, ('data', 'latent'), axis_types=(AxisType.Auto,) * 2)
 
@@ -118,9 +114,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 def place_rows(mesh: Mesh, shape: tuple[int, int], rows) -> jax.Array:
   """A [B, D] array sharded over tokens; `rows(start, stop)` is asked only for what this process's devices hold."""
-  cached: dict[
-    tuple[int, int], np.ndarray
-  ] = {}  # devices that differ only in latent shard hold the same rows
+  cached: dict[tuple[int, int], np.ndarray] = {}  # devices that differ only in latent shard hold the same rows
 
   def piece(index):
     start, stop, _ = index[0].indices(shape[0])
@@ -135,9 +129,7 @@ def batches(source: Source, mesh: Mesh, batch: int, start: int, stop: int) -> It
   """Training batches start..stop, each read and placed while the step before it runs."""
 
   def load(step: int) -> jax.Array:
-    return place_rows(
-      mesh, (batch, source.d_model), lambda a, b: source.rows(step * batch + a, step * batch + b)
-    )
+    return place_rows(mesh, (batch, source.d_model), lambda a, b: source.rows(step * batch + a, step * batch + b))
 
   with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='batches') as pool:
     ahead = pool.submit(load, start) if start < stop else None

@@ -129,9 +129,7 @@ def _add_pairs(dw_enc_FD, dw_dec_FD, idx_BK, dz_BK, z_BK, x_BD, g_BD, run: int, 
   start_F, order = _segments(idx_BK, n_latents)
   row, dz, z = order // k, dz_BK.reshape(-1)[order], z_BK.reshape(-1)[order]
   # Latent f has one run of its own and more[f + 1] - more[f] further ones.
-  more_F = jnp.cumulative_sum(
-    (jnp.maximum(jnp.diff(start_F), 1) - 1) // run, include_initial=True, dtype=jnp.int32
-  )
+  more_F = jnp.cumulative_sum((jnp.maximum(jnp.diff(start_F), 1) - 1) // run, include_initial=True, dtype=jnp.int32)
   item = jnp.arange(n_more, dtype=jnp.int32)
   owner = jnp.searchsorted(more_F, item, side='right', method='scan_unrolled').astype(jnp.int32) - 1
   first = start_F[owner] + run * (item - more_F[owner] + 1)
@@ -219,9 +217,7 @@ def _add_pairs(dw_enc_FD, dw_dec_FD, idx_BK, dz_BK, z_BK, x_BD, g_BD, run: int, 
 
 
 @functools.partial(jax.jit, static_argnames='interpret')
-def add_at(
-  total_F: jax.Array, idx_BK: jax.Array, values_BK: jax.Array, *, interpret: bool = False
-) -> jax.Array:
+def add_at(total_F: jax.Array, idx_BK: jax.Array, values_BK: jax.Array, *, interpret: bool = False) -> jax.Array:
   """Adds values to the entries their indices name: one program a latent. `total.at[idx].add` would use atomics."""
   wide = sum_dtype(total_F)
   start_F, order = _segments(idx_BK, total_F.size)

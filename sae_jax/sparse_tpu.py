@@ -103,9 +103,7 @@ def add_at(total_F: jax.Array, idx_BK: jax.Array, values_BK: jax.Array) -> jax.A
   idx_P, values_P = idx_BK.reshape(-1), values_BK.reshape(-1).astype(wide)
   high_PH = (idx_P // _LANES)[:, None] == jnp.arange(n_high)[None]
   low_PL = (idx_P % _LANES)[:, None] == jnp.arange(_LANES)[None]
-  sums_HL = jnp.einsum(
-    'ph,pl->hl', high_PH.astype(wide), jnp.where(low_PL, values_P[:, None], 0), precision='highest'
-  )
+  sums_HL = jnp.einsum('ph,pl->hl', high_PH.astype(wide), jnp.where(low_PL, values_P[:, None], 0), precision='highest')
   return (total_F.astype(wide) + sums_HL.reshape(-1)[: total_F.size]).astype(total_F.dtype)
 
 

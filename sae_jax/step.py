@@ -40,9 +40,17 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
   latents = config.sae.n_latents // mesh.shape['latent']
   sparse.check(where.products, mesh.devices.flat[0].platform, rows, latents, config.sae.d_model)
   compiled_init, step = _programs(
-    config.sae, config.loss, config.optim, train.batch_tokens, train.compute_dtype, where.products, where.exchange,
-    sharding.row_chunks(config, mesh), config.state_is_split, mesh,
-  )  # fmt: skip
+    config.sae,
+    config.loss,
+    config.optim,
+    train.batch_tokens,
+    train.compute_dtype,
+    where.products,
+    where.exchange,
+    sharding.row_chunks(config, mesh),
+    config.state_is_split,
+    mesh,
+  )
   # The seed goes in as a value, so that cells which differ in it share one compiled program.
   key_data = np.asarray(jax.random.key_data(jax.random.key(train.seed)))
 
@@ -106,12 +114,22 @@ def _programs(
   state_shardings = sharding.shardings(mesh, abstract)
   loss_and_grads = on_shards(
     lambda params, idle_F, x_BD, scale: sae.loss_and_grads(
-      params, idle_F, x_BD, scale,
-      sae=size, loss=loss, batch=batch, axes=axes, dtype=dtype, chunks=chunks, exchange=exchange, scatter=scatter,
+      params,
+      idle_F,
+      x_BD,
+      scale,
+      sae=size,
+      loss=loss,
+      batch=batch,
+      axes=axes,
+      dtype=dtype,
+      chunks=chunks,
+      exchange=exchange,
+      scatter=scatter,
     ),
     (param_layouts, idle_layout, sharding.BATCH, P()),
     ({name: where.spec for name, where in state_shardings.params.items()}, idle_layout, P()),
-  )  # fmt: skip
+  )
 
   def step(state: TrainState, x_BD: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
     grads, idle_F, sums = loss_and_grads(state.params, state.idle_F, x_BD, state.scale)

@@ -41,9 +41,7 @@ def two_stage(product_BF: jax.Array, bias_F: jax.Array, k: int, group: int) -> t
   return v_BK, idx_BK
 
 
-def approximate(
-  product_BF: jax.Array, bias_F: jax.Array, k: int, recall_target: float
-) -> tuple[jax.Array, jax.Array]:
+def approximate(product_BF: jax.Array, bias_F: jax.Array, k: int, recall_target: float) -> tuple[jax.Array, jax.Array]:
   """As `top_k`, but some of the k largest may be missed; values [B, k] descending, ties in any order.
 
   On a TPU the columns are dealt into bins and only the largest of each bin is looked at (Chern et al. 2022, "TPU-KNN"),
@@ -89,9 +87,7 @@ def select(v_Bm: jax.Array, k: int, width: int, latent_axis: str | None, method:
   return {'gather': _by_gathering, 'count': counted}[method](v_Bm, k, latent_axis)
 
 
-def found(
-  product_BF: jax.Array, bias_F: jax.Array, k: int, recall_target: float, latent_axis: str | None
-) -> jax.Array:
+def found(product_BF: jax.Array, bias_F: jax.Array, k: int, recall_target: float, latent_axis: str | None) -> jax.Array:
   """How many of the exact top k of each row are among the candidates of `approximate`, over all shards: int32 [B]."""
   width = bias_F.shape[0]
   m = min(k, width)

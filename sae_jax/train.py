@@ -226,9 +226,7 @@ def _train_together(
       pending = (at, {t.index: t.values for t in going()})
       stop = should_stop is not None and should_stop()
       measuring = [t for t in going() if at < steps and t.member.evaluates_at(at)]
-      saving = [
-        t for t in going() if at < steps and (stop or at % t.member.config.train.checkpoint_every == 0)
-      ]
+      saving = [t for t in going() if at < steps and (stop or at % t.member.config.train.checkpoint_every == 0)]
       if measuring or saving:
         lines = report(*pending)  # never save a state whose loss is not finite
         evaluate(at, [t for t in measuring if outcomes[t.index] == 'done'], lines)
@@ -344,9 +342,7 @@ def main(argv: list[str]) -> int:
       raise UserError(f'{workdir}: {error.strerror}; free some space and start again: it resumes') from error
     if of_host:
       what = cell_state.printable(f'{type(error).__name__}: {error}')
-      print(
-        f'error: this machine cannot go on ({what}); mend it and start again: it resumes', file=sys.stderr
-      )
+      print(f'error: this machine cannot go on ({what}); mend it and start again: it resumes', file=sys.stderr)
       sys.stderr.flush()
       # Not sys.exit: what waits for a thread or a descriptor at the end might wait for ever.
       os._exit(HOST_BROKEN)

@@ -87,9 +87,7 @@ def attempt(
     for cell, lease_ in held:
       leases.enter_context(lease_)
       say(cell, f'starts{group}')
-    together = (
-      leader.training([cell for cell, _ in held], label, charge) if leader else contextlib.nullcontext()
-    )
+    together = leader.training([cell for cell, _ in held], label, charge) if leader else contextlib.nullcontext()
     try:
       with together, watchdog.Watchdog(stalled) as alive:
 
@@ -144,6 +142,4 @@ def say_host_broken(store: ledger.Ledger, error: BaseException) -> None:
 
 
 def _disk_full(store: ledger.Ledger) -> str:
-  return (
-    f'{store.path}: no space left on the device; free some (python -m sweeps.gc) and start again: it resumes'
-  )
+  return f'{store.path}: no space left on the device; free some (python -m sweeps.gc) and start again: it resumes'

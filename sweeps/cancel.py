@@ -27,9 +27,7 @@ def cancel(store: ledger.Ledger, ids: list[str]) -> list[ledger.CellState]:
 def undo(store: ledger.Ledger, ids: list[str]) -> list[ledger.CellState]:
   """Takes the named cells, or all, up again; returns those that were cancelled. Raises `UserError` for an unknown id."""
   cancelled = [
-    s
-    for s in _chosen(store, ids, lambda _: True)
-    if files.exists(files.join(store.folder(s.cell.id), schema.CANCEL))
+    s for s in _chosen(store, ids, lambda _: True) if files.exists(files.join(store.folder(s.cell.id), schema.CANCEL))
   ]
   for s in cancelled:
     files.remove(files.join(store.folder(s.cell.id), schema.CANCEL))
@@ -64,9 +62,7 @@ def main(argv: list[str]) -> int:
   store = ledger.Ledger(args.ledger)
   for s in (changed := (undo if args.undo else cancel)(store, args.ids)):
     was = f', now running ({s.reason})' if s.state == 'running' and not args.undo else ''
-    print(
-      f'{s.cell.id} {grid.label(s.cell.overrides)}: {"taken up again" if args.undo else "cancelled"}{was}'
-    )
+    print(f'{s.cell.id} {grid.label(s.cell.overrides)}: {"taken up again" if args.undo else "cancelled"}{was}')
   print(f'{len(changed)} cells {"to train again" if args.undo else "cancelled; --undo takes them up again"}')
   return 0
 

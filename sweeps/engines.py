@@ -41,18 +41,19 @@ def slurm_cluster(site_file: str | None, ledger_path: str) -> Cluster:
     else pathlib.Path('slurm', name).absolute()  # a bucket takes no scripts and no logs that are appended to
   )
   return Cluster(
-    slurm.Slurm(site, folder, f'sae-{name}-'), site.shape, site.poll_s, str(folder),
+    slurm.Slurm(site, folder, f'sae-{name}-'),
+    site.shape,
+    site.poll_s,
+    str(folder),
     {'grace_s': site.grace_s, 'max_restarts': site.max_restarts},
-  )  # fmt: skip
+  )
 
 
 def jobset_cluster(site_file: str | None, ledger_path: str) -> Cluster:
   from sweeps.executors import jobset, jobset_site, xpk
 
   if site_file is None:
-    raise UserError(
-      '--executor=jobset needs --site=FILE.toml, which says what cluster, slice and image to use'
-    )
+    raise UserError('--executor=jobset needs --site=FILE.toml, which says what cluster, slice and image to use')
   site = jobset_site.read_site(site_file)
 
   def shape(devices: int) -> tuple[int, int]:
@@ -100,9 +101,7 @@ def jobs(
     raise UserError(
       f'--gangs={gangs}: cells for {min(meshes)} and for {max(meshes)} devices cannot share a gang; leave --gangs out'
     )
-  return [
-    job(f'gang-{i}', work, config) for config in meshes.values() for i in range(min(gangs, len(waiting)))
-  ]
+  return [job(f'gang-{i}', work, config) for config in meshes.values() for i in range(min(gangs, len(waiting)))]
 
 
 def names(states: list[ledger.CellState], gangs: int | None, group: int | None = None) -> list[str]:

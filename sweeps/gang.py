@@ -63,9 +63,7 @@ class Leader:
     self._breaking, self._voting = threading.Lock(), False
 
   @contextlib.contextmanager
-  def training(
-    self, cells: Sequence[ledger.Cell], label: str, charge: Callable[[Exception], int]
-  ) -> Iterator[None]:
+  def training(self, cells: Sequence[ledger.Cell], label: str, charge: Callable[[Exception], int]) -> Iterator[None]:
     """Sends the gang to a group of cells and watches over it until the block ends.
 
     When another rank fails while this one is caught in a collective, `charge` is called with what it said, in

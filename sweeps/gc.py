@@ -76,9 +76,7 @@ def main(argv: list[str]) -> int:
   for garbage in found:
     if not args.dry_run:
       free(garbage)
-    print(
-      f'{garbage.cell.id} {grid.label(garbage.cell.overrides)}: {printable_size(garbage.size)}', flush=True
-    )
+    print(f'{garbage.cell.id} {grid.label(garbage.cell.overrides)}: {printable_size(garbage.size)}', flush=True)
   total = printable_size(sum(garbage.size for garbage in found))
   print(f'{total} {"would be" if args.dry_run else "were"} freed in {len(found)} finished cells')
   return 0

@@ -78,9 +78,7 @@ def build(path: str) -> Sweep:
     )
   listed = grid.sweep()
   if not (isinstance(listed, list) and listed and all(_is_overrides(item) for item in listed)):
-    raise UserError(
-      f'sweep() of {path} gave {str(listed)[:80]!r}; return a list of dicts such as grid.param makes'
-    )
+    raise UserError(f'sweep() of {path} gave {str(listed)[:80]!r}; return a list of dicts such as grid.param makes')
   listed = [{key: cell.plain(value) for key, value in overrides.items()} for overrides in listed]
   base = config.of_file(grid.EXPERIMENT)
   flat = config.flatten(base.copy_and_resolve_references())

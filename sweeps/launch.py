@@ -60,9 +60,7 @@ def drive(
       over = 0 if over_since is None else 1 + (time.monotonic() - over_since >= GRACE_S)
       while cancels < min(2, max(len(received), over)):
         if received:
-          shown.say(
-            'stopping: workers save a checkpoint; again to kill' if len(received) == 1 else 'killing workers'
-          )
+          shown.say('stopping: workers save a checkpoint; again to kill' if len(received) == 1 else 'killing workers')
         for name in running:
           executor.cancel(name)
         cancels += 1
@@ -137,9 +135,7 @@ def _verdict(store: ledger.Ledger, ids: set[str], max_failures: int) -> int:
   """Prints how the cells of this grid ended, and returns the exit code that says the same."""
   states = [s for s in store.states(max_failures) if s.cell.id in ids]
   if lost := len(ids) - len(states):
-    print(
-      f'{lost} cells of this grid are not in {store.path}: sweep.json was replaced; the same command adds them'
-    )
+    print(f'{lost} cells of this grid are not in {store.path}: sweep.json was replaced; the same command adds them')
   failed = [s for s in states if s.state in (schema.FAILED, schema.INVALID)]
   print(f'{status.summary(status.count(states))} in {store.path}', flush=True)
   for s in failed:
@@ -225,9 +221,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--sweep', required=True, help='grid file, e.g. sweeps/grids/tiny.py')
   parser.add_argument('--ledger', required=True, help='folder or fsspec URL for results, one sweep each')
-  parser.add_argument(
-    '--executor', choices=('local', 'slurm', 'jobset'), default='local', help='what runs the cells'
-  )
+  parser.add_argument('--executor', choices=('local', 'slurm', 'jobset'), default='local', help='what runs the cells')
   parser.add_argument(
     '--workers',
     type=arguments.whole('--workers', least=0),
@@ -240,9 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     help='slurm, jobset: so many jobs share all cells, for many short ones (default: a job a cell, or a group of cells)',
   )
   parser.add_argument('--detach', action='store_true', help='slurm, jobset: submit and leave')
-  parser.add_argument(
-    '--dry_run', action='store_true', help='list cells, FLOPs, states, time and jobs; write nothing'
-  )
+  parser.add_argument('--dry_run', action='store_true', help='list cells, FLOPs, states, time and jobs; write nothing')
   parser.add_argument(
     '--flops_per_second',
     type=arguments.positive('--flops_per_second', '1e12'),
@@ -334,8 +326,7 @@ def _run_on(cluster: engines.Cluster, args: argparse.Namespace, store: ledger.Le
   code = _verdict(store, ids, args.max_failures)
   if received:
     print(
-      'the jobs run on; the same command watches them again, '
-      f'python -m sweeps.cancel --ledger={store.path} stops cells'
+      f'the jobs run on; the same command watches them again, python -m sweeps.cancel --ledger={store.path} stops cells'
     )
     return 128 + received[0]
   if any(s.state in schema.UNFINISHED for s in store.states(args.max_failures)):
@@ -346,11 +337,7 @@ def _run_on(cluster: engines.Cluster, args: argparse.Namespace, store: ledger.Le
 def _run_here(args: argparse.Namespace, store: ledger.Ledger, ids: set[str], todo: int) -> int:
   """Trains with processes of this machine; returns the exit code."""
   at_home = files.is_local(store.path)
-  logs = (
-    files.local(files.join(store.path, 'logs'))
-    if at_home
-    else pathlib.Path(tempfile.mkdtemp(prefix='sweep-'))
-  )
+  logs = files.local(files.join(store.path, 'logs')) if at_home else pathlib.Path(tempfile.mkdtemp(prefix='sweep-'))
   print(f'output of the workers: {logs}', flush=True)
   received = _work_here(store, min(args.workers or 1, todo), args.max_failures, logs, args.group)
   code = _verdict(store, ids, args.max_failures)

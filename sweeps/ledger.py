@@ -119,15 +119,12 @@ class Ledger:
     record = self._record() if files.exists(self._sweep_file) else {'cells': {}}
     old = record['cells']
     cells = {
-      c.id: {'overrides': json.loads(json.dumps(overrides)), 'config': c.to_record()}
-      for overrides, c in sweep.cells
+      c.id: {'overrides': json.loads(json.dumps(overrides)), 'config': c.to_record()} for overrides, c in sweep.cells
     }
     for _, c in sweep.cells:  # so that reading them back parses nothing
       self._parsed[c.id] = cells[c.id], Cell(c.id, cells[c.id]['overrides'], c)
     try:
-      missing = {
-        files.join(self.folder(cell_id), schema.CONFIG): cell_id for cell_id in cells.keys() - old.keys()
-      }
+      missing = {files.join(self.folder(cell_id), schema.CONFIG): cell_id for cell_id in cells.keys() - old.keys()}
       # Some may exist: of an interrupted or simultaneous launch of the same sweep.
       made = files.create_missing(
         {path: schema.dump_sealed(cells[cell_id]['config']) for path, cell_id in missing.items()}
@@ -166,9 +163,7 @@ class Ledger:
       if cells.keys() <= self._record()['cells'].keys():
         return
 
-  def _union(
-    self, sweep: grid.Sweep, cells: dict[str, dict[str, Any]], version: str
-  ) -> dict[str, Any] | None:
+  def _union(self, sweep: grid.Sweep, cells: dict[str, dict[str, Any]], version: str) -> dict[str, Any] | None:
     """sweep.json with these cells in it, or None when it has them. Raises `UserError` when it is another sweep's.
 
     Cells that left the grid stay: their results are worth keeping and another launch may be running them.
@@ -225,9 +220,13 @@ class Ledger:
     if (done := self._done.get(cell.id)) is not None:
       return done if done.cell is cell else dataclasses.replace(done, cell=cell)
     found = cell_state.read(
-      self.folder(cell.id), cell.id, max_failures=max_failures, holder=lambda: self._observer.holder(self.folder(cell.id)),
-      known=self._configs.get(cell.id), registered=self._registered(cell.id),
-    )  # fmt: skip
+      self.folder(cell.id),
+      cell.id,
+      max_failures=max_failures,
+      holder=lambda: self._observer.holder(self.folder(cell.id)),
+      known=self._configs.get(cell.id),
+      registered=self._registered(cell.id),
+    )
     state = CellState(cell, found.state, found.attempts, found.reason, found.result)
     if state.state == schema.DONE:  # what is done stays so
       self._done[cell.id] = state
@@ -240,11 +239,7 @@ class Ledger:
     """What config.json of a cell should be, where this process has it from a record that it checked."""
     if cell_id in self._parsed:
       return self._parsed[cell_id][0]['config']
-    if (
-      self._read is None
-      or not schema.verified(self._read.record)
-      or cell_id not in self._read.record['cells']
-    ):
+    if self._read is None or not schema.verified(self._read.record) or cell_id not in self._read.record['cells']:
       return None
     return self._read.record['cells'][cell_id]['config']
 
@@ -295,9 +290,7 @@ class Ledger:
   def _record(self) -> dict[str, Any]:
     """sweep.json, parsed when its bytes are not those of the last time; the same object until then."""
     try:
-      version = files.version(
-        self._sweep_file
-      )  # before reading: of a file replaced in between, this is the older
+      version = files.version(self._sweep_file)  # before reading: of a file replaced in between, this is the older
       if self._read is not None and version is not None and version == self._read.version:
         return self._read.record
       data = files.read(self._sweep_file, schema.LARGE)
@@ -308,9 +301,7 @@ class Ledger:
       record = schema.parse_large(data)
       schema.check(record, schema.SWEEPS)
       for cell_id, entry in record['cells'].items():
-        if not (
-          _ID.fullmatch(cell_id) and entry['config']['id'] == cell_id and isinstance(entry['overrides'], dict)
-        ):
+        if not (_ID.fullmatch(cell_id) and entry['config']['id'] == cell_id and isinstance(entry['overrides'], dict)):
           raise ValueError(f'cell {cell_id!r} does not match its configuration')
       if not (isinstance(record['name'], str) and isinstance(record['experiment'], str)):
         raise ValueError('name and experiment are text')

@@ -16,9 +16,7 @@ def states_of(sweep: grid.Sweep, store: ledger.Ledger, max_failures: int) -> lis
   return [store.state(ledger.Cell(c.id, overrides, c), max_failures) for overrides, c in sweep.cells]
 
 
-def table(
-  name: str, store: ledger.Ledger, states: list[ledger.CellState], workers: int, stated: float | None
-) -> str:
+def table(name: str, store: ledger.Ledger, states: list[ledger.CellState], workers: int, stated: float | None) -> str:
   """A line a cell with its FLOPs and time on one worker, and the time they should take on all.
 
   `stated` is the FLOP/s of a worker, used until finished cells of this ledger have told.

@@ -61,9 +61,13 @@ def report(store: ledger.Ledger, max_failures: int, every_byte: bool = False) ->
   speed = left = 0.0  # dense FLOPs a second of what runs now, and what is left to do
   for s in states:
     row: dict[str, Any] = {
-      'id': s.cell.id, 'overrides': s.cell.overrides, 'state': s.state, 'attempts': s.attempts, 'reason': s.reason,
+      'id': s.cell.id,
+      'overrides': s.cell.overrides,
+      'state': s.state,
+      'attempts': s.attempts,
+      'reason': s.reason,
       'steps': s.cell.config.train.steps if s.result is None else s.result['steps'],
-    }  # fmt: skip
+    }
     cost = 0.0 if s.result is not None else flops.cell_flops(s.cell.config)['dense']
     if s.result is not None:
       row |= {'step': s.result['steps'], 'nmse': s.result['nmse']}

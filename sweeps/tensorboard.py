@@ -49,12 +49,7 @@ def _events(lines: list[dict[str, Any]]) -> Iterator[bytes]:
 
 def _is_scalar(value: Any) -> bool:
   # TensorBoard keeps float32; what does not fit there is left out rather than shown as infinite.
-  return (
-    isinstance(value, int | float)
-    and not isinstance(value, bool)
-    and abs(value) < 3e38
-    and math.isfinite(value)
-  )
+  return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38 and math.isfinite(value)
 
 
 def _field(number: int, wire_type: int, data: bytes) -> bytes:

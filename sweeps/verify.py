@@ -32,9 +32,7 @@ def verify(store: ledger.Ledger, states: list[ledger.CellState]) -> list[ledger.
           broken[s.cell.id] = _invalid(s, error)
       except (schema.Broken, OSError) as error:
         broken[s.cell.id] = _invalid(s, error)
-  said = (
-    f'verified the autoencoders of {len(finished) - unverified - len(broken)} cells, {sum(sizes):,} bytes'
-  )
+  said = f'verified the autoencoders of {len(finished) - unverified - len(broken)} cells, {sum(sizes):,} bytes'
   print(said + (f'; {unverified} have no digests' if unverified else ''), file=sys.stderr)
   if broken:
     print(

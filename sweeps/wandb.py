@@ -31,9 +31,13 @@ def export(store: ledger.Ledger, project: str, mode: str | None = None) -> int:
     if not lines:
       continue
     run = wandb.init(
-      project=project, id=cell.id, name=grid.label(cell.overrides) or cell.id, config=cell.config.flat(),
-      resume='allow', mode=mode,
-    )  # fmt: skip
+      project=project,
+      id=cell.id,
+      name=grid.label(cell.overrides) or cell.id,
+      config=cell.config.flat(),
+      resume='allow',
+      mode=mode,
+    )
     for line in lines:
       if line['step'] >= run.step:  # steps only grow there; what an earlier export sent is passed over
         run.log({key: value for key, value in line.items() if key != 'step'}, step=line['step'])
@@ -47,9 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     prog='python -m sweeps.wandb', description='Copy the metrics of every cell to Weights & Biases.'
   )
   parser.add_argument('--ledger', required=True, help='folder or fsspec URL of the sweep')
-  parser.add_argument(
-    '--project', required=True, help='of Weights & Biases; the account is that of `wandb login`'
-  )
+  parser.add_argument('--project', required=True, help='of Weights & Biases; the account is that of `wandb login`')
   parser.add_argument('--mode', choices=('online', 'offline'), help='offline writes ./wandb for `wandb sync`')
   return parser
 

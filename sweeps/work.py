@@ -119,9 +119,7 @@ def run(
   return PREEMPTED
 
 
-def _claim(
-  store: ledger.Ledger, waiting: list[ledger.CellState], group: int | None, max_failures: int
-) -> Held:
+def _claim(store: ledger.Ledger, waiting: list[ledger.CellState], group: int | None, max_failures: int) -> Held:
   """The first of `waiting` that can be had, with those that can train beside it; empty when none can.
 
   What was tried is taken off the list.
@@ -196,16 +194,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def add_max_failures(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
-    '--max_failures', type=arguments.whole('--max_failures'), default=ledger.MAX_FAILURES,
+    '--max_failures',
+    type=arguments.whole('--max_failures'),
+    default=ledger.MAX_FAILURES,
     help='attempts of a cell (default %(default)s)',
-  )  # fmt: skip
+  )
 
 
 def add_group(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
-    '--group', type=arguments.whole('--group'), metavar='N',
+    '--group',
+    type=arguments.whole('--group'),
+    metavar='N',
     help='cells of one stream that a worker trains together (default: 8 with a live subject, else 1)',
-  )  # fmt: skip
+  )
 
 
 @one_line_errors
@@ -224,9 +226,7 @@ def main(argv: list[str]) -> int:
   # Cells of one shape compile once for all workers and restarts; a cache that the environment names is kept.
   if not jax.config.jax_compilation_cache_dir:
     cache = files.join(store.path, 'compile_cache')
-    jax.config.update(
-      'jax_compilation_cache_dir', str(files.local(cache)) if files.is_local(cache) else cache
-    )
+    jax.config.update('jax_compilation_cache_dir', str(files.local(cache)) if files.is_local(cache) else cache)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   distributed.initialize(args.coordinator, args.num_processes, args.process_id)
   leader, asked = None, stop
@@ -240,9 +240,15 @@ def main(argv: list[str]) -> int:
     stop.listen()
   try:
     code = run(
-      store, training.train_group, stop=asked, only=[i for i in args.cell.split(',') if i],
-      permanent=(training.Diverged,), max_failures=args.max_failures, leader=leader, group=args.group,
-    )  # fmt: skip
+      store,
+      training.train_group,
+      stop=asked,
+      only=[i for i in args.cell.split(',') if i],
+      permanent=(training.Diverged,),
+      max_failures=args.max_failures,
+      leader=leader,
+      group=args.group,
+    )
   except lease.LeaseLost as error:
     print(f'lease lost: {error}', file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -17,12 +17,19 @@ STEPS = 20
 # Latents and batch divide over eight devices, whose 11 latents are fewer than k. No two sizes are equal, so that swapped
 # axes show.
 SHARED = {
-  'sae.n_latents': 88, 'sae.d_model': 24, 'sae.k': 13, 'train.batch_tokens': 40,
-  'train.tokens': 40 * STEPS + 5, 'train.checkpoint_every': 5, 'eval.tokens': 101, 'eval.batch_tokens': 40,
+  'sae.n_latents': 88,
+  'sae.d_model': 24,
+  'sae.k': 13,
+  'train.batch_tokens': 40,
+  'train.tokens': 40 * STEPS + 5,
+  'train.checkpoint_every': 5,
+  'eval.tokens': 101,
+  'eval.batch_tokens': 40,
   'data.planted.n_features': 61,
   # By default the recipe derives these from the tokens, and a run of another length would be another program.
-  'optim.ema_decay': 0.5, 'loss.dead_tokens': 120,
-}  # fmt: skip
+  'optim.ema_decay': 0.5,
+  'loss.dead_tokens': 120,
+}
 # The same on a mesh of eight devices, for tests of several processes.
 ON_MESH = SHARED | {'mesh.data': 2, 'mesh.latent': 4, 'train.tokens': 40 * 30}
 
@@ -41,13 +48,9 @@ def cell(**overrides: Any) -> config.Config:
   return config.resolve(config.override(tiny.get_config(), SHARED | overrides))
 
 
-def sweep(
-  *overrides: Mapping[str, Any], name: str = 'primes', base: Mapping[str, Any] | None = None
-) -> grid.Sweep:
+def sweep(*overrides: Mapping[str, Any], name: str = 'primes', base: Mapping[str, Any] | None = None) -> grid.Sweep:
   """A sweep of the tiny experiment; `base` changes all of its cells and stays out of the overrides."""
-  cells = tuple(
-    (dict(o), config.resolve(config.override(tiny.get_config(), {**(base or {}), **o}))) for o in overrides
-  )
+  cells = tuple((dict(o), config.resolve(config.override(tiny.get_config(), {**(base or {}), **o}))) for o in overrides)
   return grid.Sweep(name, 'experiments/tiny.py', cells, dropped=0)
 
 
@@ -55,11 +58,23 @@ def line(c: config.Config, step: int, nmse: float, **changes: Any) -> dict[str, 
   """What an evaluation writes, by the names in metrics.jsonl."""
   spent = flops.spent(c, step, 0)
   values = {
-    'tokens': step * c.train.batch_tokens, 'flops_useful': spent['useful'], 'flops_dense': spent['dense'],
-    'flops_subject': 0.0, 'wall_s': 0.01 * step, 'nmse': nmse, 'nmse_raw': 1.01 * nmse, 'nmse_ema': nmse,
-    'weights': 'ema', 'mse': nmse / c.sae.d_model, 'l0': float(c.sae.k), 'dead_fraction': 0.0,
-    'train_loss': nmse, 'train_nmse': nmse, 'train_aux_loss': 0.0, 'train_l0': float(c.sae.k),
-  } | changes  # fmt: skip
+    'tokens': step * c.train.batch_tokens,
+    'flops_useful': spent['useful'],
+    'flops_dense': spent['dense'],
+    'flops_subject': 0.0,
+    'wall_s': 0.01 * step,
+    'nmse': nmse,
+    'nmse_raw': 1.01 * nmse,
+    'nmse_ema': nmse,
+    'weights': 'ema',
+    'mse': nmse / c.sae.d_model,
+    'l0': float(c.sae.k),
+    'dead_fraction': 0.0,
+    'train_loss': nmse,
+    'train_nmse': nmse,
+    'train_aux_loss': 0.0,
+    'train_l0': float(c.sae.k),
+  } | changes
   in_line = {name: key for key, name in schema.line_names(schema.CURVES).items()}
   return {'step': step} | {in_line[name]: value for name, value in values.items()}
 
@@ -68,12 +83,32 @@ def result(c: config.Config, **changes: Any) -> dict[str, Any]:
   """A complete result.json of a cell."""
   last = line(c, c.train.steps, 0.25)
   measured = {name: last[key] for key, name in schema.line_names(schema.MEASURED).items() if key in last}
-  return measured | {
-    'id': c.id, 'n_latents': c.sae.n_latents, 'k': c.sae.k, 'd_model': c.sae.d_model, 'activation': c.sae.activation,
-    'seed': c.train.seed, 'learning_rate': c.optim.learning_rate, 'batch_tokens': c.train.batch_tokens,
-    'steps': c.train.steps, 'tokens_asked': c.train.tokens, 'aux_steps': 0, 'params_digest': 'd', 'bit_exact': True,
-    'device_kind': 'cpu', 'n_devices': 1, 'n_cores': 2, 'cpu': 'c', 'mesh': [1, 1], 'versions': {'jax': '1'}, 'git_commit': 'c',
-  } | changes  # fmt: skip
+  return (
+    measured
+    | {
+      'id': c.id,
+      'n_latents': c.sae.n_latents,
+      'k': c.sae.k,
+      'd_model': c.sae.d_model,
+      'activation': c.sae.activation,
+      'seed': c.train.seed,
+      'learning_rate': c.optim.learning_rate,
+      'batch_tokens': c.train.batch_tokens,
+      'steps': c.train.steps,
+      'tokens_asked': c.train.tokens,
+      'aux_steps': 0,
+      'params_digest': 'd',
+      'bit_exact': True,
+      'device_kind': 'cpu',
+      'n_devices': 1,
+      'n_cores': 2,
+      'cpu': 'c',
+      'mesh': [1, 1],
+      'versions': {'jax': '1'},
+      'git_commit': 'c',
+    }
+    | changes
+  )
 
 
 def finish(folder: str, c: config.Config, **changes: Any) -> str:

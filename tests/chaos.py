@@ -59,9 +59,15 @@ class Sweep:
     self.folder, self.path, self.starts = folder, folder / 'ledger', 0
     self.short_leases, self.descriptors = False, 0
     self._argv = [
-      sys.executable, '-m', 'sweeps.launch', f'--sweep={folder / "cells.py"}', f'--ledger={self.path}',
-      '--executor=local', f'--workers={workers}', '--max_failures=1000000',
-    ]  # fmt: skip
+      sys.executable,
+      '-m',
+      'sweeps.launch',
+      f'--sweep={folder / "cells.py"}',
+      f'--ledger={self.path}',
+      '--executor=local',
+      f'--workers={workers}',
+      '--max_failures=1000000',
+    ]
 
   def start(self) -> subprocess.Popen:
     self.starts += 1
@@ -72,9 +78,14 @@ class Sweep:
     limit = (self.descriptors, self.descriptors)
     with open(self.folder / 'driver.log', 'a') as log:
       return subprocess.Popen(
-        self._argv, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True,
+        self._argv,
+        cwd=ROOT,
+        env=env,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
         preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit)) if self.descriptors else None,
-      )  # fmt: skip
+      )
 
   def cells(self) -> list[pathlib.Path]:
     return sorted((self.path / 'cells').glob('*'))
@@ -104,14 +115,12 @@ class Sweep:
         kept = (cell / schema.RESULT, cell / schema.METRICS)
         found[cell.name] = tuple(
           (path.stat().st_ino, path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in kept
-        )  # fmt: skip
+        )
     return found
 
   def times_done(self) -> collections.Counter:
     """How often workers said of a cell that they had finished it."""
-    lines = [
-      line for log in self.path.glob('logs/*.log') for line in log.read_text(errors='replace').splitlines()
-    ]
+    lines = [line for log in self.path.glob('logs/*.log') for line in log.read_text(errors='replace').splitlines()]
     return collections.Counter(
       line.split()[1] for line in lines if line.startswith('cell ') and line.endswith(': done')
     )
@@ -176,9 +185,7 @@ def run(folder: pathlib.Path, truth: dict[str, str], kills: int, seed: int, limi
           else:
             target = rng.choice(WHOM)
             workers = children(driver.pid)
-            chosen = {'worker': rng.sample(workers, min(1, len(workers))), 'driver': [], 'all': workers}[
-              target
-            ]
+            chosen = {'worker': rng.sample(workers, min(1, len(workers))), 'driver': [], 'all': workers}[target]
             killed = kill(([driver.pid] if target != 'worker' and driver.poll() is None else []) + chosen)
             whom[target] += killed
             report['kills'] += killed
@@ -188,9 +195,7 @@ def run(folder: pathlib.Path, truth: dict[str, str], kills: int, seed: int, limi
         if driver.poll() is not None and not sweep.finished():
           driver = sweep.start()
         if time.monotonic() > until:
-          raise TimeoutError(
-            f'not through after {limit_s:.0f} s: {dict(report)}; see {sweep.folder}/driver.log'
-          )
+          raise TimeoutError(f'not through after {limit_s:.0f} s: {dict(report)}; see {sweep.folder}/driver.log')
       for launch in (driver, rival):
         _wait(launch, max(1.0, until - time.monotonic()))
       # The last command of a user: everything is there already.
@@ -231,8 +236,9 @@ def _delete_a_lease(sweep: Sweep, rng: random.Random) -> int:
   """Deletes the newest claim of a cell that somebody trains; returns how many there were to choose from, at most 1."""
   claims = [
     max((cell / 'claims').glob('[0-9]*.json'), key=lambda path: int(path.stem), default=None)
-    for cell in sweep.cells() if not (cell / schema.RESULT).exists()
-  ]  # fmt: skip
+    for cell in sweep.cells()
+    if not (cell / schema.RESULT).exists()
+  ]
   held = [path for path in claims if path is not None and b'"released": false' in path.read_bytes()]
   for path in rng.sample(held, min(1, len(held))):
     path.unlink(missing_ok=True)
@@ -289,9 +295,7 @@ def corrupt(ledger_path: pathlib.Path, flips: int, seed: int) -> dict[str, int]:
     report['flips'] += 1
     if after == before:
       report['harmless'] += 1
-    elif after is None or (
-      name == schema.METRICS and len(after) < len(before)
-    ):  # holes are counted by the report
+    elif after is None or (name == schema.METRICS and len(after) < len(before)):  # holes are counted by the report
       report[who] += 1
     else:
       report['believed'] += 1
@@ -323,9 +327,7 @@ def _wait(driver: subprocess.Popen, seconds: float) -> None:
 def main() -> int:
   parser = argparse.ArgumentParser(prog='python -m tests.chaos', description=__doc__.splitlines()[0])
   parser.add_argument('--kills', type=int, default=200, help='kill -9 to deal out (default %(default)s)')
-  parser.add_argument(
-    '--seed', type=int, default=0, help='of the moments and the victims (default %(default)s)'
-  )
+  parser.add_argument('--seed', type=int, default=0, help='of the moments and the victims (default %(default)s)')
   parser.add_argument('--flips', type=int, default=300, help='bits to flip afterwards (default %(default)s)')
   args = parser.parse_args()
   with tempfile.TemporaryDirectory(prefix='chaos-') as folder:

@@ -24,9 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
   Keys hold the program, the options and jax's version. The folder is named after what they leave out.
   """
   machine = [
-    line
-    for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-    if line.startswith(('flags', 'model'))
+    line for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines() if line.startswith(('flags', 'model'))
   ]
   key = hashlib.sha256('\n'.join(sorted(set(machine))).encode()).hexdigest()[:12]
   base = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')

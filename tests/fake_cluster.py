@@ -113,12 +113,14 @@ _OPENAPI = {
         'parameters': [{'name': 'fieldValidation', 'in': 'query', 'schema': {'type': 'string'}}],
         'responses': {},
         'x-kubernetes-group-version-kind': {
-          'group': 'jobset.x-k8s.io', 'version': 'v1alpha2', 'kind': 'JobSet',
+          'group': 'jobset.x-k8s.io',
+          'version': 'v1alpha2',
+          'kind': 'JobSet',
         },
       }
     }
   },
-}  # fmt: skip
+}
 
 
 class _ApiServer(kmock.KubernetesEmulator):
@@ -158,10 +160,14 @@ class Cluster:
     self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
     async with _ApiServer() as self._api, kmock.Server(self._api) as server:
       self._api.resources[RESOURCE] = {
-        'kind': 'JobSet', 'singular': 'jobset', 'namespaced': True,
-        'verbs': {'create', 'delete', 'get', 'list'}, 'shortnames': set(), 'categories': set(),
+        'kind': 'JobSet',
+        'singular': 'jobset',
+        'namespaced': True,
+        'verbs': {'create', 'delete', 'get', 'list'},
+        'shortnames': set(),
+        'categories': set(),
         'subresources': set(),
-      }  # fmt: skip
+      }
       self._api['get /openapi/v3'] << {'paths': {_PREFIX: {'serverRelativeURL': f'/openapi/v3/{_PREFIX}'}}}
       self._api[f'get /openapi/v3/{_PREFIX}'] << _OPENAPI
       self.env['FAKE_SERVER'] = f'{server.host}:{server.port}'

@@ -147,10 +147,17 @@ class FakeGCS:
   def _resource(self, name: str) -> dict[str, Any]:
     found = self._objects[name]
     return {
-      'kind': 'storage#object', 'bucket': BUCKET, 'name': name, 'size': str(len(found.data)),
-      'generation': str(found.generation), 'metageneration': '1', 'contentType': 'application/octet-stream',
-      'timeCreated': '2026-01-01T00:00:00.000Z', 'updated': '2026-01-01T00:00:00.000Z', 'metadata': found.metadata,
-    }  # fmt: skip
+      'kind': 'storage#object',
+      'bucket': BUCKET,
+      'name': name,
+      'size': str(len(found.data)),
+      'generation': str(found.generation),
+      'metageneration': '1',
+      'contentType': 'application/octet-stream',
+      'timeCreated': '2026-01-01T00:00:00.000Z',
+      'updated': '2026-01-01T00:00:00.000Z',
+      'metadata': found.metadata,
+    }
 
   def _get(self, name: str, query: dict[str, str], headers: Any) -> tuple[int, bytes, dict[str, str]]:
     found = self._objects[self._found(name)]

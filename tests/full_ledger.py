@@ -30,16 +30,29 @@ def write(path, ks=KS, noise=0.001, seed=0):
   rng = np.random.default_rng(seed)
   sizes = [
     (n, k, tokens, rate, subject)
-    for n in SIZES for k in ks for tokens in TOKENS for rate in RATES for subject in SUBJECTS
+    for n in SIZES
+    for k in ks
+    for tokens in TOKENS
+    for rate in RATES
+    for subject in SUBJECTS
     if rate == 1.0 or (tokens == TOKENS[-1] and subject == SUBJECTS[0])
     if tokens == TOKENS[-1] or subject == SUBJECTS[0]
-  ]  # fmt: skip
+  ]
   for n, k, tokens, rate, subject in sizes:
-    c = cells.cell(**{
-      'sae.n_latents': n, 'sae.k': k, 'sae.d_model': D, 'sae.k_aux': 0, 'train.batch_tokens': BATCH,
-      'train.tokens': tokens, 'optim.learning_rate': 0.1 * n**-RATE_EXPONENT * rate, 'data.subject': subject,
-      'data.site': 'resid_post.1', 'eval.per_decade': PER_DECADE,
-    })  # fmt: skip
+    c = cells.cell(
+      **{
+        'sae.n_latents': n,
+        'sae.k': k,
+        'sae.d_model': D,
+        'sae.k_aux': 0,
+        'train.batch_tokens': BATCH,
+        'train.tokens': tokens,
+        'optim.learning_rate': 0.1 * n**-RATE_EXPONENT * rate,
+        'data.subject': subject,
+        'data.site': 'resid_post.1',
+        'eval.per_decade': PER_DECADE,
+      }
+    )
     worse = float(np.exp(0.05 * np.log(rate) ** 2 + noise * rng.normal()))
     lines = [
       cells.line(c, step, worse * loss(n, step * BATCH, k, subject), **_spent(n, step * BATCH))

@@ -42,10 +42,18 @@ def write(path, sizes=SIZES, ks=KS, noise=0.001, rates=(1.0,), converged=True, d
 
 
 def cell(n: int, k: int, learning_rate: float, d_model: int = D) -> config.Config:
-  return cells.cell(**{
-    'sae.n_latents': n, 'sae.k': k, 'sae.d_model': d_model, 'sae.k_aux': 0, 'optim.learning_rate': learning_rate,
-    'train.batch_tokens': BATCH, 'train.tokens': BATCH * STEPS, 'eval.per_decade': PER_DECADE,
-  })  # fmt: skip
+  return cells.cell(
+    **{
+      'sae.n_latents': n,
+      'sae.k': k,
+      'sae.d_model': d_model,
+      'sae.k_aux': 0,
+      'optim.learning_rate': learning_rate,
+      'train.batch_tokens': BATCH,
+      'train.tokens': BATCH * STEPS,
+      'eval.per_decade': PER_DECADE,
+    }
+  )
 
 
 def _spent(n: int, steps: int) -> dict[str, float]:

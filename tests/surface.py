@@ -37,21 +37,26 @@ class Table:
         self.frame.assign(**{column: np.where(np.arange(len(self.frame)) == 1, np.inf, self.frame[column])}),
       ]
       if not self.missing:
-        out.append(
-          self.frame.assign(**{column: np.where(np.arange(len(self.frame)) == 1, np.nan, self.frame[column])})
-        )
+        out.append(self.frame.assign(**{column: np.where(np.arange(len(self.frame)) == 1, np.nan, self.frame[column])}))
     return out
 
 
 def runs():
   """Curves of L = 0.1 + 4 n^-0.5 + (b / T)^0.5, which have a valley over n at equal n T."""
   frames = [
-    pd.DataFrame({
-      'id': f'n{n}', 'state': 'done', 'n_latents': n, 'k': 5, 'tokens': TIMES, 'flops_useful': n * TIMES,
-      'nmse': 0.1 + 4 * n**-0.5 + (3e5 / TIMES) ** 0.5,
-    })
+    pd.DataFrame(
+      {
+        'id': f'n{n}',
+        'state': 'done',
+        'n_latents': n,
+        'k': 5,
+        'tokens': TIMES,
+        'flops_useful': n * TIMES,
+        'nmse': 0.1 + 4 * n**-0.5 + (3e5 / TIMES) ** 0.5,
+      }
+    )
     for n in N.tolist()
-  ]  # fmt: skip
+  ]
   return pd.concat(frames, ignore_index=True)
 
 
@@ -59,20 +64,34 @@ def cells():
   """Six sizes at three k, the middle one of three learning rates best."""
   rows = [
     {
-      'id': f'{n}-{k}-{rate}', 'n_latents': n, 'k': k, 'learning_rate': rate, 'subject': f'm{k}', 'tokens': 100 * n,
+      'id': f'{n}-{k}-{rate}',
+      'n_latents': n,
+      'k': k,
+      'learning_rate': rate,
+      'subject': f'm{k}',
+      'tokens': 100 * n,
       'nmse': (0.1 + 4 * n**-0.5) * k**-0.1 * (1 + 0.1 * np.log(rate / 1e-3) ** 2),
     }
-    for n in N.tolist() for k in (3, 7, 17) for rate in (3e-4, 1e-3, 3e-3)
-  ]  # fmt: skip
+    for n in N.tolist()
+    for k in (3, 7, 17)
+    for rate in (3e-4, 1e-3, 3e-3)
+  ]
   return pd.DataFrame(rows)
 
 
 CELLS, RUNS = cells(), runs()
 BEST = CELLS[CELLS['learning_rate'] == 1e-3]
 CURVES = Table(RUNS, ('n_latents', 'flops_useful', 'nmse'), missing=True)
-PREDICTIONS = pd.DataFrame({
-  'n_latents': [128, 256], 'k': [3, 3], 'predicted': [0.3, 0.25], 'low': [0.28, 0.24], 'high': [0.32, 0.26], 'measured': [0.31, 0.25],
-})  # fmt: skip
+PREDICTIONS = pd.DataFrame(
+  {
+    'n_latents': [128, 256],
+    'k': [3, 3],
+    'predicted': [0.3, 0.25],
+    'low': [0.28, 0.24],
+    'high': [0.32, 0.26],
+    'measured': [0.31, 0.25],
+  }
+)
 fit = functools.partial(analysis.fit_law, bootstrap=0)
 
 
@@ -126,44 +145,91 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
   'analysis.analyse': lambda: {'ledger': LEDGER, 'bootstrap': 0, 'subject': None},
   'analysis.best_learning_rate': lambda: {'table': Table(CELLS, ('n_latents', 'k', 'learning_rate', 'nmse'))},
   'analysis.fit_law': lambda: {
-    'points': Table(BEST, ('n_latents', 'k', 'nmse')), 'law': 'joint_nk_no_floor', 'x': ['n_latents', 'k'], 'y': 'nmse',
-    'objective': 'logls', 'delta': 1e-3, 'bootstrap': 0, 'holdout': 'n_latents>1600', 'group': None, 'seed': 0,
+    'points': Table(BEST, ('n_latents', 'k', 'nmse')),
+    'law': 'joint_nk_no_floor',
+    'x': ['n_latents', 'k'],
+    'y': 'nmse',
+    'objective': 'logls',
+    'delta': 1e-3,
+    'bootstrap': 0,
+    'holdout': 'n_latents>1600',
+    'group': None,
+    'seed': 0,
   },
   'analysis.fit_by': lambda: {
-    'points': Table(BEST, ('n_latents', 'nmse')), 'by': 'subject', 'law': 'power_no_floor', 'x': ['n_latents'], 'y': 'nmse',
-    'objective': 'logls', 'delta': 1e-3, 'bootstrap': 0, 'holdout': 'n_latents>1600', 'group': None, 'seed': 0,
+    'points': Table(BEST, ('n_latents', 'nmse')),
+    'by': 'subject',
+    'law': 'power_no_floor',
+    'x': ['n_latents'],
+    'y': 'nmse',
+    'objective': 'logls',
+    'delta': 1e-3,
+    'bootstrap': 0,
+    'holdout': 'n_latents>1600',
+    'group': None,
+    'seed': 0,
   },
   'analysis.load_curves': lambda: {'path': LEDGER, 'cells': None},
   'analysis.load_ledger': lambda: {'path': LEDGER, 'cells': None},
-  'analysis.read_csv': lambda: {'path': 'nowhere.csv', 'sep': ',', 'decimal': '.', 'thousands': '', 'encoding': 'utf-8'},
+  'analysis.read_csv': lambda: {
+    'path': 'nowhere.csv',
+    'sep': ',',
+    'decimal': '.',
+    'thousands': '',
+    'encoding': 'utf-8',
+  },
   'allocation.allocate': lambda: {'fit': tokens(), 'flops': 1e12, 'flops_per_latent_token': 26.0},
   'compare.Comparison': lambda: {'floored': power(), 'plain': fit(power().table, 'power_no_floor')},
   'convergence.tokens_to_convergence': lambda: {
-    'curves': Table(RUNS, ('n_latents', 'k', 'tokens', 'nmse'), missing=True), 'eps': 0.01,
+    'curves': Table(RUNS, ('n_latents', 'k', 'tokens', 'nmse'), missing=True),
+    'eps': 0.01,
   },
   'convergence.fit_convergence': lambda: {
-    'curves': Table(RUNS, ('n_latents', 'k', 'tokens', 'nmse'), missing=True), 'eps': 0.2, 'bootstrap': 0,
+    'curves': Table(RUNS, ('n_latents', 'k', 'tokens', 'nmse'), missing=True),
+    'eps': 0.2,
+    'bootstrap': 0,
   },
   'convergence.unconverged_warnings': lambda: {
-    'curves': Table(RUNS, ('n_latents', 'k', 'tokens', 'nmse'), missing=True), 'ids': RUNS['id'], 'eps': 0.01,
+    'curves': Table(RUNS, ('n_latents', 'k', 'tokens', 'nmse'), missing=True),
+    'ids': RUNS['id'],
+    'eps': 0.01,
   },
   'convergence.risen_cells': lambda: {'best': Table(BEST, ('n_latents', 'k', 'nmse'))},
   'convergence.risen_warnings': lambda: {'best': Table(BEST, ('n_latents', 'k', 'nmse'))},
   'family.fit_family': lambda: {
-    'points': Table(BEST, ('n_latents', 'nmse')), 'by': 'subject', 'x': 'n_latents', 'y': 'nmse', 'floor': False, 'seed': 0,
+    'points': Table(BEST, ('n_latents', 'nmse')),
+    'by': 'subject',
+    'x': 'n_latents',
+    'y': 'nmse',
+    'floor': False,
+    'seed': 0,
   },
   'frontier.envelope': lambda: {'curves': CURVES, 'x': 'flops_useful', 'y': 'nmse', 'burn_in': 0.05},
   'frontier.fit_frontier': lambda: {
-    'curves': CURVES, 'x': 'flops_useful', 'y': 'nmse', 'law': 'power', 'bootstrap': 0, 'holdout': None, 'burn_in': 0.05,
+    'curves': CURVES,
+    'x': 'flops_useful',
+    'y': 'nmse',
+    'law': 'power',
+    'bootstrap': 0,
+    'holdout': None,
+    'burn_in': 0.05,
     'seed': 0,
   },
   'isoflop.profiles': lambda: {'curves': CURVES, 'budgets': budgets(), 'x': 'flops_useful', 'y': 'nmse', 'flat': 0.003},
   'isoflop.fit_best_size': lambda: {
-    'curves': CURVES, 'budgets': budgets(), 'x': 'flops_useful', 'y': 'nmse', 'flat': 0.003, 'bootstrap': 2, 'seed': 0,
+    'curves': CURVES,
+    'budgets': budgets(),
+    'x': 'flops_useful',
+    'y': 'nmse',
+    'flat': 0.003,
+    'bootstrap': 2,
+    'seed': 0,
   },
   'learning_rate.valleys': lambda: {'cells': Table(CELLS, ('n_latents', 'k', 'learning_rate', 'nmse')), 'flat': 0.003},
   'learning_rate.fit_learning_rate': lambda: {
-    'cells': Table(CELLS, ('n_latents', 'k', 'learning_rate', 'nmse')), 'flat': 0.003, 'bootstrap': 0,
+    'cells': Table(CELLS, ('n_latents', 'k', 'learning_rate', 'nmse')),
+    'flat': 0.003,
+    'bootstrap': 0,
   },
   'plots.allocation': lambda: {'fit': tokens(), 'flops_per_latent_token': 26.0},
   'plots.calibration': lambda: {'predictions': Table(PREDICTIONS, tuple(PREDICTIONS.columns))},
@@ -171,12 +237,16 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
   'plots.frontier': lambda: {'fits': frontier.fit_frontier(RUNS, bootstrap=0), 'curves': CURVES},
   'plots.growth': lambda: {'fits': power(), 'refused': [50.0]},
   'plots.isoflop': lambda: {
-    'points': Table(profiles()[0], ('budget', 'n_latents', 'nmse')), 'best': Table(profiles()[1], ('budget', 'n_latents', 'nmse')),
-    'where': {'k': 5}, 'codes': ['few_points'],
+    'points': Table(profiles()[0], ('budget', 'n_latents', 'nmse')),
+    'best': Table(profiles()[1], ('budget', 'n_latents', 'nmse')),
+    'where': {'k': 5},
+    'codes': ['few_points'],
   },
   'plots.joint': lambda: {'fit': joint()},
   'plots.learning_rates': lambda: {
-    'cells': Table(CELLS[CELLS['k'] == 3], ('n_latents', 'k', 'learning_rate', 'nmse')), 'fit': None, 'codes': ['few_points'],
+    'cells': Table(CELLS[CELLS['k'] == 3], ('n_latents', 'k', 'learning_rate', 'nmse')),
+    'fit': None,
+    'codes': ['few_points'],
   },
   'plots.power': lambda: {'fits': [power()]},
   'plots.residuals': lambda: {'fit': joint()},
@@ -192,19 +262,49 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
   'table.useful': lambda: {'rows': Table(BEST, ())},
   'table.useless_warnings': lambda: {'table': Table(BEST, ())},
   'table.version_warnings': lambda: {'table': Table(BEST, ())},
-}  # fmt: skip
+}
 
 NOT_WHOLE = (-1, 2.5, True, 'many', '', [], None, np.nan, 10**30, 10**5000, np.ones(3))
 NOT_POSITIVE = (0, -1.0, True, 'many', '', [], None, np.nan, np.inf, 10**400, 1j)
 NO_COLUMN = ('', 'nothing', 3, None, ['nmse'], np.ones(2))
 NO_PATH = ('', ' ', 3, None, ['x'], b'x', np.ones(2), 'nowhere/at/all', 'two\nlines')
 NO_FIT = ('text', 3, None, [], {}, np.ones(3), pd.DataFrame())
-NO_X = (X_BD.T, X_BD[:, :2], np.float32(1), X_BD * np.nan, X_BD * np.inf, X_BD.astype(int), X_BD > 0, X_BD * 1j, 'text',
-        [], None, X_BD.astype(str), X_BD.astype(object), np.full(X_BD.shape, 1e300), [[1.0], [1.0, 2.0]], {},
-        np.ma.masked_array(X_BD, X_BD > 0))  # fmt: skip
-NO_PLACE = ('text', 3, None, [], {}, {'n_latents': 8}, {'n_latents': 8, 'k': 'many'}, {'n_latents': 8, 'k': np.nan},
-            {'n_latents': 8, 'k': 0}, {'n_latents': 8, 'k': -3}, {'n_latents': 8, 'k': np.inf}, {'n_latents': 8, 'k': True},
-            {'n_latents': [8, 9], 'k': [1, 2, 3]}, {'n_latents': 8, 'k': np.ones((2, 2))}, {'n_latents': 8, 'k': None})  # fmt: skip
+NO_X = (
+  X_BD.T,
+  X_BD[:, :2],
+  np.float32(1),
+  X_BD * np.nan,
+  X_BD * np.inf,
+  X_BD.astype(int),
+  X_BD > 0,
+  X_BD * 1j,
+  'text',
+  [],
+  None,
+  X_BD.astype(str),
+  X_BD.astype(object),
+  np.full(X_BD.shape, 1e300),
+  [[1.0], [1.0, 2.0]],
+  {},
+  np.ma.masked_array(X_BD, X_BD > 0),
+)
+NO_PLACE = (
+  'text',
+  3,
+  None,
+  [],
+  {},
+  {'n_latents': 8},
+  {'n_latents': 8, 'k': 'many'},
+  {'n_latents': 8, 'k': np.nan},
+  {'n_latents': 8, 'k': 0},
+  {'n_latents': 8, 'k': -3},
+  {'n_latents': 8, 'k': np.inf},
+  {'n_latents': 8, 'k': True},
+  {'n_latents': [8, 9], 'k': [1, 2, 3]},
+  {'n_latents': 8, 'k': np.ones((2, 2))},
+  {'n_latents': 8, 'k': None},
+)
 BAD: dict[str, tuple[Any, ...]] = {
   'path': NO_PATH,
   'ledger': NO_PATH,
@@ -215,7 +315,18 @@ BAD: dict[str, tuple[Any, ...]] = {
   'y': NO_COLUMN,
   'by': NO_COLUMN,
   'floor': (1, 'yes', None, [], np.ones(2)),
-  'analysis.fit_law.x': ('n_latents', '', [], ['nothing', 'k'], ['n_latents'], [3], 3, ['nmse', 'k'], ['k', 'k'], np.ones(2)),
+  'analysis.fit_law.x': (
+    'n_latents',
+    '',
+    [],
+    ['nothing', 'k'],
+    ['n_latents'],
+    [3],
+    3,
+    ['nmse', 'k'],
+    ['k', 'k'],
+    np.ones(2),
+  ),
   'analysis.fit_by.x': ('n_latents', '', [], ['nothing'], ['n_latents', 'k'], [3], 3, ['nmse'], np.ones(2)),
   'sep': ('', 'ab', '7', '#', 3, None, [','], b','),
   'decimal': ('', ';', 3, None, ['.'], b'.'),
@@ -226,7 +337,19 @@ BAD: dict[str, tuple[Any, ...]] = {
   'delta': NOT_POSITIVE,
   'bootstrap': NOT_WHOLE,
   'seed': NOT_WHOLE,
-  'holdout': ('', 'n_latents', 'n_latents>', 'n_latents>many', 'nothing>3', 'id>3', 'n_latents>1e9', 'n_latents>0', 3, ['x'], np.ones(2)),
+  'holdout': (
+    '',
+    'n_latents',
+    'n_latents>',
+    'n_latents>many',
+    'nothing>3',
+    'id>3',
+    'n_latents>1e9',
+    'n_latents>0',
+    3,
+    ['x'],
+    np.ones(2),
+  ),
   'rule': ('', 'n_latents', 'nothing>3', 'id>3', 3, None, np.ones(2)),
   'group': ('', 'nothing', 3, ['id'], np.ones(2)),
   'subject': ('', 'nobody', 3, ['x'], np.ones(2)),
@@ -246,16 +369,35 @@ BAD: dict[str, tuple[Any, ...]] = {
   'where': ('k', 3, [5], {'k': 'many'}, {'k': np.nan}, {3: 3}),
   'Fit.at': NO_PLACE,
   'predict.interval.at': (*NO_PLACE, {'n_latents': [8, 9], 'k': 3}),
-  'predict.predict.at': (*NO_PLACE, {'n_latents': 8, 'k': 9}, {'n_latents': 8, 'k': 2.5}, {'n_latents': 8, 'k': 3, 'tokens': 5}),
+  'predict.predict.at': (
+    *NO_PLACE,
+    {'n_latents': 8, 'k': 9},
+    {'n_latents': 8, 'k': 2.5},
+    {'n_latents': 8, 'k': 3, 'tokens': 5},
+  ),
   'text': ('', 'n_latents', 'n_latents=8', 'n_latents=8,k=many', 'n_latents=8,k=nan', 3, None, [], b'x'),
   'ids': ('n100', 3, None, {}),
   'columns': ('n_latents', ['nothing'], [3]),
   'z': (*NO_X[2:6], *NO_X[7:], Z_BK[:, :1], Z_BK[:2]),
-  'idx': (IDX_BK + 10**6, IDX_BK - 1, IDX_BK + test_artifact.F, IDX_BK[:, :1], Z_BK, IDX_BK > 0, 'text', None, [], {}, np.ones(()),
-          IDX_BK.astype(str), IDX_BK.astype(object), np.full(IDX_BK.shape, 2**40)),
+  'idx': (
+    IDX_BK + 10**6,
+    IDX_BK - 1,
+    IDX_BK + test_artifact.F,
+    IDX_BK[:, :1],
+    Z_BK,
+    IDX_BK > 0,
+    'text',
+    None,
+    [],
+    {},
+    np.ones(()),
+    IDX_BK.astype(str),
+    IDX_BK.astype(object),
+    np.full(IDX_BK.shape, 2**40),
+  ),
   'Autoencoder.x': NO_X,
   'SAE.x': NO_X,
-}  # fmt: skip
+}
 # Fits that a function takes no number from, beside what is no fit at all.
 OTHER = {
   'allocation.allocate.fit': power,

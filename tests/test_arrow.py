@@ -82,10 +82,12 @@ def test_sequences_of_an_arrow_file_may_differ_in_length_and_its_mask_too(tmp_pa
   offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype('i4'))
   x_BD = np.random.default_rng(4).standard_normal((lengths.sum(), D)).astype('f4')
   mask_B = np.random.default_rng(5).random(len(x_BD)) < 0.8
-  table = pa.table({
-    'acts': pa.ListArray.from_arrays(offsets, as_lists(pa, x_BD, False)),
-    'mask': pa.ListArray.from_arrays(offsets, pa.array(mask_B)),
-  })  # fmt: skip
+  table = pa.table(
+    {
+      'acts': pa.ListArray.from_arrays(offsets, as_lists(pa, x_BD, False)),
+      'mask': pa.ListArray.from_arrays(offsets, pa.array(mask_B)),
+    }
+  )
   with pa.OSFile(f'{tmp_path}/a.arrow', 'wb') as sink, pa.ipc.new_file(sink, table.schema) as writer:
     writer.write_table(table, max_chunksize=chunk)
   names = [
@@ -106,14 +108,16 @@ def test_arrow_folders_that_cannot_be_read_right_are_refused(tmp_path, capsys, p
   good = as_lists(pa, sequences().reshape(-1, D), False)
   uneven = pa.array([[1.0, 2.0], [3.0]])
   for name, columns, state, reason in (
-    ('two', {'a': good, 'b': good}, {}, 'one of: a, b'), ('ids', {'a': pa.array([1, 2])}, {}, 'one of: none'),
-    ('uneven', {'a': uneven}, {}, 'widths [1, 2]'), ('null', {'a': pa.array([[1.0], None])}, {}, 'lists are null'),
+    ('two', {'a': good, 'b': good}, {}, 'one of: a, b'),
+    ('ids', {'a': pa.array([1, 2])}, {}, 'one of: none'),
+    ('uneven', {'a': uneven}, {}, 'widths [1, 2]'),
+    ('null', {'a': pa.array([[1.0], None])}, {}, 'lists are null'),
     ('hole', {'a': pa.array([[1.0, None]])}, {}, 'numbers are null'),
     ('picked', {'a': good}, {'_indices_data_files': [{'filename': 'i'}]}, 'flatten_indices'),
     ('outside', {'a': good}, {'_data_files': [{'filename': '../x.arrow'}]}, 'does not name'),
     ('gone', {'a': good}, {'_data_files': [{'filename': 'x.arrow'}]}, 'does not exist'),
     ('nothing', {'a': good}, {'_data_files': []}, 'does not name'),
-  ):  # fmt: skip
+  ):
     save_to_disk(pa, tmp_path / name, [pa.table(columns)], **state)
     code, _, error = run(capsys, 'import', f'--from={tmp_path}/{name}', f'--out={tmp_path}/s', '--held_out=5')
     assert code == 2 and error.count('\n') == 1 and reason in error, (name, error)
@@ -123,9 +127,7 @@ def test_arrow_folders_that_cannot_be_read_right_are_refused(tmp_path, capsys, p
   assert beyond != whole
   for name, data in (('cut', whole[:-300]), ('beyond', beyond), ('noise', b'\xff' * 999), ('empty', b'')):
     (tmp_path / f'{name}.arrow').write_bytes(data)
-    code, _, error = run(
-      capsys, 'import', f'--from={tmp_path}/{name}.arrow:a', f'--out={tmp_path}/s', '--held_out=5'
-    )
+    code, _, error = run(capsys, 'import', f'--from={tmp_path}/{name}.arrow:a', f'--out={tmp_path}/s', '--held_out=5')
     assert code == 2 and error.count('\n') == 1 and 'not a sound Arrow file' in error, (name, error)
   (tmp_path / 'splits').mkdir()
   (tmp_path / 'splits' / 'dataset_dict.json').write_text('{"splits": ["train"]}')

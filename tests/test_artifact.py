@@ -23,9 +23,11 @@ D, F, K = 5, 11, 2
 def autoencoder(normalization: str, **info: Any) -> Autoencoder:
   rng = np.random.default_rng(0)
   params = {
-    'w_enc_FD': rng.standard_normal((F, D)), 'w_dec_FD': rng.standard_normal((F, D)), 'b_enc_F': np.zeros(F),
+    'w_enc_FD': rng.standard_normal((F, D)),
+    'w_dec_FD': rng.standard_normal((F, D)),
+    'b_enc_F': np.zeros(F),
     'b_pre_D': rng.standard_normal(D),
-  }  # fmt: skip
+  }
   sae = SAE({name: jnp.asarray(p, jnp.float32) for name, p in params.items()}, k=K)
   return Autoencoder(sae, {'n_latents': F, 'd_model': D, 'k': K, 'normalize': normalization} | info)
 
@@ -67,16 +69,33 @@ def test_unknown_normalisation_is_refused_where_it_would_be_applied(kind):
 
 
 @pytest.mark.parametrize(
-  'changes', [{'normalize': 'layer_norm'}, {'normalize': 'scale'}, {'normalize': 'scale', 'scale': 0.0},
-              {'normalize': 'scale', 'scale': -1.0}, {'normalize': 'none', 'scale': 2.0}],
-)  # fmt: skip
+  'changes',
+  [
+    {'normalize': 'layer_norm'},
+    {'normalize': 'scale'},
+    {'normalize': 'scale', 'scale': 0.0},
+    {'normalize': 'scale', 'scale': -1.0},
+    {'normalize': 'none', 'scale': 2.0},
+  ],
+)
 def test_autoencoder_whose_inputs_are_unknown_is_not_loaded(tmp_path, changes):
-  params = {name: np.ones(s, np.float32) for name, s in
-            {'w_enc_FD': (F, D), 'w_dec_FD': (F, D), 'b_enc_F': F, 'b_pre_D': D}.items()}  # fmt: skip
+  params = {
+    name: np.ones(s, np.float32)
+    for name, s in {'w_enc_FD': (F, D), 'w_dec_FD': (F, D), 'b_enc_F': F, 'b_pre_D': D}.items()
+  }
   info = {
-    'id': '', 'n_latents': F, 'd_model': D, 'k': K, 'activation': 'topk', 'weights': 'raw', 'subject': '', 'site': '',
-    'normalize': 'scale', 'scale': 0.5, 'identity': '',
-  }  # fmt: skip
+    'id': '',
+    'n_latents': F,
+    'd_model': D,
+    'k': K,
+    'activation': 'topk',
+    'weights': 'raw',
+    'subject': '',
+    'site': '',
+    'normalize': 'scale',
+    'scale': 0.5,
+    'identity': '',
+  }
   save(str(tmp_path), {'raw': params}, info)
   assert load(str(tmp_path)).info['scale'] == 0.5
   save(str(tmp_path), {'raw': params}, {key: v for key, v in info.items() if key != 'scale'} | changes)
@@ -134,9 +153,7 @@ def test_inside_jit_shapes_and_types_are_checked_and_an_index_out_of_range_is_na
 def test_every_layout_of_the_same_numbers_is_taken():
   sae = autoencoder('center_unit')
   z, idx = sae.encode(X_BD)
-  np.testing.assert_allclose(
-    sae.decode(np.asarray(z, np.float64), np.asarray(idx, np.uint8)), sae.decode(z, idx)
-  )
+  np.testing.assert_allclose(sae.decode(np.asarray(z, np.float64), np.asarray(idx, np.uint8)), sae.decode(z, idx))
   for same in (jnp.asarray(X_BD), X_BD.astype(np.float64), X_BD.tolist(), np.asfortranarray(X_BD)):
     np.testing.assert_array_equal(sae.encode(same)[1], idx)
   np.testing.assert_array_equal(sae.encode(X_BD[0])[1], idx[0])  # one token

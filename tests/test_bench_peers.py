@@ -44,9 +44,7 @@ def toy(tmp_path):
   log = tmp_path / 'log'
 
   def start(name):
-    return alternate.Worker(
-      'any', [f'--as={name}:{log}'], str(interpreter), {'PYTHONPATH': str(alternate.ROOT)}
-    )
+    return alternate.Worker('any', [f'--as={name}:{log}'], str(interpreter), {'PYTHONPATH': str(alternate.ROOT)})
 
   return start, log
 
@@ -100,9 +98,7 @@ def plant(monkeypatch):
   """Replaces workers and pauses; takes the seconds of a step by arguments, and each library's error."""
 
   def apply(module, seconds_of, error_of=lambda name: 0.7):
-    fake = type(
-      'Fake', (Planted,), {'seconds_of': staticmethod(seconds_of), 'error_of': staticmethod(error_of)}
-    )
+    fake = type('Fake', (Planted,), {'seconds_of': staticmethod(seconds_of), 'error_of': staticmethod(error_of)})
     monkeypatch.setattr(module, 'Worker', fake)
     monkeypatch.setattr(alternate, 'cpu_time', iter((float(t), float(t)) for t in range(10**6)).__next__)
     monkeypatch.setattr(alternate.time, 'sleep', lambda s: None)
@@ -111,9 +107,7 @@ def plant(monkeypatch):
 
 
 def test_side_by_side_reports_ratios_and_draws_them(plant):
-  plant(
-    side_by_side, lambda args: 3.0 if '--library=sparsify' in args else 1.5 if '--no_ema' in args else 2.0
-  )
+  plant(side_by_side, lambda args: 3.0 if '--library=sparsify' in args else 1.5 if '--no_ema' in args else 2.0)
   row = side_by_side.measure((7, 61, 13, 3), ['sparsify'], '', rounds=3)
   assert row['times_ours']['sparsify'] == {'ratio': 1.5, 'low': 1.5, 'high': 1.5, 'rounds': 3}
   assert row['times_ours_without_ema']['sparsify']['ratio'] == 2.0
@@ -169,9 +163,7 @@ def test_planted_dead_latents_nearly_fire_and_never_do():
 def test_our_step_starts_from_the_given_weights_and_keeps_planted_latents_dead():
   d, n, batch, k = shape = (13, 101, 29, 5)
   pool_PBD, w_FD = worker.inputs(d, n, batch)
-  work, facts = step_ours.begin(
-    shape, (1, 1), False, 0.3, pool_PBD, w_FD
-  )  # checks that the average stays put
+  work, facts = step_ours.begin(shape, (1, 1), False, 0.3, pool_PBD, w_FD)  # checks that the average stays put
   work['step']()
   work['matmul']()
   assert facts['dead_fraction'] == pytest.approx(30 / n) and facts['aux_slots'] > 0
@@ -219,9 +211,7 @@ def test_sweep_compares_launches_of_live_cells_that_can_share_a_pass(launched):
   ledgers = launched(lambda cell, size: cell.id)
   row = sweep.measure(tokens=1536, every=5)
   assert {size: len(configs) for size, configs in ledgers.items()} == {1: 4, 4: 4}
-  assert (
-    len({config.stream for config in ledgers[4]}) == 1 and len({c.sae.n_latents for c in ledgers[4]}) == 4
-  )
+  assert len({config.stream for config in ledgers[4]}) == 1 and len({c.sae.n_latents for c in ledgers[4]}) == 4
   assert all(c.data.source == 'live' and c.train.tokens == 1536 for c in ledgers[1])
   apart, together = row['runs'].values()
   assert row['share'] == 0.25 and (apart['subject_passes'], together['subject_passes']) == (4, 1)

@@ -110,9 +110,7 @@ def test_kill_at_any_moment_of_a_cell_changes_nothing(hook, trained, tmp_path):
     assert run('-c', KILLED % HOOKS[hook], f'--ledger={store.path}') == -signal.SIGKILL
     assert (folder / 'result.json').exists() == (hook == 'release')
   assert work.run(store, training.train_group, stop=cells.NeverTold()) == 0
-  got, expected = (
-    json.loads((path / 'result.json').read_text()) for path in (folder, trained / 'cells' / cell.id)
-  )
+  got, expected = (json.loads((path / 'result.json').read_text()) for path in (folder, trained / 'cells' / cell.id))
   assert got['params_digest'] == expected['params_digest'] and got['bit_exact']
   assert store.states()[0].state == 'done' and store.states()[0].attempts == 0
   steps = [
@@ -139,9 +137,7 @@ def test_sigterm_while_compiling_is_kept_until_the_first_step(trained, tmp_path)
 
   def start() -> subprocess.Popen:
     env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': ''}  # that it does compile
-    return subprocess.Popen(
-      argv, cwd=chaos.ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    return subprocess.Popen(argv, cwd=chaos.ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
   worker = start()
   while not (claims := list(pathlib.Path(store.folder(cell.id)).glob('claims/*.json'))):

@@ -23,9 +23,7 @@ def small_disk(tmp_path):
   """A filesystem of 1 MB, and a function that takes what is left of it."""
   mount = tmp_path / 'small'
   mount.mkdir()
-  if subprocess.run(
-    ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', mount], capture_output=True
-  ).returncode:
+  if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', mount], capture_output=True).returncode:
     pytest.skip('needs the right to mount')
 
   def fill() -> pathlib.Path:
@@ -148,9 +146,14 @@ FLIPS = {
   'nothing': ('', ''),
 }
 FACTS = {
-  'mesh': [1, 1], 'row_chunks': 1, 'products': 'auto', 'device_kind': 'cpu', 'versions': {'jax': '1'},
-  'bit_exact': True, 'wall_s': 1.5,
-}  # fmt: skip
+  'mesh': [1, 1],
+  'row_chunks': 1,
+  'products': 'auto',
+  'device_kind': 'cpu',
+  'versions': {'jax': '1'},
+  'bit_exact': True,
+  'wall_s': 1.5,
+}
 
 
 @pytest.fixture(scope='module')
@@ -182,9 +185,7 @@ def test_byte_of_the_facts_is_noticed_and_the_step_before_is_used(two_steps, tmp
   found, facts = restored(tmp_path, schema.FACTS)
   assert facts == FACTS
   value = float(found['w_FD'][0, 0])
-  assert value in (
-    (2.0,) if what in ('nothing', 'a time of orbax') else (1.0, 2.0) if what == 'a handler' else (1.0,)
-  )
+  assert value in ((2.0,) if what in ('nothing', 'a time of orbax') else (1.0, 2.0) if what == 'a handler' else (1.0,))
   aside = (tmp_path / schema.CORRUPT).exists()
   assert aside == (value == 1.0) == ('step 2 is damaged' in capsys.readouterr().out)
 
@@ -202,9 +203,7 @@ def test_checkpoint_from_before_the_digest_is_restored(two_steps, tmp_path):
   assert facts == FACTS and np.all(np.asarray(found['w_FD']) == 2.0)
 
 
-@pytest.mark.parametrize(
-  ('name', 'value'), [('bit_exact', None), ('wall_s', 'x'), ('mesh', 2), ('versions', [])]
-)
+@pytest.mark.parametrize(('name', 'value'), [('bit_exact', None), ('wall_s', 'x'), ('mesh', 2), ('versions', [])])
 def test_fact_that_is_missing_or_of_another_type_is_damage(two_steps, tmp_path, name, value):
   shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
 
@@ -285,9 +284,7 @@ def test_many_checkpoints_keep_a_process_as_it_was(tmp_path, count):
   assert memory[-1] - memory[0] < 25
 
 
-@pytest.mark.parametrize(
-  'count', [pytest.param(8, marks=pytest.mark.chaos), pytest.param(50, marks=pytest.mark.storm)]
-)
+@pytest.mark.parametrize('count', [pytest.param(8, marks=pytest.mark.chaos), pytest.param(50, marks=pytest.mark.storm)])
 def test_many_cells_keep_a_process_as_it_was(tmp_path, count):
   found, memory = [], []
   for seed in range(count):

@@ -12,9 +12,9 @@ def pair(e, noise=0.003, sizes=14, bootstrap=0, holdout='n_latents>32768'):
   rng = np.random.default_rng(0)
   n = 2.0 ** np.arange(4, 4 + sizes)
   points = pd.DataFrame({'n_latents': n, 'nmse': (e + 3 * n**-0.4) * np.exp(noise * rng.normal(size=sizes))})
-  return compare.Comparison(*(
-    fit.fit_law(points, law, bootstrap=bootstrap, holdout=holdout) for law in ('power', compare.WITHOUT['power'])
-  ))  # fmt: skip
+  return compare.Comparison(
+    *(fit.fit_law(points, law, bootstrap=bootstrap, holdout=holdout) for law in ('power', compare.WITHOUT['power']))
+  )
 
 
 def test_comparison_supports_an_irreducible_loss_that_is_there():
@@ -43,9 +43,12 @@ def test_comparison_of_a_loss_that_is_not_identified_is_undecided():
 
 def test_comparison_of_huber_fits_says_why_aicc_is_missing():
   points = pair(0.1).floored.table
-  found = compare.Comparison(*(
-    fit.fit_law(points, law, bootstrap=0, objective='huber', holdout='n_latents>32768') for law in ('power', 'power_no_floor')
-  ))  # fmt: skip
+  found = compare.Comparison(
+    *(
+      fit.fit_law(points, law, bootstrap=0, objective='huber', holdout='n_latents>32768')
+      for law in ('power', 'power_no_floor')
+    )
+  )
   assert found.to_json()['aicc'] is None
   assert found.verdict == f'undecided: {uncertainty.NO_AICC}' and 'likelihood' in found.verdict
 
@@ -66,10 +69,7 @@ def test_report_compares_every_law_with_and_without(written):
   assert found.comparisons[0].verdict == 'supported'
   entries = json.loads((out / 'laws.json').read_text(), parse_constant=pytest.fail)
   joint = next(e for e in entries if e['law'] == 'joint_nk')
-  assert (
-    joint['comparison']['law'] == 'joint_nk_no_floor'
-    and joint['comparison']['irreducible_loss'] == 'supported'
-  )
+  assert joint['comparison']['law'] == 'joint_nk_no_floor' and joint['comparison']['irreducible_loss'] == 'supported'
   assert joint['comparison']['holdout_mean_rel_err'] > joint['holdout']['mean_rel_err']
   assert 'comparison' not in next(e for e in entries if e['x'] == ['flops_dense'])
   assert 'Is there an irreducible loss?' in (out / 'index.html').read_text()

@@ -35,11 +35,19 @@ def test_json_round_trip_keeps_the_cell():
 @pytest.mark.parametrize(
   'key,value',
   [
-    ('sae.n_latents', 256), ('sae.k', 5), ('optim.learning_rate', 1e-3), ('train.batch_tokens', 128),
-    ('train.tokens', 9999), ('train.seed', 1), ('data.seed', 1), ('data.planted.noise', 0.1),
-    ('loss.aux_coefficient', 0.0), ('recipe.learning_rate_at_16k', 1e-4), ('sae.selection', 'approximate'),
+    ('sae.n_latents', 256),
+    ('sae.k', 5),
+    ('optim.learning_rate', 1e-3),
+    ('train.batch_tokens', 128),
+    ('train.tokens', 9999),
+    ('train.seed', 1),
+    ('data.seed', 1),
+    ('data.planted.noise', 0.1),
+    ('loss.aux_coefficient', 0.0),
+    ('recipe.learning_rate_at_16k', 1e-4),
+    ('sae.selection', 'approximate'),
   ],
-)  # fmt: skip
+)
 def test_id_changes_with_what_decides_the_result(key, value):
   assert cell(**{key: value}).id != cell().id
 
@@ -133,14 +141,20 @@ def test_override_does_not_touch_the_original():
     ('sae.latent_bias', np.False_, False),
     ('data.planted.noise', np.float16(0.5), 0.5),
   ],
-)  # fmt: skip
+)
 def test_numbers_of_numpy_make_the_cell_of_the_plain_ones(key, value, plain):
   assigned, section = tiny.get_config(), key.rpartition('.')
   functools.reduce(getattr, section[0].split('.'), assigned)[section[2]] = value
   replaced = tiny.get_config()
-  replaced.data = replaced.data.to_dict() | {'planted': {
-    'n_features': np.int64(64), 'active': np.float32(3), 'exponent': np.array(0.5), 'noise': 0.05, 'seed': np.int8(0),
-  }}  # fmt: skip
+  replaced.data = replaced.data.to_dict() | {
+    'planted': {
+      'n_features': np.int64(64),
+      'active': np.float32(3),
+      'exponent': np.array(0.5),
+      'noise': 0.05,
+      'seed': np.int8(0),
+    }
+  }
   assert config.resolve(assigned) == cell(**{key: value}) == cell(**{key: plain})
   assert config.resolve(assigned).id == cell(**{key: plain}).id != cell().id
   assert config.resolve(replaced).id == cell().id
@@ -148,9 +162,7 @@ def test_numbers_of_numpy_make_the_cell_of_the_plain_ones(key, value, plain):
 
 def test_references_of_an_experiment_still_follow():
   c = tiny.get_config()
-  c.data.planted = dict(
-    n_features=c.sae.get_ref('d_model') * np.int64(2), active=3.0, exponent=0.5, noise=0.05, seed=0
-  )
+  c.data.planted = dict(n_features=c.sae.get_ref('d_model') * np.int64(2), active=3.0, exponent=0.5, noise=0.05, seed=0)
   c.sae.d_model = np.int64(16)
   assert c.data.planted.n_features == 32
   assert config.resolve(c).id == cell(**{'sae.d_model': 16, 'data.planted.n_features': 32}).id
@@ -180,9 +192,7 @@ def test_recipe_follows_a_changed_size():
 
 
 def test_recipe_has_the_paper_values_at_the_paper_size():
-  values = GAO2024.hyperparameters(
-    n_latents=2**15, k=32, d_model=768, tokens=51_200_000_000, batch_tokens=131_072
-  )
+  values = GAO2024.hyperparameters(n_latents=2**15, k=32, d_model=768, tokens=51_200_000_000, batch_tokens=131_072)
   assert values['optim.learning_rate'] == pytest.approx(1.4e-4, rel=0.02)
   assert values['optim.ema_decay'] == pytest.approx(0.999)
   assert values['loss.dead_tokens'] == 10_000_000 and values['sae.k_aux'] == 512

@@ -39,9 +39,16 @@ def test_tokens_to_convergence_grow_as_planted():
 def test_runs_that_do_not_converge_are_named_and_left_out():
   curves = planted(slow=(8192,))
   unfinished = planted((16384,)).assign(state='unfinished')
-  flat = pd.DataFrame({
-    'id': 'flat', 'state': 'done', 'n_latents': 256, 'k': 3, 'tokens': [1.0, 4.0, 16.0], 'nmse': 0.5,
-  })  # fmt: skip
+  flat = pd.DataFrame(
+    {
+      'id': 'flat',
+      'state': 'done',
+      'n_latents': 256,
+      'k': 3,
+      'tokens': [1.0, 4.0, 16.0],
+      'nmse': 0.5,
+    }
+  )
   curves = pd.concat([curves, unfinished, flat], ignore_index=True)
   fit = convergence.fit_convergence(curves, bootstrap=0)
   assert sorted(fit.table['n_latents']) == [512, 1024, 2048, 4096]

@@ -96,9 +96,7 @@ def believed(place: Place, folder: pathlib.Path) -> dict:
   said = {}
   code, out, error = ends(status.main, argv, '--json')
   said['status'] = (code, json.loads(out) if out else short(error, place.path))
-  code, out, error = ends(
-    launch.main, argv, f'--sweep={grid_of(folder)}', '--dry_run', '--flops_per_second=1e9'
-  )
+  code, out, error = ends(launch.main, argv, f'--sweep={grid_of(folder)}', '--dry_run', '--flops_per_second=1e9')
   said['launch'] = (code, out or short(error, place.path))
   rows = table.load_cells(str(place.path)).set_index('id')[['state', 'reason', 'nmse']]
   said['report'] = rows.to_dict('index')
@@ -155,9 +153,16 @@ HARMS: dict[str, Callable[[bytes], bytes]] = {
   'vast': lambda data: b'{"step": 1' + b'0' * 400 + b', "attempts": 1' + b'0' * 400 + b'}',
 }
 FILES = (
-  schema.CONFIG, schema.RESULT, schema.METRICS, schema.FAILURE, 'sae/sae.json', 'sae/raw.safetensors',
-  'sae/ema.safetensors', 'claims/1.json', schema.SWEEP,
-)  # fmt: skip
+  schema.CONFIG,
+  schema.RESULT,
+  schema.METRICS,
+  schema.FAILURE,
+  'sae/sae.json',
+  'sae/raw.safetensors',
+  'sae/ema.safetensors',
+  'claims/1.json',
+  schema.SWEEP,
+)
 FOLDERS = ('', schema.ARTIFACT, schema.CLAIMS)
 
 
@@ -268,9 +273,7 @@ def test_flipped_bit_is_named_or_changes_nothing(place, name):
 # ----- single faults
 
 
-@pytest.mark.parametrize(
-  'change', [{'k': 12}, {'weights': 'swap'}, {'normalize': 'center_unit'}, {'id': 'x'}]
-)
+@pytest.mark.parametrize('change', [{'k': 12}, {'weights': 'swap'}, {'normalize': 'center_unit'}, {'id': 'x'}])
 def test_changed_artifact_info_is_refused(place, change):
   path = place.file('sae/sae.json')
   record = json.loads(path.read_text())
@@ -294,9 +297,7 @@ def test_autoencoder_of_another_cell_is_refused(place):
   shutil.rmtree(place.file(schema.ARTIFACT))
   shutil.copytree(place.file(schema.ARTIFACT, other=True), place.file(schema.ARTIFACT))
   assert 'sae/sae.json: it is not the one that result.json was written with' in loaded(place)
-  shutil.copy(
-    place.file(schema.RESULT, other=True), place.file(schema.RESULT)
-  )  # and with the result of its own
+  shutil.copy(place.file(schema.RESULT, other=True), place.file(schema.RESULT))  # and with the result of its own
   assert f"it is of cell '{place.ids[1]}'" in loaded(place)
 
 
@@ -338,9 +339,7 @@ def test_launch_says_that_an_invalid_cell_is_not_done(place, tmp_path):
   place.file(schema.RESULT).write_bytes(b'')
   argv = (f'--ledger={place.path}', f'--sweep={grid_of(tmp_path)}', '--workers=0')
   shutil.rmtree(place.file(schema.FAILURE).parent)
-  shutil.copytree(
-    place.file(''), place.file(schema.FAILURE).parent
-  )  # now another cell's folder: invalid as well
+  shutil.copytree(place.file(''), place.file(schema.FAILURE).parent)  # now another cell's folder: invalid as well
   code, out, _ = ends(launch.main, *argv)
   assert code == 1 and '1 done' in out and '2 invalid' in out and 'result.json: it is empty' in out
   assert 'python -m sweeps.retry' in out

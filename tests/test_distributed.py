@@ -21,9 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def start(workdir, processes: int, **overrides) -> list[subprocess.Popen]:
   flags = [f'--config.{key}={value}' for key, value in (cells.ON_MESH | overrides).items()]
-  return launch(
-    ['-m', 'sae_jax.train', '--config=experiments/tiny.py', f'--workdir={workdir}', *flags], processes
-  )
+  return launch(['-m', 'sae_jax.train', '--config=experiments/tiny.py', f'--workdir={workdir}', *flags], processes)
 
 
 def launch(argv: list[str], processes: int, devices: int = 8) -> list[subprocess.Popen]:
@@ -36,8 +34,10 @@ def launch(argv: list[str], processes: int, devices: int = 8) -> list[subprocess
     env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices // processes)}
     if processes > 1:
       env |= {
-        'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(rank),
-      }  # fmt: skip
+        'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+        'JAX_NUM_PROCESSES': str(processes),
+        'JAX_PROCESS_ID': str(rank),
+      }
     gang.append(
       subprocess.Popen(
         [sys.executable, '-m', 'tests.rank', *argv],

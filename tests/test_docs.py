@@ -129,9 +129,7 @@ def test_commands_are_ours_or_marked(body):
   if body.startswith(ELSEWHERE + '\n'):
     return
   for line in body.splitlines():
-    assert _COMMAND.fullmatch(line), (
-      f'{line!r} is not a python -m command: begin its block with {ELSEWHERE!r}'
-    )
+    assert _COMMAND.fullmatch(line), f'{line!r} is not a python -m command: begin its block with {ELSEWHERE!r}'
 
 
 @pytest.mark.parametrize('body', SHELL)
@@ -226,9 +224,7 @@ def test_forms_in_the_guide_are_those_that_are_read():
     assert f'`{name}`' in guide and inputs.split(name) == split
 
 
-@pytest.mark.parametrize(
-  'name, read', [('pod.toml', engines.jobset_cluster), ('slurm.toml', engines.slurm_cluster)]
-)
+@pytest.mark.parametrize('name, read', [('pod.toml', engines.jobset_cluster), ('slurm.toml', engines.slurm_cluster)])
 def test_site_files_are_read(guide_folder, name, read):
   assert read(str(guide_folder / name), 'gs://BUCKET/x').limits['max_restarts'] == 100
 

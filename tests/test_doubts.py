@@ -26,9 +26,8 @@ def read(tmp_path, text):
   return table.read_csv(str(tmp_path / 't.csv'))
 
 
-@pytest.mark.parametrize(
-  'column', ['n_latents', 'k', 'tokens', 'steps', 'flops', 'anything']
-)  # of the last two any number is one, but three digits beside whole numbers are named
+# Of the last two any number is one, but three digits beside whole numbers are named.
+@pytest.mark.parametrize('column', ['n_latents', 'k', 'tokens', 'steps', 'flops', 'anything'])
 def test_counts_whole_and_broken_are_named(tmp_path, column):
   points = read(tmp_path, f'{column},nmse\n256,0.50\n512,0.45\n1.024,0.41\n2.048,0.37\n')
   (message,) = said(points, x=[column]).values()
@@ -61,9 +60,7 @@ def test_equal_rows_are_named(tmp_path):
   once = curve().round(6)
   twice = pd.concat([once, once], ignore_index=True)
   assert said(once) == {}
-  assert (
-    '7 of 14 rows equal an earlier one in every column (row 8 is that of row 1)' in said(twice)['equal_rows']
-  )
+  assert '7 of 14 rows equal an earlier one in every column (row 8 is that of row 1)' in said(twice)['equal_rows']
   # Numbers are compared as numbers, and the index that pandas writes is no difference.
   text = once.to_csv() + ''.join(once.assign(nmse=once['nmse'].map('{:.9f}'.format)).to_csv(header=False))
   found = said(read(tmp_path, text.replace('\n0,', '\n7,', 1)))
@@ -100,9 +97,7 @@ def test_models_of_sizes_that_do_not_overlap_are_named():
 
 
 def test_column_that_few_points_do_not_prove_is_suggested():
-  few = pd.concat(
-    [curve(n=N[[0, 2]], model='a'), curve(1.5, n=N[[0, 2]], model='b', seed=3)], ignore_index=True
-  )
+  few = pd.concat([curve(n=N[[0, 2]], model='a'), curve(1.5, n=N[[0, 2]], model='b', seed=3)], ignore_index=True)
   (message,) = said(few).values()
   assert '--by=model' in message
 
@@ -122,12 +117,8 @@ def test_models_that_no_column_tells_apart_are_named():
 @pytest.mark.parametrize('noise', [0.003, 0.05])
 def test_one_curve_with_seeds_is_not_doubted(noise):
   for start in range(0, 9, 3):
-    points = pd.concat(
-      [curve(noise=noise, seed=start + s).assign(seed=s) for s in range(3)], ignore_index=True
-    )
-    points = points.assign(
-      host=['a', 'b', 'c'] * 7, rate=1 / points['n_latents'], bend=points['n_latents'] // 1024
-    )
+    points = pd.concat([curve(noise=noise, seed=start + s).assign(seed=s) for s in range(3)], ignore_index=True)
+    points = points.assign(host=['a', 'b', 'c'] * 7, rate=1 / points['n_latents'], bend=points['n_latents'] // 1024)
     assert said(points) == {}
 
 

@@ -63,9 +63,7 @@ def test_follow_submits_a_job_a_cell_and_watches_to_the_end(registered, capsys):
   assert set(engine.jobs) == {s.cell.id for s in states}
   for job in engine.jobs.values():
     assert job.argv[1:3] == ('-m', 'sweeps.work') and f'--cell={job.id}' in job.argv and job.grace_s == 7
-  cost = [
-    flops.cell_flops(next(s.cell.config for s in states if s.cell.id == i))['dense'] for i in engine.jobs
-  ]
+  cost = [flops.cell_flops(next(s.cell.config for s in states if s.cell.id == i))['dense'] for i in engine.jobs]
   assert cost == sorted(cost, reverse=True)
   told = capsys.readouterr().out
   assert '1 done, 0 running, 0 failed, 5 waiting' in told and '; jobs: 0 running, 5 pending' in told
@@ -169,8 +167,7 @@ def test_dry_run_prices_each_shape_once(registered, monkeypatch):
     asked.append((config.sae.n_latents, config.sae.k))
     mesh = {'data': 2, 'latent': 1}
     return plan.Plan(
-      **dict.fromkeys(plan.Plan.__dataclass_fields__)
-      | dict(seconds=36.0, chips=2, mesh=mesh, memory_fraction=0.5)
+      **dict.fromkeys(plan.Plan.__dataclass_fields__) | dict(seconds=36.0, chips=2, mesh=mesh, memory_fraction=0.5)
     )
 
   monkeypatch.setattr(plan, 'plan', planned)

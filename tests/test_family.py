@@ -9,12 +9,19 @@ from sae_jax.errors import UserError
 def planted(exponents=(0.2, 0.2, 0.2), noise=0.01, seed=0, floor=0.0):
   rng = np.random.default_rng(seed)
   n = 2.0 ** np.arange(7, 14)
-  return pd.concat([
-    pd.DataFrame({
-      'subject': f's{i}', 'n_latents': n,
-      'nmse': (floor * (1 + i) + (1 + i) * n**-b) * np.exp(noise * rng.normal(size=len(n))),
-    }) for i, b in enumerate(exponents)
-  ], ignore_index=True)  # fmt: skip
+  return pd.concat(
+    [
+      pd.DataFrame(
+        {
+          'subject': f's{i}',
+          'n_latents': n,
+          'nmse': (floor * (1 + i) + (1 + i) * n**-b) * np.exp(noise * rng.normal(size=len(n))),
+        }
+      )
+      for i, b in enumerate(exponents)
+    ],
+    ignore_index=True,
+  )
 
 
 def test_family_recovers_separate_exponents():

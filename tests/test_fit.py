@@ -22,9 +22,7 @@ def gao():
 
 @pytest.fixture(scope='module')
 def gao_fit(gao):
-  return fit.fit_law(
-    gao, 'joint_nk', ['n_latents', 'k'], 'normalized_mse', bootstrap=100, holdout='n_latents>65536'
-  )
+  return fit.fit_law(gao, 'joint_nk', ['n_latents', 'k'], 'normalized_mse', bootstrap=100, holdout='n_latents>65536')
 
 
 def grid(law='joint_nk', noise=0.0, **constants):
@@ -34,9 +32,7 @@ def grid(law='joint_nk', noise=0.0, **constants):
     n, k = np.array([(n, k) for n in 2.0 ** np.arange(8, 15) for k in (4.0, 11.0, 41.0)]).T
     frame = pd.DataFrame({'n_latents': n, 'k': k})
   else:
-    frame = pd.DataFrame(
-      {'n_latents': 2.0 ** np.arange(6, 18), 'tokens': rng.permutation(3.0 ** np.arange(5, 17))}
-    )
+    frame = pd.DataFrame({'n_latents': 2.0 ** np.arange(6, 18), 'tokens': rng.permutation(3.0 ** np.arange(5, 17))})
   theta = [
     np.log(constants[p.name])
     if p.kind == 'amplitude'
@@ -105,8 +101,7 @@ def test_fit_minimises_the_sum_of_huber_losses():
 
   def objective(theta_P):
     size = np.abs(
-      found.law.log_prediction(theta_P[None], np.log(points[['n_latents']].to_numpy()))[0][0]
-      - np.log(points['nmse'])
+      found.law.log_prediction(theta_P[None], np.log(points[['n_latents']].to_numpy()))[0][0] - np.log(points['nmse'])
     )
     return np.where(size <= 5e-3, size**2 / 2, 5e-3 * (size - 2.5e-3)).sum()
 
@@ -129,9 +124,7 @@ def test_fit_intervals_hold_the_truth_and_repeat():
 def test_fit_by_group_does_not_count_copies_as_evidence():
   points = grid('power', noise=0.02, e=0.2, a=3.0, b=0.4).assign(run=range(12))
   copies = pd.concat([points] * 9, ignore_index=True)
-  width = {
-    group: fit.fit_law(copies, 'power', bootstrap=150, group=group).params['b'] for group in (None, 'run')
-  }
+  width = {group: fit.fit_law(copies, 'power', bootstrap=150, group=group).params['b'] for group in (None, 'run')}
   spread = {group: p['high'] - p['low'] for group, p in width.items()}
   assert spread['run'] > 1.7 * spread[None]
 
@@ -172,8 +165,9 @@ def test_fit_says_how_well_its_constants_are_told_apart(gao_fit):
   narrow = gao_fit.table[gao_fit.table['n_latents'] <= 16384]
   assert (
     fit.fit_law(narrow, y='normalized_mse', bootstrap=0).diagnostics['condition_number']
-    > 3 * gao_fit.diagnostics['condition_number'] > 0
-  )  # fmt: skip
+    > 3 * gao_fit.diagnostics['condition_number']
+    > 0
+  )
 
 
 def test_fit_warns_when_starts_end_in_different_places():
@@ -188,9 +182,7 @@ def test_fit_warns_when_starts_end_in_different_places():
 def test_fit_by_group_warns_when_one_run_dominates():
   points = grid('power', noise=0.02, e=0.2, a=3.0, b=0.4).assign(run=['a'] * 8 + ['b', 'c', 'd', 'e'])
   (warning,) = (
-    w
-    for w in fit.fit_law(points, 'power', bootstrap=5, group='run').warnings
-    if w['code'] == 'one_run_dominates'
+    w for w in fit.fit_law(points, 'power', bootstrap=5, group='run').warnings if w['code'] == 'one_run_dominates'
   )
   assert 'one run holds 67%' in warning['message']
 
@@ -227,8 +219,7 @@ def test_fit_flags_what_the_data_do_not_show():
 
 def test_fit_takes_named_axes_in_any_order(gao):
   one, two = (
-    fit.fit_law(gao, 'joint_nk', x, 'normalized_mse', bootstrap=0)
-    for x in (['n_latents', 'k'], ['k', 'n_latents'])
+    fit.fit_law(gao, 'joint_nk', x, 'normalized_mse', bootstrap=0) for x in (['n_latents', 'k'], ['k', 'n_latents'])
   )
   assert one.x == two.x and one.params == two.params
 
@@ -243,9 +234,7 @@ def test_fit_exactly_as_many_points_as_constants_has_null_intervals_in_strict_js
 
 
 def test_warnings_of_one_kind_are_not_told_of_fits_that_said_something_else():
-  one, other = (
-    fit.fit_law(grid('power_no_floor', a=3.0, b=b), 'power_no_floor', bootstrap=0) for b in (0.4, 0.5)
-  )
+  one, other = (fit.fit_law(grid('power_no_floor', a=3.0, b=b), 'power_no_floor', bootstrap=0) for b in (0.4, 0.5))
   first, second = ({'code': 'doubt', 'message': message} for message in ('of one', 'of two'))
   where = [dataclasses.replace(f, warnings=[], where={'k': k}) for k, f in ((1, one), (2, other), (3, one))]
   fits = [f.warned(w) for f, w in zip(where, (first, second, first), strict=True)]
@@ -288,14 +277,25 @@ def test_fit_refuses_fewer_points_than_constants():
 
 def test_fit_command_writes_an_entry_of_laws_json(tmp_path, capsys):
   out = tmp_path / 'fit.json'
-  arguments = f'{GAO} --law=joint_nk --x=n_latents,k --y=normalized_mse --bootstrap=20 --holdout=n_latents>65536 --json={out}'
+  arguments = (
+    f'{GAO} --law=joint_nk --x=n_latents,k --y=normalized_mse --bootstrap=20 --holdout=n_latents>65536 --json={out}'
+  )
   with pytest.raises(SystemExit) as code:
     fit.main(arguments.split())
   assert code.value.code == 0
   record = json.loads(out.read_text())
   assert set(record) >= {
-    'law', 'formula', 'x', 'y', 'params', 'objective', 'n_points', 'start_agreement', 'holdout', 'warnings',
-  }  # fmt: skip
+    'law',
+    'formula',
+    'x',
+    'y',
+    'params',
+    'objective',
+    'n_points',
+    'start_agreement',
+    'holdout',
+    'warnings',
+  }
   assert record['x'] == ['n_latents', 'k'] and record['n_points'] == 45
   assert set(record['holdout']) >= {'rule', 'mean_rel_err', 'max_rel_err'}
   assert '90 % interval' in capsys.readouterr().out

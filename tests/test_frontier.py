@@ -20,10 +20,20 @@ def planted(sizes=SIZES, noise=0.0, seeds=(0,), points=17):
       compute[points // 2] = best
       compute.sort()
       loss = (E + A * compute**-B) * np.exp(0.02 * np.log(compute / best) ** 2 + noise * abs(rng.normal()))
-      frames.append(pd.DataFrame({
-        'id': f'{n}.{seed}', 'state': 'done', 'n_latents': float(n), 'k': 3.0, 'step': np.arange(points),
-        'flops_useful': compute, 'flops_dense': 6 * compute, 'nmse': loss,
-      }))  # fmt: skip
+      frames.append(
+        pd.DataFrame(
+          {
+            'id': f'{n}.{seed}',
+            'state': 'done',
+            'n_latents': float(n),
+            'k': 3.0,
+            'step': np.arange(points),
+            'flops_useful': compute,
+            'flops_dense': 6 * compute,
+            'nmse': loss,
+          }
+        )
+      )
   return pd.concat(frames, ignore_index=True)
 
 
@@ -66,8 +76,7 @@ def test_fit_frontier_recovers_a_planted_law():
 
 def test_fit_frontier_resamples_runs_so_that_more_points_are_no_more_evidence():
   few, many = (
-    frontier.fit_frontier(planted(points=p, noise=0.05, seeds=(0, 1)), bootstrap=100).params['b']
-    for p in (41, 161)
+    frontier.fit_frontier(planted(points=p, noise=0.05, seeds=(0, 1)), bootstrap=100).params['b'] for p in (41, 161)
   )
   assert many['high'] - many['low'] > 0.6 * (few['high'] - few['low'])
 

@@ -84,9 +84,7 @@ def test_old_ledger_launched_again_has_nothing_to_do(old, capsys, tmp_path):
   with pytest.raises(SystemExit) as ended:
     launch.main([f'--sweep={tmp_path / "frozen.py"}', f'--ledger={old}', '--max_failures=1', '--workers=0'])
   said = capsys.readouterr().out
-  assert (
-    not ended.value.code and '1 cells, todo 1' in said and '1 of them come from an earlier version' in said
-  )
+  assert not ended.value.code and '1 cells, todo 1' in said and '1 of them come from an earlier version' in said
   shutil.rmtree(old / 'cells' / HALF)
   sweep = json.loads((old / 'sweep.json').read_text())
   del sweep['cells'][HALF]
@@ -150,9 +148,7 @@ SELECTIONS = {
 
 @pytest.mark.parametrize('name', SELECTIONS)
 def test_ids_of_selections_are_pinned(name):
-  assert config.resolve(config.override(tiny.get_config(), SELECTIONS[name])).id == IDS['selection'][name], (
-    REMEDY
-  )
+  assert config.resolve(config.override(tiny.get_config(), SELECTIONS[name])).id == IDS['selection'][name], REMEDY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,9 +218,7 @@ def test_retired_key_is_accepted_at_its_neutral_value_alone(old):
     lambda: config.from_json(json.dumps(record).encode()),
     lambda: config.override(tiny.get_config(), {'mesh.member': 2}),
   ):
-    with pytest.raises(
-      UserError, match=r'mesh\.member=2: this key is gone and only 1 is accepted; start one worker'
-    ):
+    with pytest.raises(UserError, match=r'mesh\.member=2: this key is gone and only 1 is accepted; start one worker'):
       read()
   config.override(tiny.get_config(), {'mesh.member': 1})
 

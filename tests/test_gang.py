@@ -158,9 +158,7 @@ def hurt(rank, happens, codes, **env):
     hurt(0, 'raise work.lease.LeaseLost("taken")', {42}),
   ],
 )
-def test_disturbed_gang_ends_and_resumes_to_the_same_bits(
-  undisturbed, start, tmp_path, rank, happens, env, codes
-):
+def test_disturbed_gang_ends_and_resumes_to_the_same_bits(undisturbed, start, tmp_path, rank, happens, env, codes):
   store = make_ledger(tmp_path / 'ledger', {})
   gang = start(store, disturb=(rank, happens), **env)
   if 'SIGSTOP' in happens:

@@ -43,9 +43,7 @@ def store(served):
 
 def is_upload(method: str, path: str) -> bool:
   """Whether a request finishes an object."""
-  return (
-    method == 'POST' and '/upload/' in path and ('uploadType=resumable' not in path or 'upload_id' in path)
-  )
+  return method == 'POST' and '/upload/' in path and ('uploadType=resumable' not in path or 'upload_id' in path)
 
 
 def test_create_has_one_winner(store):
@@ -207,8 +205,12 @@ def test_cell_killed_in_the_middle_of_a_save_ends_with_the_bits_of_a_local_one(s
   flags = [f'--config.{key}={value}' for key, value in cells.SHARED.items()]
   worker = subprocess.Popen(
     [sys.executable, '-m', 'sae_jax.train', '--config=experiments/tiny.py', '--workdir=gs://bucket/cell', *flags],
-    cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8'}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-  )  # fmt: skip
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8'},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
 
   def kill_at_step_10(method, path):
     if is_upload(method, path) and 'ckpt%2F10%2Fstate' in path:
@@ -220,20 +222,14 @@ def test_cell_killed_in_the_middle_of_a_save_ends_with_the_bits_of_a_local_one(s
   assert worker.returncode == -signal.SIGKILL, said
   assert store.names('cell/ckpt/10/') and 'cell/ckpt/10/commit_success.txt' not in store.names()
   assert training.train(cell, 'gs://bucket/cell') == 'done'
-  got, expected = (
-    json.loads(files.read(files.join(d, 'result.json'))) for d in ('gs://bucket/cell', str(tmp_path))
-  )
-  assert (
-    got['params_digest'] == expected['params_digest'] and got['nmse'] == expected['nmse'] and got['bit_exact']
-  )
+  got, expected = (json.loads(files.read(files.join(d, 'result.json'))) for d in ('gs://bucket/cell', str(tmp_path)))
+  assert got['params_digest'] == expected['params_digest'] and got['nmse'] == expected['nmse'] and got['bit_exact']
   assert [name for name in files.listdir('gs://bucket/cell') if name.startswith('metrics')] == [
-    'metrics.0000.jsonl', 'metrics.0001.jsonl',
-  ]  # fmt: skip
+    'metrics.0000.jsonl',
+    'metrics.0001.jsonl',
+  ]
   curves = [
-    [
-      {key: value for key, value in line.items() if key != 'wall_s'}
-      for line in metrics.read_metrics(d, cell.id)
-    ]
+    [{key: value for key, value in line.items() if key != 'wall_s'} for line in metrics.read_metrics(d, cell.id)]
     for d in ('gs://bucket/cell', str(tmp_path))
   ]
   assert curves[0] == curves[1]

@@ -132,9 +132,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     bias='[True, False]',
     aux='[1]',
   )
-  found, plain = (
-    grid.build(write(tmp_path, text.format(**how), f'{i}.py')) for i, how in enumerate((theirs, ours))
-  )
+  found, plain = (grid.build(write(tmp_path, text.format(**how), f'{i}.py')) for i, how in enumerate((theirs, ours)))
   assert [c.id for _, c in found.cells] == [c.id for _, c in plain.cells] and len(found.cells) == 30
   assert [repr(o) for o, _ in found.cells] == [repr(o) for o, _ in plain.cells]  # they are written down
 

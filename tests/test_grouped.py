@@ -16,10 +16,13 @@ AMPLITUDES = {'small': (3.0, 0.10), 'large': (1.5, 0.05)}
 
 def models(b=(0.4, 0.4), noise=0.0, seed=0):
   rng = np.random.default_rng(seed)
-  return pd.concat([
-    pd.DataFrame({'model': name, 'n_latents': N, 'nmse': (e + a * N**-one) * np.exp(noise * rng.normal(size=len(N)))})
-    for (name, (a, e)), one in zip(AMPLITUDES.items(), b, strict=True)
-  ], ignore_index=True)  # fmt: skip
+  return pd.concat(
+    [
+      pd.DataFrame({'model': name, 'n_latents': N, 'nmse': (e + a * N**-one) * np.exp(noise * rng.normal(size=len(N)))})
+      for (name, (a, e)), one in zip(AMPLITUDES.items(), b, strict=True)
+    ],
+    ignore_index=True,
+  )
 
 
 def estimates(found):
@@ -48,9 +51,13 @@ def test_joint_law_of_three_models_shares_its_exponents():
   truth = dict(alpha=0.5, beta_k=0.1, beta_n=-0.1, gamma=-0.03)
   n, k = np.array([(n, k) for n in N[:6] for k in (4.0, 11.0, 41.0)]).T
   log = truth['beta_k'] * np.log(k) + truth['beta_n'] * np.log(n) + truth['gamma'] * np.log(k) * np.log(n)
-  points = pd.concat([
-    pd.DataFrame({'layer': layer, 'n_latents': n, 'k': k, 'nmse': np.exp(0.5 - 0.2 * layer + log)}) for layer in (1, 2, 7)
-  ], ignore_index=True)  # fmt: skip
+  points = pd.concat(
+    [
+      pd.DataFrame({'layer': layer, 'n_latents': n, 'k': k, 'nmse': np.exp(0.5 - 0.2 * layer + log)})
+      for layer in (1, 2, 7)
+    ],
+    ignore_index=True,
+  )
   found = grouped.fit_by(points, 'layer', 'joint_nk_no_floor', bootstrap=0)
   levels = {f'alpha[{layer}]': 0.5 - 0.2 * layer for layer in (1, 2, 7)}
   del truth['alpha']
@@ -130,9 +137,7 @@ def test_fit_command_by_a_column_writes_a_list(tmp_path, capsys):
   printed = capsys.readouterr().out
   small, large, common = json.loads(out.read_text(), parse_constant=pytest.fail)
   assert (small['where'], large['where'], common['by']) == ({'model': 'small'}, {'model': 'large'}, 'model')
-  assert (
-    set(common['params']) == set(common['meaning']) == {'e[small]', 'e[large]', 'a[small]', 'a[large]', 'b'}
-  )
+  assert set(common['params']) == set(common['meaning']) == {'e[small]', 'e[large]', 'a[small]', 'a[large]', 'b'}
   assert common['x'] == ['n_latents'] and common['n_points'] == 18 and 0 <= common['p_common'] <= 1
   assert 'L(n), model = small' in printed and 'a[large]' in printed and 'pooled' not in printed
 

@@ -52,9 +52,7 @@ def test_companions_are_at_one_step(store):
   assert ahead.cell.id not in {s.cell.id for s in groups.companions(store, behind, waiting(store), 9)}
   other = store.folder(of(store, {'sae.n_latents': 61}).cell.id)
   files.create(files.join(other, 'ckpt', '20', 'x'), b'')
-  assert [s.cell.overrides for s in groups.companions(store, ahead, waiting(store), 9)] == [
-    {'sae.n_latents': 61}
-  ]
+  assert [s.cell.overrides for s in groups.companions(store, ahead, waiting(store), 9)] == [{'sae.n_latents': 61}]
 
 
 def test_cell_that_failed_trains_alone(store):
@@ -80,9 +78,7 @@ class Wild(Exception):
 
 
 def run(store, train_group, **more):
-  return work.run(
-    store, train_group, stop=lambda: False, permanent=(Wild,), poll_s=0.0, **more
-  )  # fmt: skip
+  return work.run(store, train_group, stop=lambda: False, permanent=(Wild,), poll_s=0.0, **more)
 
 
 def finish(config_, folder):

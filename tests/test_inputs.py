@@ -18,9 +18,7 @@ def sequences(dtype='f4') -> np.ndarray:
   return (3 + np.random.default_rng(5).standard_normal((B, T, D))).astype(dtype)
 
 
-def imported(
-  tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, *argv: str
-) -> tuple[np.ndarray, np.ndarray]:
+def imported(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, *argv: str) -> tuple[np.ndarray, np.ndarray]:
   """Training rows, sorted, and held-out rows of a store of raw numbers."""
   out = tmp_path / 'out'
   found = run(capsys, 'import', *argv, f'--out={out}', '--normalize=none', '--dtype=float32', '--seed=2')
@@ -91,19 +89,30 @@ def test_masks_that_do_not_fit_are_refused(tmp_path, capsys):
   np.save(tmp_path / 'rows.npy', x_BTD.reshape(-1, D))
   ones_BT = np.ones((B, T), np.int32)
   for name, mask in (
-    ('turned', ones_BT.T), ('short', ones_BT[1:]), ('ids', ones_BT * 464), ('float', ones_BT.astype('f4')),
-    ('none', 0 * ones_BT), ('one', np.eye(B, T, dtype='i4')), ('flat', ones_BT.ravel()),
-  ):  # fmt: skip
+    ('turned', ones_BT.T),
+    ('short', ones_BT[1:]),
+    ('ids', ones_BT * 464),
+    ('float', ones_BT.astype('f4')),
+    ('none', 0 * ones_BT),
+    ('one', np.eye(B, T, dtype='i4')),
+    ('flat', ones_BT.ravel()),
+  ):
     np.save(tmp_path / f'{name}.npy', mask)
   base = ['import', f'--out={tmp_path}/s', '--held_out=5']
   for source, more, reason in (
-    ('a', ['--mask=turned.npy'], 'shape (5, 13) and a.npy has (13, 5)'), ('a', ['--mask=short.npy'], 'shape (12, 5)'),
-    ('a', ['--mask=flat.npy'], 'shape (65,)'), ('a', ['--mask=ids.npy'], 'holds 464; a mask has 1'),
-    ('a', ['--mask=float.npy'], 'float32'), ('a', ['--mask', 'one.npy', 'none.npy'], '2 masks for 1 sources'),
-    ('a', ['--mask=none.npy'], '--held_out=5 of 0'), ('a', ['--mask=one.npy'], '--held_out=5 of 5'),
-    ('a', ['--drop_first=5'], 'of 0 tokens'), ('rows', ['--drop_first=1'], 'needs sequences'),
-    ('a', ['--drop_first=-1'], '--drop_first=-1'), ('a', ['--held_out=61'], 'takes every sequence'),
-  ):  # fmt: skip
+    ('a', ['--mask=turned.npy'], 'shape (5, 13) and a.npy has (13, 5)'),
+    ('a', ['--mask=short.npy'], 'shape (12, 5)'),
+    ('a', ['--mask=flat.npy'], 'shape (65,)'),
+    ('a', ['--mask=ids.npy'], 'holds 464; a mask has 1'),
+    ('a', ['--mask=float.npy'], 'float32'),
+    ('a', ['--mask', 'one.npy', 'none.npy'], '2 masks for 1 sources'),
+    ('a', ['--mask=none.npy'], '--held_out=5 of 0'),
+    ('a', ['--mask=one.npy'], '--held_out=5 of 5'),
+    ('a', ['--drop_first=5'], 'of 0 tokens'),
+    ('rows', ['--drop_first=1'], 'needs sequences'),
+    ('a', ['--drop_first=-1'], '--drop_first=-1'),
+    ('a', ['--held_out=61'], 'takes every sequence'),
+  ):
     with pytest.MonkeyPatch.context() as patched:
       patched.chdir(tmp_path)
       code, _, error = run(capsys, *base, f'--from={source}.npy', *more)

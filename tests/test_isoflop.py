@@ -29,10 +29,19 @@ def planted(sizes, first, last, sign=1.0):
   for n in sizes:
     flops = np.geomspace(first / 2, 1.5 * last, 60)
     nmse = loss(n, flops / COST / n) ** sign
-    frames.append(pd.DataFrame({
-      'id': f'n{n}', 'state': 'done', 'n_latents': n, 'k': 3, 'tokens': flops / COST / n, 'flops_useful': flops,
-      'nmse': nmse,
-    }))  # fmt: skip
+    frames.append(
+      pd.DataFrame(
+        {
+          'id': f'n{n}',
+          'state': 'done',
+          'n_latents': n,
+          'k': 3,
+          'tokens': flops / COST / n,
+          'flops_useful': flops,
+          'nmse': nmse,
+        }
+      )
+    )
   return pd.concat(frames, ignore_index=True)
 
 
@@ -105,12 +114,21 @@ def symmetric(rng, noise):
   """Runs whose profiles are exact parabolas around 5 C^0.5, each run off by its own factor at every budget."""
   sizes = 5 * 2e9**0.5 * np.geomspace(1 / 16, 16, 9)
   flops = np.geomspace(5e8, 1e10, 25)
-  return pd.concat([
-    pd.DataFrame({
-      'id': f'n{n:.0f}', 'state': 'done', 'n_latents': n, 'flops_useful': flops,
-      'nmse': 0.3 * np.exp(0.02 * np.log(n / 5 / flops**0.5) ** 2 + noise * rng.normal()),
-    }) for n in sizes
-  ], ignore_index=True)  # fmt: skip
+  return pd.concat(
+    [
+      pd.DataFrame(
+        {
+          'id': f'n{n:.0f}',
+          'state': 'done',
+          'n_latents': n,
+          'flops_useful': flops,
+          'nmse': 0.3 * np.exp(0.02 * np.log(n / 5 / flops**0.5) ** 2 + noise * rng.normal()),
+        }
+      )
+      for n in sizes
+    ],
+    ignore_index=True,
+  )
 
 
 def test_best_size_interval_is_of_runs_which_err_at_all_budgets_together(monkeypatch):
@@ -184,16 +202,24 @@ def test_best_size_refuses(curves, budgets, words):
   assert '\n' not in str(caught.value)
 
 
-def cells(
-  sizes=(512, 1024, 2048, 4096), rates=(0.1, 0.3, 1.0, 3.0, 10.0), depth=0.05, noise=0.0, c=0.04, p=0.5
-):
+def cells(sizes=(512, 1024, 2048, 4096), rates=(0.1, 0.3, 1.0, 3.0, 10.0), depth=0.05, noise=0.0, c=0.04, p=0.5):
   """Cells at multiples of c n^-p, two seeds each."""
   rng = np.random.default_rng(1)
-  return pd.DataFrame([
-    {'n_latents': n, 'k': 3, 'seed': seed, 'learning_rate': c * n**-p * rate, 'd_model': 7,
-     'nmse': n**-0.2 * np.exp(depth * np.log(rate) ** 2 + noise * rng.normal())}
-    for n in sizes for rate in rates for seed in (0, 1)
-  ])  # fmt: skip
+  return pd.DataFrame(
+    [
+      {
+        'n_latents': n,
+        'k': 3,
+        'seed': seed,
+        'learning_rate': c * n**-p * rate,
+        'd_model': 7,
+        'nmse': n**-0.2 * np.exp(depth * np.log(rate) ** 2 + noise * rng.normal()),
+      }
+      for n in sizes
+      for rate in rates
+      for seed in (0, 1)
+    ]
+  )
 
 
 def test_learning_rate_law_is_recovered():
@@ -205,9 +231,14 @@ def test_learning_rate_law_is_recovered():
 
 
 def test_learning_rates_at_an_edge_or_flat_give_no_point():
-  frame = pd.concat([
-    cells(), cells(sizes=(8192,), rates=(1.5, 3.0, 6.0)), cells(sizes=(16384,), depth=1e-5),
-  ], ignore_index=True)  # fmt: skip
+  frame = pd.concat(
+    [
+      cells(),
+      cells(sizes=(8192,), rates=(1.5, 3.0, 6.0)),
+      cells(sizes=(16384,), depth=1e-5),
+    ],
+    ignore_index=True,
+  )
   found = learning_rate.valleys(frame).set_index('n_latents')
   assert found['verdict'].tolist() == ['minimum'] * 4 + ['edge', 'flat']
   assert found['learning_rate'].isna().tolist() == [False] * 4 + [True] * 2
@@ -222,9 +253,7 @@ def test_learning_rates_at_an_edge_or_flat_give_no_point():
 def grid(noise=0.0):
   rng = np.random.default_rng(2)
   n, tokens = (g.ravel() for g in np.meshgrid(np.geomspace(64, 65536, 6), np.geomspace(1e4, 1e8, 6)))
-  return pd.DataFrame({
-    'n_latents': n, 'tokens': tokens, 'nmse': loss(n, tokens) * np.exp(noise * rng.normal(size=36))
-  })  # fmt: skip
+  return pd.DataFrame({'n_latents': n, 'tokens': tokens, 'nmse': loss(n, tokens) * np.exp(noise * rng.normal(size=36))})
 
 
 def test_allocation_is_the_least_loss_of_the_budget():

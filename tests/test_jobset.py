@@ -19,11 +19,18 @@ from tests import fake_bucket, fake_cluster
 
 LEDGER = 'gs://bucket/primes'
 SITE = jobset_site.Site(
-  image='registry.example/sae_jax:7', queue='tpu-queue', tpu_accelerator='tpu-v5p-slice', tpu_topology='2x2x3',
-  chips_per_host=4, path='/opt/sae_jax', service_account='trainer', priority_class='low',
+  image='registry.example/sae_jax:7',
+  queue='tpu-queue',
+  tpu_accelerator='tpu-v5p-slice',
+  tpu_topology='2x2x3',
+  chips_per_host=4,
+  path='/opt/sae_jax',
+  service_account='trainer',
+  priority_class='low',
   context='fake',
-  env={'XLA_FLAGS': '--xla_dump_to=$(HOME)'}, secrets=('wandb',),
-)  # fmt: skip
+  env={'XLA_FLAGS': '--xla_dump_to=$(HOME)'},
+  secrets=('wandb',),
+)
 
 
 def job(job_id='cell-0a1b2c3d4e5f', **changes):
@@ -263,9 +270,12 @@ def test_launch_submits_each_job_once_and_says_when_jobs_end_early(cluster, tmp_
     'image = "i"\nqueue = "q"\ntpu_accelerator = "tpu-v6e-slice"\ntpu_topology = "1x1"\nchips_per_host = 1\n'
   )
   flags = [
-    f'--sweep={pathlib.Path(tiny.__file__)}', f'--ledger={LEDGER}', '--executor=jobset',
-    f'--site={site}', '--gangs=2',
-  ]  # fmt: skip
+    f'--sweep={pathlib.Path(tiny.__file__)}',
+    f'--ledger={LEDGER}',
+    '--executor=jobset',
+    f'--site={site}',
+    '--gangs=2',
+  ]
 
   def run(*more):
     with pytest.raises(SystemExit) as ended:
@@ -337,9 +347,7 @@ def test_refusals_of_the_cluster_are_said(tmp_path, monkeypatch):
     executor,
     '_kubectl',
     lambda verb, *_, **__: (
-      fake_answer(stdout='{"items": []}')
-      if verb == 'get'
-      else fake_answer(1, stderr='Error (Forbidden): no\n')
+      fake_answer(stdout='{"items": []}') if verb == 'get' else fake_answer(1, stderr='Error (Forbidden): no\n')
     ),
   )
   with pytest.raises(UserError, match=r'cannot create JobSet sae-a-.*-1: Error \(Forbidden\): no'):

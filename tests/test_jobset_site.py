@@ -20,11 +20,18 @@ XLA_FLAGS = "--xla_foo"
 @pytest.mark.parametrize(
   'name, value',
   [
-    ('WANDB_API_KEY', 'c0ffee'), ('HF_TOKEN', 'x'), ('db_password', 'x'), ('GOOGLE_APPLICATION_CREDENTIALS', '/x'),
-    ('MYSECRET', 'x'), ('NOTE', 'hf_' + 'a1' * 17), ('NOTE', 'ghp_' + 'b2' * 18), ('NOTE', 'AKIA' + 'C3' * 8),
-    ('PROXY', 'http://me:hunter2@proxy.example'), ('NOTE', '-----BEGIN RSA PRIVATE KEY-----'),
+    ('WANDB_API_KEY', 'c0ffee'),
+    ('HF_TOKEN', 'x'),
+    ('db_password', 'x'),
+    ('GOOGLE_APPLICATION_CREDENTIALS', '/x'),
+    ('MYSECRET', 'x'),
+    ('NOTE', 'hf_' + 'a1' * 17),
+    ('NOTE', 'ghp_' + 'b2' * 18),
+    ('NOTE', 'AKIA' + 'C3' * 8),
+    ('PROXY', 'http://me:hunter2@proxy.example'),
+    ('NOTE', '-----BEGIN RSA PRIVATE KEY-----'),
   ],
-)  # fmt: skip
+)
 def test_secrets_are_refused_without_being_repeated(name, value):
   with pytest.raises(UserError, match='reference a Kubernetes secret') as refused:
     jobset_site.Site('i', 'q', 'a', '2x2', 4, env={name: value})
@@ -34,7 +41,7 @@ def test_secrets_are_refused_without_being_repeated(name, value):
 def test_harmless_variables_are_no_secrets():
   jobset_site.check_no_secrets(
     {'TOKENIZERS_PARALLELISM': 'false', 'KEEP': '1', 'KEYBOARD': 'qwerty', 'JAX_LOG': 'sk-learn', 'A': 'gs://b/x:y@z'}
-  )  # fmt: skip
+  )
 
 
 def write(tmp_path, text):

@@ -68,8 +68,7 @@ def until(condition, what):
 
 def results(store):
   return {
-    cell.id: json.loads((pathlib.Path(store.folder(cell.id)) / schema.RESULT).read_text())
-    for cell in store.cells()
+    cell.id: json.loads((pathlib.Path(store.folder(cell.id)) / schema.RESULT).read_text()) for cell in store.cells()
   }
 
 
@@ -251,9 +250,7 @@ def settle(executor, name):
 
 def test_local_restarts_after_preemption_and_appends_the_log(tmp_path):
   code = f'import pathlib, sys\np = pathlib.Path({str(tmp_path / "ran")!r})\nprint("hi")\n'
-  code += (
-    'n = len(p.read_text()) if p.exists() else 0\np.write_text("x" * (n + 1))\nsys.exit(42 if n < 2 else 0)'
-  )
+  code += 'n = len(p.read_text()) if p.exists() else 0\np.write_text("x" * (n + 1))\nsys.exit(42 if n < 2 else 0)'
   executor = local.Local(tmp_path / 'logs', lambda pid, started, code: False)
   assert executor.submit(job(code)) == executor.submit(job(code)) == 'worker-0'
   settle(executor, 'worker-0')

@@ -46,9 +46,7 @@ def test_joint_law_draws_the_published_curves():
   points = table.read_csv(GAO)
   theta_1P = np.array([[PLOTTED[name] for name in laws.JOINT_NK.names]])
   u_NQ = np.log(table.positive(points, ['n_latents', 'k']))
-  np.testing.assert_allclose(
-    laws.JOINT_NK.log_prediction(theta_1P, u_NQ)[0][0], np.log(points['paper_fit']), atol=2e-6
-  )
+  np.testing.assert_allclose(laws.JOINT_NK.log_prediction(theta_1P, u_NQ)[0][0], np.log(points['paper_fit']), atol=2e-6)
 
 
 def test_printed_constants_predict_every_published_point():

@@ -266,9 +266,7 @@ def test_a_second_run_in_one_folder_is_refused(alone, one, capsys):
     before = sorted(folder.rglob('*'))
     assert run(folder) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert (
-      f'is being trained by process {os.getpid()} on {os.uname().nodename}; wait for it or stop it' in said
-    )
+    assert f'is being trained by process {os.getpid()} on {os.uname().nodename}; wait for it or stop it' in said
     assert sorted(folder.rglob('*')) == before
     held.check(fresh=True)
 

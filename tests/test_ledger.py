@@ -121,9 +121,7 @@ def test_ledger_that_is_none_is_one_line(tmp_path):
     ledger.Ledger('s3://bucket/sweep')
 
 
-@hypothesis.given(
-  st.one_of(st.text(max_size=12), st.sampled_from(['../../../etc', 'a' * 12 + '\n', 'A' * 12]))
-)
+@hypothesis.given(st.one_of(st.text(max_size=12), st.sampled_from(['../../../etc', 'a' * 12 + '\n', 'A' * 12])))
 @hypothesis.settings(max_examples=50, deadline=None)
 def test_folder_takes_ids_only(name):
   hypothesis.assume(not (len(name) == 12 and set(name) <= set('0123456789abcdef')))
@@ -161,9 +159,7 @@ def test_edited_sweep_record_is_one_line(data, key):
   if isinstance(edited, dict):  # and what another version may have written is read with care all the same
     edited.pop('schema', None), edited.pop('digest', None)
   files.replace(files.join(path, 'sweep.json'), json.dumps(edited).encode())
-  with pytest.raises(
-    UserError, match=r'sweep.json is not a sweep record \(.+\); move it aside and launch again'
-  ):
+  with pytest.raises(UserError, match=r'sweep.json is not a sweep record \(.+\); move it aside and launch again'):
     store.cells()
 
 
@@ -436,14 +432,10 @@ def test_a_second_look_parses_nothing_again(path, counted):
   clear(counted)
   assert store.states() == before
   assert counted['from_record'] == counted['id_of'] == 0
-  assert (
-    counted['listdir'] <= 20 + 1
-  )  # a folder for each cell that is not done, and the claims of the one that has any
+  assert counted['listdir'] <= 20 + 1  # a folder for each cell that is not done, and the claims of the one that has any
   again = ['1.json', 'failure.json']
   assert sorted(set(counted['read']) - {'sweep.json'}) == again
-  assert counted['parse_large'] == len(
-    again
-  )  # and sweep.json is not parsed even where its bytes have to be read
+  assert counted['parse_large'] == len(again)  # and sweep.json is not parsed even where its bytes have to be read
   assert sorted(counted['read'][-2:]) == again
 
 

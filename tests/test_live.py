@@ -16,9 +16,15 @@ from tests.test_harvest import settings, toy  # noqa: F401  the toy subject's fi
 
 def cell(source: str, path: str, dtype: str = 'float32', **changes) -> config.Config:
   flat = {
-    'data.source': source, 'data.path': path, 'data.epochs': 2, 'sae.d_model': 6, 'train.batch_tokens': 16,
-    'train.tokens': 320, 'eval.tokens': 43, 'eval.batch_tokens': 16,
-  }  # fmt: skip
+    'data.source': source,
+    'data.path': path,
+    'data.epochs': 2,
+    'sae.d_model': 6,
+    'train.batch_tokens': 16,
+    'train.tokens': 320,
+    'eval.tokens': 43,
+    'eval.batch_tokens': 16,
+  }
   return config.resolve(config.override(settings(dtype=dtype), flat | changes))
 
 
@@ -102,6 +108,4 @@ def test_live_on_a_mesh_runs_every_block_once(toy, monkeypatch):  # noqa: F811
   monkeypatch.setattr(live_mesh._Feed, '_dispatch', counted)
   list(live_mesh.batches(source, mesh, 16, 0, 20))
   stream = source.streams['train']
-  assert (
-    len(calls) <= 2 * stream.blocks
-  )  # two epochs, one call a block at this size; the last may not be needed
+  assert len(calls) <= 2 * stream.blocks  # two epochs, one call a block at this size; the last may not be needed

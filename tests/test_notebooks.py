@@ -41,18 +41,14 @@ def test_notebook_pair_holds_the_same_cells(path):
   assert len(cells) > 4
   remedy = f'run jupytext --sync {path.relative_to(FOLDER.parent.parent)}'
   assert cells == [(cell.cell_type, cell.source) for cell in paired.cells], remedy
-  assert (
-    script.metadata['jupytext']['formats'] == paired.metadata['jupytext']['formats'] == 'ipynb,py:percent'
-  )
+  assert script.metadata['jupytext']['formats'] == paired.metadata['jupytext']['formats'] == 'ipynb,py:percent'
   code = [cell for cell in paired.cells if cell.cell_type == 'code']
   assert not any(cell.outputs or cell.execution_count for cell in code), 'strip the outputs'
 
 
 def test_notebook_fits_a_ledger(run, capsys):
   seen = run('fit_a_ledger')
-  assert seen['joint'].predict({'n_latents': 5000, 'k': 7})[0] == pytest.approx(
-    planted_ledger.loss(5000, 7), rel=0.01
-  )
+  assert seen['joint'].predict({'n_latents': 5000, 'k': 7})[0] == pytest.approx(planted_ledger.loss(5000, 7), rel=0.01)
   assert (seen['valleys']['verdict'] == 'minimum').all()
   assert seen['growth'] and seen['envelope'] and seen['rate'] and seen['budgets']  # each has its figure
   truth = planted_ledger.loss(2 * planted_ledger.SIZES[-1], planted_ledger.KS[-1])

@@ -20,14 +20,23 @@ def found(**overrides):
 @pytest.mark.parametrize(
   ('overrides', 'words'),
   [
-    ({'data.site': 'resid_post.3', 'data.epochs': 2}, "data.site='resid_post.3', data.epochs=2: not read, for data.source='planted'"),
+    (
+      {'data.site': 'resid_post.3', 'data.epochs': 2},
+      "data.site='resid_post.3', data.epochs=2: not read, for data.source='planted'",
+    ),
     ({'data.normalize': 'center_unit'}, "data.normalize='center_unit': not read"),
     ({'data.path': '/elsewhere'}, "data.path='/elsewhere': not read"),
-    ({'data.source': 'live', 'data.subject': 'x', 'data.planted.seed': 3}, 'data.planted.n_features=64, data.planted.active=3.0, data.planted.seed=3: not read'),
+    (
+      {'data.source': 'live', 'data.subject': 'x', 'data.planted.seed': 3},
+      'data.planted.n_features=64, data.planted.active=3.0, data.planted.seed=3: not read',
+    ),
     ({'sae.recall_target': 0.9}, "sae.recall_target=0.9: not read, for sae.selection='exact'"),
-    ({'train.tokens': 1000}, 'train.tokens=1000: 768 count, for 3 batches of train.batch_tokens=256 are whole and 232 tokens'),
+    (
+      {'train.tokens': 1000},
+      'train.tokens=1000: 768 count, for 3 batches of train.batch_tokens=256 are whole and 232 tokens',
+    ),
   ],
-)  # fmt: skip
+)
 def test_what_does_not_count_is_said(overrides, words):
   (line,) = found(**overrides)
   assert line.startswith(words) and '\n' not in line
@@ -37,9 +46,7 @@ def test_what_counts_is_not_doubted():
   assert found() == []
   assert found(**{'data.planted.noise': 0.5, 'data.seed': 3, 'mesh.data': 2, 'train.tokens': 512}) == []
   assert found(**{'sae.selection': 'approximate', 'sae.recall_target': 0.9}) == []
-  live = {
-    f'data.{k}': v for k, v in dict(subject='x', site='y', text='z', epochs=2, window_tokens=64).items()
-  }
+  live = {f'data.{k}': v for k, v in dict(subject='x', site='y', text='z', epochs=2, window_tokens=64).items()}
   planted = config.flatten(config.template())
   back = {key: value for key, value in planted.items() if key.startswith('data.planted.')}
   assert found(**{'data.source': 'live', **live, **back}) == []
@@ -66,19 +73,15 @@ def test_train_and_dry_run_say_it_in_a_line(tmp_path, monkeypatch, capsys):
     'def sweep(): return grid.param("train.tokens", [1000, 5120])\n'
   )
   with pytest.raises(SystemExit) as code:
-    launch.main([
-      f'--sweep={tmp_path / "some.py"}', f'--ledger={tmp_path / "ledger"}', '--dry_run', '--flops_per_second=1e12'
-    ])  # fmt: skip
+    launch.main(
+      [f'--sweep={tmp_path / "some.py"}', f'--ledger={tmp_path / "ledger"}', '--dry_run', '--flops_per_second=1e12']
+    )
   assert code.value.code == 0
   assert '\nnote: train.tokens=1000: 768 count' in capsys.readouterr().out
 
 
 def test_store_reads_no_planted_dictionary():
   tiny_cell = config.resolve(tiny.get_config())
-  stored = dataclasses.replace(
-    tiny_cell, data=dataclasses.replace(tiny_cell.data, source='store', path='/somewhere')
-  )
+  stored = dataclasses.replace(tiny_cell, data=dataclasses.replace(tiny_cell.data, source='store', path='/somewhere'))
   (line,) = notes.of(stored)
-  assert line.startswith(
-    "data.planted.n_features=64, data.planted.active=3.0: not read, for data.source='store'"
-  )
+  assert line.startswith("data.planted.n_features=64, data.planted.active=3.0: not read, for data.source='store'")

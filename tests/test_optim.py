@@ -10,16 +10,16 @@ from sae_jax import optim
 from sae_jax.config import OptimConfig
 
 F, D, STEPS = 5, 3, 4
-BASE = dict(
-  learning_rate=0.01, beta1=0.9, beta2=0.999, eps=6.25e-10, clip_norm=0.0, warmup_tokens=0, ema_decay=0.9
-)
+BASE = dict(learning_rate=0.01, beta1=0.9, beta2=0.999, eps=6.25e-10, clip_norm=0.0, warmup_tokens=0, ema_decay=0.9)
 
 
 def random_tree(rng):
   return {
-    'w_enc_FD': rng.standard_normal((F, D)), 'w_dec_FD': rng.standard_normal((F, D)),
-    'b_enc_F': rng.standard_normal(F), 'b_pre_D': rng.standard_normal(D),
-  }  # fmt: skip
+    'w_enc_FD': rng.standard_normal((F, D)),
+    'w_dec_FD': rng.standard_normal((F, D)),
+    'b_enc_F': rng.standard_normal(F),
+    'b_pre_D': rng.standard_normal(D),
+  }
 
 
 def reference(params, gradients, c: OptimConfig, batch: int):

@@ -88,9 +88,7 @@ def test_plan_seed_changes_training_order_but_never_the_held_out_tokens():
   mine, other = plan(), plan(seed=4)
   assert mine.train_WT.tolist() != other.train_WT.tolist()
   np.testing.assert_array_equal(mine.held_out_WT, other.held_out_WT)
-  assert (
-    order.tokens_of_block(30, 'train', 3, 0).tolist() != order.tokens_of_block(30, 'train', 4, 0).tolist()
-  )
+  assert order.tokens_of_block(30, 'train', 3, 0).tolist() != order.tokens_of_block(30, 'train', 4, 0).tolist()
   np.testing.assert_array_equal(
     order.tokens_of_block(30, 'held_out', 3, 0), order.tokens_of_block(30, 'held_out', 4, 0)
   )
@@ -121,9 +119,11 @@ def test_plan_refuses_more_held_out_tokens_than_there_are():
 
 
 streams = strategies.builds(
-  order.Stream, tokens=strategies.integers(1, 60), block_tokens=strategies.integers(1, 13),
+  order.Stream,
+  tokens=strategies.integers(1, 60),
+  block_tokens=strategies.integers(1, 13),
   seed=strategies.integers(0, 5),
-)  # fmt: skip
+)
 
 
 @hypothesis.given(streams, strategies.integers(0, 4))

@@ -21,10 +21,17 @@ NMSE = [0.3, np.nan, 0.25, 9e-7, 0.1, 0.2]
 
 def findings(**change):
   """Findings without laws; six finished cells, one of them without a loss, and one that failed."""
-  done = pd.DataFrame({
-    'id': [f'cell{i}' for i in range(6)], 'n_latents': N, 'k': [1, 16, 1, 16, 1, 1], 'learning_rate': 1e-3, 'nmse': NMSE,
-    'weights': ['ema', 'raw'] * 3, 'best_learning_rate': [True, False] * 3,
-  })  # fmt: skip
+  done = pd.DataFrame(
+    {
+      'id': [f'cell{i}' for i in range(6)],
+      'n_latents': N,
+      'k': [1, 16, 1, 16, 1, 1],
+      'learning_rate': 1e-3,
+      'nmse': NMSE,
+      'weights': ['ema', 'raw'] * 3,
+      'best_learning_rate': [True, False] * 3,
+    }
+  )
   failed = pd.DataFrame({'id': ['bad'], 'state': ['failed'], 'reason': [HOSTILE]})
   cells = pd.concat([done.assign(state='done', reason=''), failed], ignore_index=True)
   empty = {
@@ -62,12 +69,7 @@ def test_page_needs_nothing_from_outside_and_puts_warnings_first():
   text = page.render('full', found, {'joint': b'png', 'isoflop_k3': b'png', 'isoflop_k7': b'png'})
   assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)[^"]*"', text) == []
   assert 'http://' not in text and 'https://' not in text and "default-src 'none'" in text
-  assert (
-    text.index('<h2>Warnings')
-    < text.index('<h2>Figures')
-    < text.index('<h2>Laws')
-    < text.index('<h2>Finished')
-  )
+  assert text.index('<h2>Warnings') < text.index('<h2>Figures') < text.index('<h2>Laws') < text.index('<h2>Finished')
   assert text.count('<figure>') == 3 and text.count('The same at k = 3') == 1
   for line in found.warning_lines():
     assert line.partition(':')[0] in text
@@ -75,9 +77,7 @@ def test_page_needs_nothing_from_outside_and_puts_warnings_first():
 
 def test_page_folds_what_was_not_attempted():
   text = page.render('t', findings(not_attempted=['lr(n): one rate']), {})
-  assert re.search(
-    r'<details><summary>Not attempted: 1 laws[^<]*</summary><ul[^>]*><li>lr\(n\): one rate', text
-  )
+  assert re.search(r'<details><summary>Not attempted: 1 laws[^<]*</summary><ul[^>]*><li>lr\(n\): one rate', text)
   assert '<p>None.</p>' in text  # and it is no warning
   assert 'Not attempted' not in page.render('t', findings(), {})
 

@@ -38,11 +38,24 @@ def write_pickles(folder: pathlib.Path) -> dict[str, str]:
   (folder / 'broken.npz').write_bytes(b'PK\x03\x04' + b'\0' * 40)
   torch, numpy = 'torch.load', "numpy.asarray(x, 'f4')"
   return {
-    'a.pkl': numpy, 'a.npy': numpy, 'a.safetensors': numpy, 'a.dat': numpy, 'a.pt': torch, 'a.bin': numpy,
-    'objects.npy': 'allow_pickle=True', 'a.npz': "numpy.load('a.npz')['acts']", 'inside.npz': 'allow_pickle=True',
-    'zip.npy': "['acts']", 'b.pt': torch, 'pytorch_model.bin': torch, 'b.npy': torch, 'old.pt': torch,
-    'old.npy': torch, 'missing.pt': 'does not exist', 'broken.npz': 'is none of',
-  }  # fmt: skip
+    'a.pkl': numpy,
+    'a.npy': numpy,
+    'a.safetensors': numpy,
+    'a.dat': numpy,
+    'a.pt': torch,
+    'a.bin': numpy,
+    'objects.npy': 'allow_pickle=True',
+    'a.npz': "numpy.load('a.npz')['acts']",
+    'inside.npz': 'allow_pickle=True',
+    'zip.npy': "['acts']",
+    'b.pt': torch,
+    'pytorch_model.bin': torch,
+    'b.npy': torch,
+    'old.pt': torch,
+    'old.npy': torch,
+    'missing.pt': 'does not exist',
+    'broken.npz': 'is none of',
+  }
 
 
 def test_pickles_are_refused_with_the_lines_that_convert_them(tmp_path, capsys, monkeypatch):

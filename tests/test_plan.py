@@ -20,9 +20,16 @@ KEYS = {'memory_fraction', 'collectives', 'flops', 'seconds', 'bound'}  # what o
 
 def cell(**overrides) -> config.Config:
   sizes = {
-    'sae.d_model': D, 'sae.n_latents': F, 'sae.k': K, 'train.batch_tokens': B, 'train.tokens': 23 * B,
-    'eval.batch_tokens': 40, 'data.planted.n_features': 61, 'mesh.data': 2, 'mesh.latent': 4,
-  }  # fmt: skip
+    'sae.d_model': D,
+    'sae.n_latents': F,
+    'sae.k': K,
+    'train.batch_tokens': B,
+    'train.tokens': 23 * B,
+    'eval.batch_tokens': 40,
+    'data.planted.n_features': 61,
+    'mesh.data': 2,
+    'mesh.latent': 4,
+  }
   return config.resolve(config.override(tiny.get_config(), sizes | overrides))
 
 
@@ -43,8 +50,10 @@ def test_plan_names_axis_bytes_and_loop_of_each_collective(counted_plan):
   for in_auxk in (False, True):
     assert of.count(('all-reduce', 'latent', 4 * rows, 32, in_auxk)) == 1  # one count a row and round
     assert of.count(('all-gather', 'latent', 4 * 4 * rows, 1, in_auxk)) == 1  # ties of four shards
-  sent = [sum(c['wire_bytes'] * c['per_step'] for c in made.collectives if c['axis'] == 'data' and keep(c)) for keep in (
-    lambda c: not c['conditional'], lambda c: True)]  # fmt: skip
+  sent = [
+    sum(c['wire_bytes'] * c['per_step'] for c in made.collectives if c['axis'] == 'data' and keep(c))
+    for keep in (lambda c: not c['conditional'], lambda c: True)
+  ]
   assert sent[0] < made.network_bytes['data'] < sent[1]  # one branch of AuxK, not all
   assert set(made.network_bytes) <= {'data', 'latent', 'data+latent'}
 
@@ -52,13 +61,11 @@ def test_plan_names_axis_bytes_and_loop_of_each_collective(counted_plan):
 def test_plan_adds_up(counted_plan):
   config_, made = counted_plan
   record = json.loads(made.to_json())
-  assert set(record) >= KEYS and all(
-    {'op', 'axis', 'bytes', 'per_step'} <= set(c) for c in record['collectives']
-  )
+  assert set(record) >= KEYS and all({'op', 'axis', 'bytes', 'per_step'} <= set(c) for c in record['collectives'])
   parts = made.memory
-  assert parts['params'] + parts['moments'] + parts['ema'] + parts['counters'] + parts[
-    'batch'
-  ] == pytest.approx(parts['arguments'], abs=200)
+  assert parts['params'] + parts['moments'] + parts['ema'] + parts['counters'] + parts['batch'] == pytest.approx(
+    parts['arguments'], abs=200
+  )
   assert parts['params'] == 4 * (2 * F * D + F) // 8 + 4 * D  # rows over all eight devices, b_pre on each
   assert made.memory_fraction == made.memory_total / (16 * 2**30)
   assert made.seconds == max(made.seconds_by.values()) == made.seconds_by[made.bound]
@@ -107,9 +114,7 @@ def test_chip_counts_sum_to_those_of_the_step():
   chunked = dataclasses.replace(many, mesh=dataclasses.replace(many.mesh, row_chunks=4))
   parts, whole = flops.chip_parts(chunked, aux=True), flops.chip_parts(many, aux=True)
   assert parts['aux_encode']['executed'] == parts['encode']['executed'] and 'aux_encode' not in whole
-  assert (
-    parts['encode']['bytes'] - whole['encode']['bytes'] == 3 * 4 * D * F / 4
-  )  # the encoder, three more times
+  assert parts['encode']['bytes'] - whole['encode']['bytes'] == 3 * 4 * D * F / 4  # the encoder, three more times
   assert parts['optimizer']['bytes'] == flops.state_pass_bytes(F / 4, D) / 2
 
 
@@ -187,9 +192,12 @@ def test_sent_bytes_are_those_of_the_dearest_branch_of_each_conditional():
     return hlo.Collective('all-gather', (), axis, 2, 2 * bytes_, 3, False, branch)
 
   found = [
-    moved(7, 'data', ''), moved(5, 'latent', 'first/few'), moved(2, 'data', 'first/few'), moved(6, 'latent', 'first/many'),
+    moved(7, 'data', ''),
+    moved(5, 'latent', 'first/few'),
+    moved(2, 'data', 'first/few'),
+    moved(6, 'latent', 'first/many'),
     moved(11, 'latent', 'second/many'),
-  ]  # fmt: skip
+  ]
   assert hlo.sent(found) == {'data': 3 * (7 + 2), 'latent': 3 * (5 + 11)}
   assert hlo.sent([]) == {}
 

@@ -32,18 +32,22 @@ def runs(sizes=(100, 200, 400, 800, 1600), b=3e5, tokens=1e7):
     t = np.geomspace(1e3, tokens, 40)
     nmse = 0.1 + 4 * n**-0.5 + b**0.5 * t**-0.5
     frames.append(
-      pd.DataFrame(
-        {'id': f'n{n}', 'state': 'done', 'n_latents': n, 'k': 5, 'flops_useful': n * t, 'nmse': nmse}
-      )
+      pd.DataFrame({'id': f'n{n}', 'state': 'done', 'n_latents': n, 'k': 5, 'flops_useful': n * t, 'nmse': nmse})
     )
   return pd.concat(frames, ignore_index=True)
 
 
 def predictions(**change):
-  frame = pd.DataFrame({
-    'n_latents': [128, 256, 128, 256], 'k': [3, 3, 7, 7], 'predicted': [0.3, 0.25, 0.2, 0.15], 'low': [0.28, 0.24, 0.19, 0.14],
-    'high': [0.32, 0.26, 0.21, 0.16], 'measured': [0.31, 0.25, 0.2, 0.17],
-  })  # fmt: skip
+  frame = pd.DataFrame(
+    {
+      'n_latents': [128, 256, 128, 256],
+      'k': [3, 3, 7, 7],
+      'predicted': [0.3, 0.25, 0.2, 0.15],
+      'low': [0.28, 0.24, 0.19, 0.14],
+      'high': [0.32, 0.26, 0.21, 0.16],
+      'measured': [0.31, 0.25, 0.2, 0.17],
+    }
+  )
   return frame.assign(**change)
 
 
@@ -53,9 +57,7 @@ def test_frontier_figure_shows_runs_envelope_law_band_and_dashed_extrapolation(f
   (ax,) = plots.frontier(one, mine).axes
   thin = [line for line in ax.lines if line.get_linewidth() < 1 and line.get_marker() == 'None']
   assert len(thin) == mine['id'].nunique()
-  solid, dashed = (
-    [ln for ln in ax.lines if ln.get_linestyle() == s and ln.get_linewidth() > 1] for s in ('-', '--')
-  )
+  solid, dashed = ([ln for ln in ax.lines if ln.get_linestyle() == s and ln.get_linewidth() > 1] for s in ('-', '--'))
   assert len(solid) == len(dashed) == 1
   assert solid[0].get_xdata()[-1] == pytest.approx(one.table['flops_useful'].max())  # no data, no solid line
   assert dashed[0].get_xdata()[0] == pytest.approx(solid[0].get_xdata()[-1])
@@ -145,9 +147,7 @@ def test_learning_rate_figure_refuses_a_size_whose_best_rate_is_at_the_edge(foun
   cells = found.by_k[0].rates
   largest = cells['n_latents'].max()
   cut = cells[(cells['n_latents'] < largest) | (cells['learning_rate'] < cells['learning_rate'].median())]
-  cut = cut[
-    (cut['n_latents'] < largest) | (cut['nmse'] > cells.loc[cells['n_latents'] == largest, 'nmse'].min())
-  ]
+  cut = cut[(cut['n_latents'] < largest) | (cut['nmse'] > cells.loc[cells['n_latents'] == largest, 'nmse'].min())]
   fitted = learning_rate.fit_learning_rate(cut, bootstrap=0)
   figure = plots.learning_rates(cut, fitted)
   left, right = figure.axes
@@ -200,9 +200,7 @@ def test_calibration_figure_counts_what_is_inside():
   shown = drawn(figure)
   assert '$k$ = 3: 2 of 2 inside' in shown and '$k$ = 7: 1 of 2 inside' in shown
   hollow = [line for line in left.lines if line.get_markerfacecolor() == 'white' and len(line.get_xdata())]
-  assert [line.get_xdata().tolist() for line in hollow] == [
-    [0.17]
-  ]  # what missed its interval looks different
+  assert [line.get_xdata().tolist() for line in hollow] == [[0.17]]  # what missed its interval looks different
 
 
 @pytest.mark.parametrize('change', [{'measured': np.nan}, {'low': -0.1}])
@@ -219,9 +217,7 @@ def test_allocation_figure_is_solid_only_inside_the_data(found):
   assert n.min() >= min(full_ledger.SIZES) and n.max() <= max(full_ledger.SIZES)
   assert t.min() >= min(full_ledger.TOKENS) and t.max() <= max(full_ledger.TOKENS)
   ratio = full_ledger.BETA * full_ledger.B * t**-full_ledger.BETA
-  np.testing.assert_allclose(
-    full_ledger.ALPHA * full_ledger.A * n**-full_ledger.ALPHA, ratio, rtol=0.2
-  )  # the optimum
+  np.testing.assert_allclose(full_ledger.ALPHA * full_ledger.A * n**-full_ledger.ALPHA, ratio, rtol=0.2)  # the optimum
   with pytest.raises(UserError, match='n_latents and tokens'):
     plots.allocation(found.joint, found.cost)
 

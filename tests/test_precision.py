@@ -36,6 +36,4 @@ def test_bfloat16_selection_reads_float32_products():
   product_BF, codes, _ = sae.encode(params, x_BD, 3, sae.Axes(), jnp.bfloat16)
   assert product_BF.dtype == codes.z_BK.dtype == jnp.float32
   rounded = np.asarray(product_BF.astype(jnp.bfloat16).astype(jnp.float32))
-  assert (
-    rounded != np.asarray(product_BF)
-  ).mean() > 0.9  # accumulated in float32, not rounded to bfloat16 after
+  assert (rounded != np.asarray(product_BF)).mean() > 0.9  # accumulated in float32, not rounded to bfloat16 after

@@ -46,9 +46,10 @@ def test_checkpoint_on_another_mesh_goes_on_and_says_so(four, tmp_path):
   # Each line up to the checkpoint is what four processes wrote.
   lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in lines if line['step'] <= 25] == [
-    json.loads(line)['step'] for line in (four / 'metrics.jsonl').read_text().splitlines()
+    json.loads(line)['step']
+    for line in (four / 'metrics.jsonl').read_text().splitlines()
     if json.loads(line)['step'] <= 25
-  ]  # fmt: skip
+  ]
 
 
 LIVE_GROUP = """

@@ -55,7 +55,7 @@ CHEAP = {
   'no sae.json': (lambda folder: (folder / 'sae.json').unlink(), 'sae/sae.json: it is missing'),
   'cut': (lambda folder: (folder / 'ema.safetensors').write_bytes(b'x'), 'sae/ema.safetensors: it has 1 bytes'),
   'a digit': (lambda folder: cells.edit(str(folder / 'sae.json'), k=12), 'sae/sae.json: it is not the one'),
-}  # fmt: skip
+}
 DEAR = {
   'a bit': (lambda folder: flipped(folder / 'ema.safetensors'), 'sae/ema.safetensors: it does not fit'),
   'swapped': (swapped, 'safetensors: it does not fit its digest'),
@@ -120,9 +120,7 @@ def test_ledger_of_an_early_version_is_read_as_unverified(tmp_path, capsys):
   assert ': 1 done, ' in shown and '1 have no digests' in said
   store = ledger.Ledger(str(path))
   done = next(s.cell.id for s in store.states() if s.state == schema.DONE)
-  shutil.rmtree(
-    pathlib.Path(store.folder(done)) / schema.ARTIFACT
-  )  # its result never said that there was one
+  shutil.rmtree(pathlib.Path(store.folder(done)) / schema.ARTIFACT)  # its result never said that there was one
   assert run(status.main, f'--ledger={path}', '--verify') == 0
 
 

@@ -28,8 +28,11 @@ def some_params():
   w_dec_FD = rng.standard_normal((F, D)).astype(np.float32)
   w_dec_FD /= np.linalg.norm(w_dec_FD, axis=1, keepdims=True)
   return {
-    'w_enc_FD': w_dec_FD, 'w_dec_FD': w_dec_FD, 'b_enc_F': np.zeros(F, np.float32), 'b_pre_D': np.zeros(D, np.float32)
-  }  # fmt: skip
+    'w_enc_FD': w_dec_FD,
+    'w_dec_FD': w_dec_FD,
+    'b_enc_F': np.zeros(F, np.float32),
+    'b_pre_D': np.zeros(D, np.float32),
+  }
 
 
 def test_a_forced_path_is_taken_and_gives_the_same_losses():

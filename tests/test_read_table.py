@@ -45,7 +45,8 @@ def is_plain(rows):
     'comments': ('# by hand\n' + PLAIN.replace('512', '# half, of "it\n512') + '  # end', {}),
     'spaces': (PLAIN.replace(',', ' , '), {}),
     'quotes and line breaks of Windows': (
-      '\r\n'.join(f'"{line}"'.replace(',', '", "') for line in PLAIN.split()), {},
+      '\r\n'.join(f'"{line}"'.replace(',', '", "') for line in PLAIN.split()),
+      {},
     ),
     'a byte order mark': ('\ufeff' + PLAIN, {}),
     'thousands': (PLAIN.replace('1024', '"1,024"').replace('2048', '"2,048"'), {'thousands': ','}),
@@ -59,10 +60,11 @@ def is_plain(rows):
     'UTF-16': (PLAIN.encode('utf-16'), {'encoding': 'utf-16'}),
     'gzip': (gzip.compress(PLAIN.encode(), mtime=0), {}),
     'JSON lines': (
-      '\n'.join(json.dumps(dict(zip(('n_latents', 'k', 'nmse'), row, strict=True))) for row in ROWS), {},
+      '\n'.join(json.dumps(dict(zip(('n_latents', 'k', 'nmse'), row, strict=True))) for row in ROWS),
+      {},
     ),
   }.values(),
-)  # fmt: skip
+)
 def test_read_takes_a_table_as_it_is_meant(read, text, how):
   is_plain(read(text, **how))
 
@@ -71,8 +73,9 @@ REFUSED = {
   'a comma more in the first row': (PLAIN.replace('0.5\n', '0.5,\n'), {}, r'line 2 .* 4 fields, line 1 names 3'),
   'thousands without quotes': (PLAIN.replace('2048', '2,048'), {}, r"line 5 .* 4 fields.*'2,048,8,0.36'; quote"),
   'thousands without quotes in every row': (
-    PLAIN.replace('512', '5,120').replace('256', '2,560').replace('1024', '1,024').replace('2048', '2,048'), {},
-    r"line 2 .* 4 fields.*--thousands=,",
+    PLAIN.replace('512', '5,120').replace('256', '2,560').replace('1024', '1,024').replace('2048', '2,048'),
+    {},
+    r'line 2 .* 4 fields.*--thousands=,',
   ),
   'row names without a name': ('n_latents,k,nmse\n0,256,4,0.5\n1,512,4,0.4\n', {}, 'line 2 .*name every column'),
   'a field missing': (PLAIN.replace('4,0.45', '0.45'), {}, 'line 3 .* 2 fields, line 1 names 3'),
@@ -103,7 +106,7 @@ REFUSED = {
   'a separator of two': (PLAIN, {'sep': ', '}, '--sep'),
   'a decimal letter': (PLAIN, {'decimal': 'p'}, '--decimal'),
   'thousands by digits': (PLAIN, {'thousands': '0'}, '--thousands'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize('case', REFUSED)
@@ -135,7 +138,7 @@ def test_read_refuses_in_one_line(read, case):
     (('0.36', '0.36\nTotal,,'), {}, "n_latents='Total' in line 6"),
     (('0.36', 'true'), {}, "nmse='true' in line 5"),
   ],
-)  # fmt: skip
+)
 def test_a_value_that_is_no_number_is_named_with_its_line_and_the_flag_to_give(read, change, how, words):
   text = PLAIN.replace(*change)
   if words is None:  # a comma more than the header has
@@ -159,14 +162,10 @@ def test_thousands_in_a_file_of_decimal_commas_are_named(read):
 
 
 def test_columns_are_numbers_truth_values_or_texts(read):
-  rows = read(
-    'n, total,id,flag,note,empty\n'.replace('n, total', '"n, total"') + '1,01,true,a,\n2e3,2,False,"b\nc",\n'
-  )
+  rows = read('n, total,id,flag,note,empty\n'.replace('n, total', '"n, total"') + '1,01,true,a,\n2e3,2,False,"b\nc",\n')
   assert list(rows.columns) == ['n, total', 'id', 'flag', 'note', 'empty']
-  assert rows['n, total'].tolist() == [1.0, 2000.0] and rows['id'].tolist() == [
-    '01',
-    '2',
-  ]  # a hash is no number
+  assert rows['n, total'].tolist() == [1.0, 2000.0]
+  assert rows['id'].tolist() == ['01', '2']  # a hash is no number
   assert rows['flag'].tolist() == [True, False] and rows['note'].tolist() == ['a', 'b\nc']
   assert rows['empty'].isna().all() and rows.index.tolist() == [2, 3]
 
@@ -276,10 +275,20 @@ def test_fit_command_takes_the_notation_and_quoted_names(tmp_path, capsys):
   out = tmp_path / 'fit.json'
   for x in ('n, all', '"n, all"'):
     with pytest.raises(SystemExit) as code:
-      fit.main([
-        str(tmp_path / 'g.csv'), '--law=power_no_floor', f'--x={x}', '--y=loss', '--bootstrap=0', f'--json={out}',
-        '--sep=;', '--decimal=,', '--thousands=.', '--encoding=latin-1',
-      ])  # fmt: skip
+      fit.main(
+        [
+          str(tmp_path / 'g.csv'),
+          '--law=power_no_floor',
+          f'--x={x}',
+          '--y=loss',
+          '--bootstrap=0',
+          f'--json={out}',
+          '--sep=;',
+          '--decimal=,',
+          '--thousands=.',
+          '--encoding=latin-1',
+        ]
+      )
     assert code.value.code == 0
     record = json.loads(out.read_text())
     assert record['x'] == ['n, all'] and record['params']['b']['estimate'] == pytest.approx(0.138, abs=2e-3)

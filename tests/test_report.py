@@ -20,17 +20,23 @@ PER_DECADE = 8
 
 def law(n, k):
   p = PLOTTED
-  reducible = (
-    p['alpha'] + p['beta_k'] * np.log(k) + p['beta_n'] * np.log(n) + p['gamma'] * np.log(k) * np.log(n)
-  )
+  reducible = p['alpha'] + p['beta_k'] * np.log(k) + p['beta_n'] * np.log(n) + p['gamma'] * np.log(k) * np.log(n)
   return float(np.exp(reducible) + np.exp(p['zeta'] + p['eta'] * np.log(k)))
 
 
 def cell(n, k, learning_rate=1e-3):
-  return cells.cell(**{
-    'sae.n_latents': n, 'sae.k': k, 'sae.d_model': 13, 'sae.k_aux': 0, 'optim.learning_rate': learning_rate,
-    'train.batch_tokens': 11, 'train.tokens': 1100, 'eval.per_decade': PER_DECADE,
-  })  # fmt: skip
+  return cells.cell(
+    **{
+      'sae.n_latents': n,
+      'sae.k': k,
+      'sae.d_model': 13,
+      'sae.k_aux': 0,
+      'optim.learning_rate': learning_rate,
+      'train.batch_tokens': 11,
+      'train.tokens': 1100,
+      'eval.per_decade': PER_DECADE,
+    }
+  )
 
 
 def spent(n, step):
@@ -85,9 +91,7 @@ def test_report_recovers_the_planted_law_from_the_best_learning_rates(written):
   assert joint['holdout']['rule'] == 'n_latents>16384' and joint['holdout']['max_rel_err'] < 0.01
   for n, k in ((1024, 3), (32768, 17), (7000, 17)):
     p = {name: value['estimate'] for name, value in joint['params'].items()}
-    reducible = (
-      p['alpha'] + p['beta_k'] * np.log(k) + p['beta_n'] * np.log(n) + p['gamma'] * np.log(k) * np.log(n)
-    )
+    reducible = p['alpha'] + p['beta_k'] * np.log(k) + p['beta_n'] * np.log(n) + p['gamma'] * np.log(k) * np.log(n)
     assert np.exp(reducible) + np.exp(p['zeta'] + p['eta'] * np.log(k)) == pytest.approx(law(n, k), rel=5e-3)
   assert [(e['x'], e['where']) for e in entries if e['law'] == 'power' and e['y'] == 'nmse'] == [
     ([x], {'k': k}) for x in ('n_latents',) for k in KS
@@ -238,9 +242,7 @@ def test_report_answers_every_question_of_a_full_ledger():
 
 def test_report_draws_every_law_of_a_full_ledger():
   drawn = report.figures(full_ledger.findings())
-  of_k = {
-    f'{name}_k{k}' for name in ('isoflop', 'learning_rates', 'allocation', 'family') for k in full_ledger.KS
-  }
+  of_k = {f'{name}_k{k}' for name in ('isoflop', 'learning_rates', 'allocation', 'family') for k in full_ledger.KS}
   assert set(drawn) == {'joint', 'residuals', 'power', 'frontier', 'converged', 'best_size'} | of_k
   for name, figure in drawn.items():  # what holds for the ledger is said on each of them
     assert '! several subjects' in figure._supxlabel.get_text(), name
@@ -272,6 +274,4 @@ def test_report_says_a_refusal_once_for_all_k(tmp_path):
   planted_ledger.write(tmp_path, sizes=planted_ledger.SIZES[:3], ks=planted_ledger.KS[:2], converged=False)
   found = report.analyse(str(tmp_path), bootstrap=0)
   (refused,) = (w for w in found.warnings if w['code'] == 'not_fitted' and w['message'].startswith('T(n)'))
-  assert refused['message'].startswith(
-    f'T(n) at k={", ".join(map(str, planted_ledger.KS[:2]))}: 0 of 3 runs converged'
-  )
+  assert refused['message'].startswith(f'T(n) at k={", ".join(map(str, planted_ledger.KS[:2]))}: 0 of 3 runs converged')

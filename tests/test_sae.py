@@ -12,9 +12,7 @@ from sae_jax import sae, sparse
 from sae_jax.config import LossConfig, SAEConfig
 
 B, D, F, K, AUX = 13, 7, 53, 3, 5
-SAE = SAEConfig(
-  d_model=D, n_latents=F, k=K, activation='topk', k_aux=AUX, fired_threshold=1e-3, latent_bias=True
-)
+SAE = SAEConfig(d_model=D, n_latents=F, k=K, activation='topk', k_aux=AUX, fired_threshold=1e-3, latent_bias=True)
 LOSS = LossConfig(aux_coefficient=1 / 32, dead_tokens=10 * B)
 SCALE = 1.7
 
@@ -72,10 +70,11 @@ def run(params, idle_F, x_BD, config=SAE):
   )
 
 
+# None; all of them take part; gathered and selected; selected among all latents.
 @pytest.mark.parametrize(
   'n_dead,least,most',
   [(0, 0, 0), (2, 1, AUX), (20, AUX + 1, 4 * AUX), (45, 4 * AUX + 1, F), (F, 4 * AUX + 1, F)],
-)  # none; all of them take part; gathered and selected; selected among all latents
+)
 def test_gradients_equal_dense_autodiff(x64, n_dead, least, most):
   params = random_params(n_dead, jnp.float64)
   x_BD = jnp.asarray(np.random.default_rng(1).standard_normal((B, D)))
@@ -167,9 +166,7 @@ def test_sparse_products_equal_dense_ones_with_repeated_indices(x64):
     sparse.code_gradient(jnp.asarray(idx_BK), jnp.asarray(w_FD), jnp.asarray(g_BD)),
     np.einsum('bkf,fd,bd->bk', hot_BKF, w_FD, g_BD),
   )
-  got = sparse.add_weight_gradients(
-    *(jnp.asarray(a) for a in (enc_FD, dec_FD, idx_BK, dz_BK, x_BD, z_BK, g_BD))
-  )
+  got = sparse.add_weight_gradients(*(jnp.asarray(a) for a in (enc_FD, dec_FD, idx_BK, dz_BK, x_BD, z_BK, g_BD)))
   np.testing.assert_allclose(got[0], enc_FD + np.einsum('bkf,bk,bd->fd', hot_BKF, dz_BK, x_BD))
   np.testing.assert_allclose(got[1], dec_FD + np.einsum('bkf,bk,bd->fd', hot_BKF, z_BK, g_BD))
 

@@ -21,8 +21,16 @@ def write_saev(folder: pathlib.Path, protocol: str, x_BLTD: np.ndarray, changes:
   """A folder by the protocol: files of five examples, the last one made in full and filled in part."""
   width, tokens, examples, budget = KEYS[protocol]
   n, layers, t, d = x_BLTD.shape
-  facts = {width: d, tokens: t - 1, examples: n, budget: 5 * layers * t + 1, 'cls_token': True, 'layers': [3, 11],
-           'dtype': 'float32', 'protocol': protocol}  # fmt: skip
+  facts = {
+    width: d,
+    tokens: t - 1,
+    examples: n,
+    budget: 5 * layers * t + 1,
+    'cls_token': True,
+    'layers': [3, 11],
+    'dtype': 'float32',
+    'protocol': protocol,
+  }
   folder.mkdir()
   (folder / 'metadata.json').write_text(json.dumps(facts | changes))
   shards = []
@@ -39,9 +47,7 @@ def write_saev(folder: pathlib.Path, protocol: str, x_BLTD: np.ndarray, changes:
 def test_layer_of_a_saev_folder(tmp_path, capsys, protocol):
   x_BLTD = np.stack([100 + sequences(), sequences()], axis=1)
   write_saev(tmp_path / 'acts', protocol, x_BLTD, {})
-  train_BD, held_out_BD = imported(
-    tmp_path, capsys, f'--from={tmp_path}/acts:11', '--held_out=9', '--drop_first=1'
-  )
+  train_BD, held_out_BD = imported(tmp_path, capsys, f'--from={tmp_path}/acts:11', '--held_out=9', '--drop_first=1')
   np.testing.assert_array_equal(held_out_BD, x_BLTD[-3:, 1, 1:].reshape(-1, D))
   np.testing.assert_array_equal(train_BD, in_order(x_BLTD[:-3, 1, 1:].reshape(-1, D)))
   names = config.read_store_file(str(tmp_path / 'out'))['provenance']['imported_from']
@@ -51,20 +57,20 @@ def test_layer_of_a_saev_folder(tmp_path, capsys, protocol):
 def test_saev_folders_that_are_not_whole_are_refused(tmp_path, capsys):
   x_BLTD = np.stack([sequences(), sequences()], axis=1)
   for name, changes, reason in (
-    ('which', {}, 'no layer'), ('dtype', {'dtype': 'float16'}, 'with float16 is not known'),
-    ('later', {'protocol': '3.0'}, 'protocol 3.0'), ('count', {'n_ex': 14}, 'metadata.json 14'),
-    ('width', {'d_model': 8}, 'bytes, not'), ('key', {'patches_per_ex': 'x'}, "'x' is not a count"),
-    ('both', {'d_vit': 7}, 'not a folder of saev'), ('nothing', {'layers': []}, 'not a folder of saev'),
-  ):  # fmt: skip
+    ('which', {}, 'no layer'),
+    ('dtype', {'dtype': 'float16'}, 'with float16 is not known'),
+    ('later', {'protocol': '3.0'}, 'protocol 3.0'),
+    ('count', {'n_ex': 14}, 'metadata.json 14'),
+    ('width', {'d_model': 8}, 'bytes, not'),
+    ('key', {'patches_per_ex': 'x'}, "'x' is not a count"),
+    ('both', {'d_vit': 7}, 'not a folder of saev'),
+    ('nothing', {'layers': []}, 'not a folder of saev'),
+  ):
     write_saev(tmp_path / name, '2.0', x_BLTD, changes)
     layer = '' if name == 'which' else ':3'
-    code, _, error = run(
-      capsys, 'import', f'--from={tmp_path}/{name}{layer}', f'--out={tmp_path}/s', '--held_out=5'
-    )
+    code, _, error = run(capsys, 'import', f'--from={tmp_path}/{name}{layer}', f'--out={tmp_path}/s', '--held_out=5')
     assert code == 2 and error.count('\n') == 1 and reason in error, (name, error)
   for text, reason in (('[{"name": "../x", "n_ex": 13}]', 'is not the name'), ('{', 'not a folder of saev')):
     (tmp_path / 'which' / 'shards.json').write_text(text)
-    code, _, error = run(
-      capsys, 'import', f'--from={tmp_path}/which:3', f'--out={tmp_path}/s', '--held_out=5'
-    )
+    code, _, error = run(capsys, 'import', f'--from={tmp_path}/which:3', f'--out={tmp_path}/s', '--held_out=5')
     assert code == 2 and reason in error, error

@@ -39,13 +39,20 @@ def test_same_file_twice_is_refused_however_it_is_named(tmp_path, capsys, monkey
   (tmp_path / 'self.txt').write_text('@self.txt\n')
   monkeypatch.chdir(tmp_path)
   for names, reason in (
-    (['a1.npy', 'a1.npy'], 'a1.npy is named twice'), (['a1.npy', './a1.npy'], 'are one file'),
-    (['a1.npy', 'link.npy'], 'are one file'), (['a*.npy', 'a1*.npy'], 'a1.npy is named twice'),
-    (['@list.txt', 'a2.npy'], 'a2.npy is named twice'), (['a1.npy', 'copy.npy'], 'hold the same bytes'),
-    (['a1.npy', 'a1.safetensors'], 'hold the same rows'), (['a1.npy', 'wide.npy'], 'hold the same rows'),
+    (['a1.npy', 'a1.npy'], 'a1.npy is named twice'),
+    (['a1.npy', './a1.npy'], 'are one file'),
+    (['a1.npy', 'link.npy'], 'are one file'),
+    (['a*.npy', 'a1*.npy'], 'a1.npy is named twice'),
+    (['@list.txt', 'a2.npy'], 'a2.npy is named twice'),
+    (['a1.npy', 'copy.npy'], 'hold the same bytes'),
+    (['a1.npy', 'a1.safetensors'], 'hold the same rows'),
+    (['a1.npy', 'wide.npy'], 'hold the same rows'),
     (['turned.npy', 'a2.npy', 'a1.npy'], 'turned.npy and a1.npy hold the same rows'),
-    (['b*.npy'], 'b*.npy matches no file'), (['@self.txt'], 'names the list @self.txt'), (['.'], "'./*.npy'"), (['@none.txt'], '@none.txt cannot be read'),
-  ):  # fmt: skip
+    (['b*.npy'], 'b*.npy matches no file'),
+    (['@self.txt'], 'names the list @self.txt'),
+    (['.'], "'./*.npy'"),
+    (['@none.txt'], '@none.txt cannot be read'),
+  ):
     code, out, error = run(capsys, 'import', '--from', *names, '--out=s', '--held_out=5')
     assert (code, out, error.count('\n')) == (2, '', 1) and reason in error, (names, error)
     assert not (tmp_path / 's').exists()
@@ -79,10 +86,7 @@ def test_held_out_rows_that_occur_in_training_are_counted_and_warned_of(tmp_path
   store.Store(cell(tmp_path / 's', **{'data.seed': 0}))  # as whatever trains on it does
   assert 'warning: 9 held-out rows' in capsys.readouterr().err
   assert (
-    run(capsys, 'import', f'--from={save(tmp_path, "b.npy", x_BD)}', f'--out={tmp_path}/t', '--held_out=20')[
-      2
-    ]
-    == ''
+    run(capsys, 'import', f'--from={save(tmp_path, "b.npy", x_BD)}', f'--out={tmp_path}/t', '--held_out=20')[2] == ''
   )
 
 
@@ -99,9 +103,7 @@ def test_scale_gives_the_training_rows_mean_norm_one(tmp_path, capsys, size):
   opened = store.Store(cell(tmp_path / 's'))
   assert np.linalg.norm(opened.rows(0, 42), axis=1).mean() == pytest.approx(1, rel=1e-6)
   np.testing.assert_allclose(opened.held_out(0, 11), x_BD[42:] * scale, rtol=1e-6)
-  assert (
-    config.read_store_file(str(tmp_path / 's'))['scale'] == opened.provenance['scale'] == pytest.approx(scale)
-  )
+  assert config.read_store_file(str(tmp_path / 's'))['scale'] == opened.provenance['scale'] == pytest.approx(scale)
 
 
 @pytest.mark.parametrize('size', [1e-3, 1e-5, 50])
@@ -146,9 +148,7 @@ def test_rows_below_the_smallest_float16_are_refused_or_scaled(tmp_path, capsys,
   assert not code or ('float16 loses a share of' in error and 'more than 0.001' in error and 'scale' in error)
 
 
-@pytest.mark.parametrize(
-  'part, name', [(slice(42, 53), 'the 11 held-out'), (slice(0, 42), 'the 42 training')]
-)
+@pytest.mark.parametrize('part, name', [(slice(42, 53), 'the 11 held-out'), (slice(0, 42), 'the 42 training')])
 def test_split_without_variance_is_refused_by_its_name(tmp_path, capsys, part, name):
   x_BD = activations('train')
   x_BD[part] = x_BD[0]
@@ -161,19 +161,16 @@ def test_split_without_variance_is_refused_by_its_name(tmp_path, capsys, part, n
 def test_scale_goes_from_the_store_into_the_autoencoder(tmp_path, capsys):
   """Trained on rows of norm 4,000 by the shared cell, it takes and gives rows of norm 4,000."""
   rng = np.random.default_rng(0)
-  x_BD = (rng.random((900, 61)) < 0.1) @ (4000 * rng.standard_normal((61, 24))) + rng.standard_normal(
-    (900, 24)
-  )
+  x_BD = (rng.random((900, 61)) < 0.1) @ (4000 * rng.standard_normal((61, 24))) + rng.standard_normal((900, 24))
   path = save(tmp_path, 'a.npy', x_BD.astype(np.float32))
   argv = ['import', f'--from={path}', f'--out={tmp_path}/s', '--held_out=101', '--normalize=scale']
   assert run(capsys, *argv)[0] == 0
-  c = config.override(cells.tiny.get_config(), cells.SHARED | {'data.source': 'store', 'data.path': f'{tmp_path}/s',
-                                                              'train.tokens': 780})  # fmt: skip
+  c = config.override(
+    cells.tiny.get_config(), cells.SHARED | {'data.source': 'store', 'data.path': f'{tmp_path}/s', 'train.tokens': 780}
+  )
   assert training.train(config.resolve(c), str(tmp_path / 'cell')) == 'done'
   sae = sae_jax.load(str(tmp_path / 'cell'))
-  assert (
-    sae.info['normalize'] == 'scale' and sae.info['scale'] == config.read_store_file(f'{tmp_path}/s')['scale']
-  )
+  assert sae.info['normalize'] == 'scale' and sae.info['scale'] == config.read_store_file(f'{tmp_path}/s')['scale']
   held_out_BD = x_BD[-101:]
   error = np.square(held_out_BD - sae.reconstruct(held_out_BD)).sum()
   variance = np.square(held_out_BD - held_out_BD.mean(axis=0)).sum()

@@ -99,9 +99,7 @@ def test_states_of_a_folder_without_a_ledger(tmp_path):
   folder = cells.write(str(tmp_path), cells.cell(), finished=False)
   assert read(folder).state == schema.WAITING and read(str(tmp_path / 'nowhere')).state == schema.WAITING
   metrics.record_failure(folder, ValueError('once'))
-  assert (
-    read(folder).state == schema.WAITING and 'attempt 1 of 3 failed: ValueError: once' in read(folder).reason
-  )
+  assert read(folder).state == schema.WAITING and 'attempt 1 of 3 failed: ValueError: once' in read(folder).reason
   metrics.record_failure(folder, UserError('bad value'))
   assert read(folder).state == schema.FAILED and read(folder).attempts == 2
   held = lease.Lease(folder, 1, refresh_s=30, stale_s=90, clock=lambda: 0.0)

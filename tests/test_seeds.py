@@ -32,17 +32,21 @@ def test_seed_noise_is_the_pooled_scatter_within_settings():
 
 def test_seed_noise_uses_only_repeats():
   points = planted()
-  alone = pd.concat(
-    [points.iloc[:4], points.iloc[6::3]]
-  )  # repeats of the first size only; two of its four rows
+  alone = pd.concat([points.iloc[:4], points.iloc[6::3]])  # repeats of the first size only; two of its four rows
   found = law(alone).diagnostics['seed_noise']
   assert found['freedom'] == 2
   assert found['sd_log'] == pytest.approx(np.log(points['nmse'].iloc[:3]).std())
 
 
-@pytest.mark.parametrize('points', [
-  planted().drop(columns='seed'), planted().assign(seed=0), planted(repeats=1), planted().assign(setting=range(33)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  'points',
+  [
+    planted().drop(columns='seed'),
+    planted().assign(seed=0),
+    planted(repeats=1),
+    planted().assign(setting=range(33)),
+  ],
+)
 def test_seed_noise_is_null_without_repeats_of_a_setting(points):
   found = law(points)
   assert found.diagnostics['seed_noise'] is None and 'seed noise' not in found.summary()

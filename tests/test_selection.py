@@ -79,9 +79,7 @@ def test_recall_counts_what_a_lossy_selection_finds(mesh, lossy):
   exact = quality(cell(*mesh, **{'sae.selection': 'exact'}), params)
   found_by_bins = quality(cell(*mesh), params)
   pre_TF = open_source(cell()).held_out(0, TOKENS) @ params['w_enc_FD'].T + params['b_enc_F']
-  found = sum(
-    len(set(np.argsort(-pre_F)[:K].tolist()) & binned_winners(pre_F.tolist(), mesh[1])) for pre_F in pre_TF
-  )
+  found = sum(len(set(np.argsort(-pre_F)[:K].tolist()) & binned_winners(pre_F.tolist(), mesh[1])) for pre_F in pre_TF)
   assert found_by_bins.topk_recall == found / (TOKENS * K) and 0.3 < found_by_bins.topk_recall < 0.99
   # The autoencoder is scored on its exact top k either way.
   assert exact.topk_recall is None and (found_by_bins.nmse, found_by_bins.l0) == (exact.nmse, exact.l0)
@@ -111,12 +109,7 @@ def test_training_takes_the_latents_that_the_selection_finds(chunks, lossy):
   fired_F, active = fires(params, x_BD)
   pre_BF = np.asarray(x_BD @ params['w_enc_FD'].T + params['b_enc_F'][None])
   chosen = [{j for j in binned_winners(pre_F.tolist(), 1) if pre_F[j] > 0} for pre_F in pre_BF]
-  fired = {
-    j
-    for row, pre_F in zip(chosen, pre_BF, strict=True)
-    for j in row
-    if pre_F[j] > config_.sae.fired_threshold
-  }
+  fired = {j for row, pre_F in zip(chosen, pre_BF, strict=True) for j in row if pre_F[j] > config_.sae.fired_threshold}
   assert set(np.flatnonzero(fired_F).tolist()) == fired
   assert int(active) == sum(map(len, chosen))
 

@@ -47,9 +47,7 @@ def run(config_: config.Config, steps: int, dtype):
   state = jax.device_put(fresh, sharding.shardings(mesh, fresh))
   losses = []
   for i in range(steps):
-    x_BD = sharding.place_rows(
-      mesh, (B, D), lambda a, b, i=i: source.rows(i * B + a, i * B + b).astype(dtype)
-    )
+    x_BD = sharding.place_rows(mesh, (B, D), lambda a, b, i=i: source.rows(i * B + a, i * B + b).astype(dtype))
     state, values = step(state, x_BD)
     losses.append({key: float(value) for key, value in values.items()})
   return state, losses
@@ -189,9 +187,7 @@ def test_state_at_rest_is_split_over_both_axes_where_latents_divide():
       'idle_F': jax.ShapeDtypeStruct((latents,), int),
     }
     for tree in (shapes, {'mu': shapes}):
-      flat = jax.tree.map(
-        lambda where, leaf: where.shard_shape(leaf.shape), sharding.shardings(mesh, tree), tree
-      )
+      flat = jax.tree.map(lambda where, leaf: where.shard_shape(leaf.shape), sharding.shardings(mesh, tree), tree)
       assert flat.get('mu', flat) == {'w_dec_FD': (split, D), 'idle_F': (latents // 4,)}
     assert config_.state_is_split == (latents == 88)
 
@@ -208,9 +204,7 @@ def test_step_keeps_state_types_and_traces_once():
       state, _ = step(state, x_BD)
       assert int(state.step) == i + 1
   after = jax.tree.map(lambda a: (jax.typeof(a), a.sharding), state)
-  assert jax.tree.all(
-    jax.tree.map(lambda a, b: a == b, before, after, is_leaf=lambda a: isinstance(a, tuple))
-  )
+  assert jax.tree.all(jax.tree.map(lambda a, b: a == b, before, after, is_leaf=lambda a: isinstance(a, tuple)))
 
 
 def test_decoder_rows_have_unit_norm_after_every_step(float64_runs):
@@ -295,9 +289,11 @@ def test_predicting_the_mean_scores_one():
   config_ = cell(2, 4)
   evaluator = Evaluator(config_, sharding.make_mesh(config_.mesh), open_source(config_))
   params = {
-    'w_enc_FD': np.zeros((F, D), np.float32), 'w_dec_FD': np.ones((F, D), np.float32),
-    'b_enc_F': np.full(F, -1, np.float32), 'b_pre_D': evaluator.mean_D.astype(np.float32),
-  }  # fmt: skip
+    'w_enc_FD': np.zeros((F, D), np.float32),
+    'w_dec_FD': np.ones((F, D), np.float32),
+    'b_enc_F': np.full(F, -1, np.float32),
+    'b_pre_D': evaluator.mean_D.astype(np.float32),
+  }
   quality = evaluator(params)[0]
   assert quality.nmse == pytest.approx(1, abs=1e-6) and quality.l0 == 0
 
@@ -335,7 +331,5 @@ def test_row_chunks_keep_the_product_small_on_a_cpu():
   large = cell(**{'sae.n_latents': 32768, 'train.batch_tokens': 8192, 'train.tokens': 8192})
   chunks = sharding.row_chunks(large, mesh)
   assert 8192 % chunks == 0 and 4 * 8192 * 32768 <= chunks * 2**28 < 2 * 4 * 8192 * 32768
-  stated = cell(
-    **{'sae.n_latents': 32768, 'train.batch_tokens': 8192, 'train.tokens': 8192, 'mesh.row_chunks': 64}
-  )
+  stated = cell(**{'sae.n_latents': 32768, 'train.batch_tokens': 8192, 'train.tokens': 8192, 'mesh.row_chunks': 64})
   assert sharding.row_chunks(stated, mesh) == 64

@@ -31,8 +31,12 @@ def test_read_site_takes_every_kind_of_key(tmp_path):
   )
   site = slurm.read_site(str(tmp_path / 'site.toml'))
   assert (site.partition, site.tasks_per_node, site.setup, site.sbatch, site.env) == (
-    'gpu', 8, ('module load cuda',), ('--exclusive',), {'A': 'b c'},
-  )  # fmt: skip
+    'gpu',
+    8,
+    ('module load cuda',),
+    ('--exclusive',),
+    {'A': 'b c'},
+  )
   assert slurm.read_site(None) == slurm.Site()
 
 
@@ -106,9 +110,7 @@ def end(folder, codes, restarts=0, **asked):
   (folder / 'requeued').unlink(missing_ok=True)
   done = subprocess.run(['bash', '-s'], input=script, env=env, capture_output=True, text=True)
   assert f'run {restarts} on n1 ended with exit code {done.returncode}' in done.stdout, done.stderr
-  return done.returncode, (folder / 'requeued').exists() and (
-    folder / 'requeued'
-  ).read_text() == 'requeue 7\n'
+  return done.returncode, (folder / 'requeued').exists() and (folder / 'requeued').read_text() == 'requeue 7\n'
 
 
 @pytest.mark.parametrize(
@@ -157,9 +159,19 @@ def test_script_asks_for_what_job_and_site_say(fake):
   lines = executor.script(bash('j', '', hosts=2, processes_per_host=8, grace_s=60)).splitlines()
   asked = {line.removeprefix('#SBATCH --') for line in lines if line.startswith('#SBATCH --')}
   assert asked >= {
-    'job-name=sae-j', 'dependency=singleton', 'nodes=2', 'ntasks-per-node=8', 'signal=TERM@60', 'requeue',
-    'open-mode=append', 'partition=gpu', 'gres=gpu:8', 'cpus-per-task=4', 'time=1-0', 'exclusive',
-  }  # fmt: skip
+    'job-name=sae-j',
+    'dependency=singleton',
+    'nodes=2',
+    'ntasks-per-node=8',
+    'signal=TERM@60',
+    'requeue',
+    'open-mode=append',
+    'partition=gpu',
+    'gres=gpu:8',
+    'cpus-per-task=4',
+    'time=1-0',
+    'exclusive',
+  }
   assert not any(line.startswith(('account', 'qos', 'mem')) for line in asked)
   (step,) = [line for line in lines if line.startswith('srun ')]
   assert '--kill-on-bad-exit=1 --cpus-per-task=4 --label ' in step
@@ -176,8 +188,14 @@ def test_states_come_from_the_queue_by_name(fake):
   )
   executor = slurm.Slurm(slurm.Site(), fake, 'sae-')
   assert executor.states(['a', 'b', 'c', 'd', 'e', 'f g', 'other-e']) == {
-    'a': 'running', 'b': 'pending', 'c': 'running', 'd': 'gone', 'e': 'gone', 'f g': 'running', 'other-e': 'gone',
-  }  # fmt: skip
+    'a': 'running',
+    'b': 'pending',
+    'c': 'running',
+    'd': 'gone',
+    'e': 'gone',
+    'f g': 'running',
+    'other-e': 'gone',
+  }
 
 
 def test_submit_sends_a_job_only_when_none_of_that_id_is_alive(fake, monkeypatch):
@@ -206,9 +224,7 @@ def test_a_controller_that_answered_before_is_given_time(fake, monkeypatch):
   monkeypatch.setattr(slurm, '_WAITS_S', (0, 0))
   executor = slurm.Slurm(slurm.Site(), fake, 'sae-')
   flaky = '#!/bin/bash\nn=$(cat calls 2>/dev/null || echo 0); echo $((n + 1)) > calls\n'
-  (fake / 'squeue').write_text(
-    flaky + '[ $n = 1 ] || [ $n = 2 ] && { echo no answer >&2; exit 1; }; exit 0\n'
-  )
+  (fake / 'squeue').write_text(flaky + '[ $n = 1 ] || [ $n = 2 ] && { echo no answer >&2; exit 1; }; exit 0\n')
   assert executor.states(['a']) == executor.states(['a']) == {'a': 'gone'}
   (fake / 'calls').write_text('1')
   with pytest.raises(UserError, match='squeue refused: no answer'):

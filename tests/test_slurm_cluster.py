@@ -86,9 +86,7 @@ def logs(folder):
 
 def queue(cluster):
   """Every job Slurm remembers, with its number of restarts."""
-  return [
-    line.split() for line in cluster.call('squeue', '-h', '--states=all', '-o', '%i %j %T').splitlines()
-  ]
+  return [line.split() for line in cluster.call('squeue', '-h', '--states=all', '-o', '%i %j %T').splitlines()]
 
 
 # ----- what Slurm does with jobs, shown by jobs that only sleep and exit
@@ -100,9 +98,7 @@ def small_jobs(cluster, tmp_path_factory):
   folder = tmp_path_factory.mktemp("it's 100 % odd")
   sleep = 'echo start >> "$1"; sleep 1; echo stop >> "$1"'
   told = 'import os, signal, sys, time\nif os.environ.get("SLURM_RESTART_COUNT"): sys.exit(0)\n'
-  told += (
-    'signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))\nopen(sys.argv[1], "w").close()\ntime.sleep(50)'
-  )
+  told += 'signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))\nopen(sys.argv[1], "w").close()\ntime.sleep(50)'
   jobs = [
     Job('again', ('bash', '-c', 'exit 42'), max_restarts=1),
     Job('bug', ('bash', '-c', '[ $SLURM_PROCID = 0 ] && exit 1; sleep 60'), hosts=2),
@@ -153,8 +149,7 @@ def test_a_cancelled_job_saves_and_is_not_requeued(small_jobs):
 def results(folder):
   store = ledger.Ledger(str(folder / 'ledger'))
   return {
-    cell.id: json.loads((pathlib.Path(store.folder(cell.id)) / schema.RESULT).read_text())
-    for cell in store.cells()
+    cell.id: json.loads((pathlib.Path(store.folder(cell.id)) / schema.RESULT).read_text()) for cell in store.cells()
   }
 
 
@@ -206,18 +201,14 @@ class Gang:
     assert self.engine.states([self.cell.id]) == {self.cell.id: 'running'}
 
   def saved(self):
-    return [
-      int(p.name) for p in pathlib.Path(self.store.folder(self.cell.id)).glob('ckpt/*') if p.name.isdigit()
-    ]
+    return [int(p.name) for p in pathlib.Path(self.store.folder(self.cell.id)).glob('ckpt/*') if p.name.isdigit()]
 
   def nodes(self):
     listing = self.cluster.call('squeue', '-h', '--states=running', '-o', '%N')
     return self.cluster.call('scontrol', 'show', 'hostnames', listing.strip()).split()
 
   def restarts(self):
-    return int(
-      self.cluster.call('squeue', '-h', '-O', 'RestartCnt', '--states=all', '--name', self.name).split()[-1]
-    )
+    return int(self.cluster.call('squeue', '-h', '-O', 'RestartCnt', '--states=all', '--name', self.name).split()[-1])
 
   def finish(self):
     code, said = finish(self.command)

@@ -31,9 +31,13 @@ def test_solver_finds_the_optimum_of_a_variable_projection(gao):
 
   def projected(outer_4):
     inner = optimize.least_squares(
-      lambda a: solve.at(laws.JOINT_NK, full(outer_4, a), u_NQ, v_N)[0], warm_2,
-      lambda a: solve.at(laws.JOINT_NK, full(outer_4, a), u_NQ, v_N)[1][:, amplitudes], xtol=1e-14, ftol=1e-14, gtol=1e-14,
-    )  # fmt: skip
+      lambda a: solve.at(laws.JOINT_NK, full(outer_4, a), u_NQ, v_N)[0],
+      warm_2,
+      lambda a: solve.at(laws.JOINT_NK, full(outer_4, a), u_NQ, v_N)[1][:, amplitudes],
+      xtol=1e-14,
+      ftol=1e-14,
+      gtol=1e-14,
+    )
     return inner.fun
 
   reference = optimize.least_squares(
@@ -62,7 +66,5 @@ def test_narrow_curved_valley_takes_few_steps(monkeypatch):
   n_N = np.geomspace(1024, 32768, 6)
   v_N = np.log((0.24 + 0.85 * n_N**-0.069) * np.exp(0.001 * np.random.default_rng(0).normal(size=6)))
   law = laws.LAWS['power']
-  _, _, agree, _ = solve.estimate(
-    law, np.log(n_N)[:, None], v_N, np.ones(6), np.inf, np.random.default_rng(0)
-  )
+  _, _, agree, _ = solve.estimate(law, np.log(n_N)[:, None], v_N, np.ones(6), np.inf, np.random.default_rng(0))
   assert agree == 1

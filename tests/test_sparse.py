@@ -75,9 +75,7 @@ def products(c: dict[str, np.ndarray], slots: int | None = None) -> dict[str, ja
   """All products in one program, with `slots` traced."""
 
   def run(c, slots):
-    enc, dec = sparse.add_weight_gradients(
-      c['enc'], c['dec'], c['idx'], c['dz'], c['x'], c['z'], c['g'], slots
-    )
+    enc, dec = sparse.add_weight_gradients(c['enc'], c['dec'], c['idx'], c['dz'], c['x'], c['z'], c['g'], slots)
     return {
       'decode': sparse.decode(c['z'], c['idx'], c['w'], slots),
       'code_gradient': sparse.code_gradient(c['idx'], c['w'], c['g'], slots),

@@ -101,9 +101,7 @@ def sharded_step(mesh: Mesh, n_latents: int, width: int, k: int, batch: int, sel
 
   layouts = sharding.layouts(sae.shapes(n_latents, width))
   specs = (layouts, P('latent'), sharding.BATCH, P())
-  mapped = jax.shard_map(
-    step, mesh=mesh, in_specs=specs, out_specs=(layouts, P('latent'), P()), check_vma=False
-  )
+  mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(layouts, P('latent'), P()), check_vma=False)
   arrays = (
     {
       'w_enc_FD': (n_latents, width),
@@ -132,9 +130,7 @@ def test_the_sharded_step_lowers_for_cuda_with_kernels():
   mesh = jax.make_mesh((2, 4), ('data', 'latent'), axis_types=(AxisType.Auto,) * 2)
   step, args = sharded_step(mesh, 512, 31, 4, batch=22)
   text = step.trace(*args).lower(lowering_platforms=('cuda',)).as_text()
-  assert (
-    text.count(KERNEL) == 10
-  )  # AuxK and the main part each: decode, code gradient, two of a weight gradient, sums
+  assert text.count(KERNEL) == 10  # AuxK and the main part each: decode, code gradient, two of a weight gradient, sums
   # Integers, as of the fired mask, have exact sums in any order; floats have not, unless no row is written twice.
   scatters = re.findall(r'stablehlo\.scatter"(.*?)\^bb0\(%\w+: tensor<(\w+)>', text, re.DOTALL)
   assert {kind for _, kind in scatters} == {'i8', 'i32', 'f32'}
@@ -157,7 +153,5 @@ def test_the_sharded_step_compiles_for_tpu(topology, selection):
   compiled = step.lower(*args).compile()
   assert 'dense' in sparse.describe('tpu', 67, 1031, 129, 5)
   assert 'convolution' in compiled.as_text()
-  assert ('PartialReduce' in compiled.as_text()) == (
-    selection == 'approximate'
-  )  # what XLA makes of approx_max_k
+  assert ('PartialReduce' in compiled.as_text()) == (selection == 'approximate')  # what XLA makes of approx_max_k
   assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20

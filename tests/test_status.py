@@ -35,9 +35,7 @@ def test_status_shows_counts_progress_and_reasons(store, capsys):
   failed_id = store.cells()[1].id
   log = pathlib.Path(store.path) / 'logs' / 'worker-0.log'
   log.parent.mkdir()
-  log.write_text(
-    f'cell {failed_id} k=3: starts\nlast \x1b[2J words\n\ncell 0123456789ab k=9: starts\nof another\n'
-  )
+  log.write_text(f'cell {failed_id} k=3: starts\nlast \x1b[2J words\n\ncell 0123456789ab k=9: starts\nof another\n')
   assert run(status.main, f'--ledger={store.path}') == 0
   head, names, *rows = capsys.readouterr().out.splitlines()
   assert head.startswith('sweep primes: 1 done, 1 running, 1 failed, 1 waiting, ') and ' left ' in head
@@ -89,9 +87,7 @@ def test_screen_holds_what_fits():
 def test_status_json_has_the_same(store, capsys):
   assert run(status.main, f'--ledger={store.path}', '--json') == 0
   found = json.loads(capsys.readouterr().out)
-  assert found['counts'] == dict.fromkeys(schema.STATES, 0) | dict.fromkeys(
-    ('done', 'running', 'failed', 'waiting'), 1
-  )
+  assert found['counts'] == dict.fromkeys(schema.STATES, 0) | dict.fromkeys(('done', 'running', 'failed', 'waiting'), 1)
   assert [c['overrides'] for c in found['cells']] == [{'sae.k': k} for k in (2, 3, 5, 7)]
   assert [c.get('left_s') for c in found['cells']] == [None, None, 2.0 * 193, None]
   assert [c.get('nmse') for c in found['cells']] == [0.125, None, 0.5, None]

@@ -15,9 +15,17 @@ from sae_jax.errors import UserError
 
 D, BLOCK_WINDOWS, WINDOW, TRAIN, HELD_OUT = 7, 3, 6, 53, 19  # 15 tokens a block: 4 blocks and 2
 SETTINGS = {
-  'subject': 'toy', 'site': 'resid_post.1', 'text': 'none', 'normalize': 'center_unit', 'window_tokens': WINDOW,
-  'block_windows': BLOCK_WINDOWS, 'store_tokens': TRAIN, 'held_out_tokens': HELD_OUT, 'dtype': 'float32', 'seed': 2,
-}  # fmt: skip
+  'subject': 'toy',
+  'site': 'resid_post.1',
+  'text': 'none',
+  'normalize': 'center_unit',
+  'window_tokens': WINDOW,
+  'block_windows': BLOCK_WINDOWS,
+  'store_tokens': TRAIN,
+  'held_out_tokens': HELD_OUT,
+  'dtype': 'float32',
+  'seed': 2,
+}
 
 
 def activations(name: str) -> np.ndarray:
@@ -55,9 +63,15 @@ def write_store(path, **changes) -> dict:
 
 def cell(path, **changes) -> config.Config:
   flat = {
-    'sae.n_latents': 8, 'sae.k': 2, 'data.path': str(path), 'data.seed': 2, 'train.batch_tokens': 4,
-    'train.tokens': 8, 'eval.tokens': 4, 'eval.batch_tokens': 2,
-  }  # fmt: skip
+    'sae.n_latents': 8,
+    'sae.k': 2,
+    'data.path': str(path),
+    'data.seed': 2,
+    'train.batch_tokens': 4,
+    'train.tokens': 8,
+    'eval.tokens': 4,
+    'eval.batch_tokens': 2,
+  }
   return config.resolve(config.override(config.template(), flat | changes))
 
 
@@ -262,12 +276,8 @@ def test_store_of_rows_that_are_all_alike_is_never_finished(tmp_path, name):
   for array, stream in writer.streams.items():
     for block in range(stream.blocks):
       x_BD = activations(array)[block * 15 : block * 15 + 15]
-      writer.write(
-        array, block, np.broadcast_to(activations('train')[0], x_BD.shape) if array == name else x_BD
-      )
-  with pytest.raises(
-    UserError, match=f'the {writer.streams[name].tokens} {name} rows have variance .*must vary'
-  ):
+      writer.write(array, block, np.broadcast_to(activations('train')[0], x_BD.shape) if array == name else x_BD)
+  with pytest.raises(UserError, match=f'the {writer.streams[name].tokens} {name} rows have variance .*must vary'):
     writer.finish()
 
 
@@ -288,9 +298,7 @@ def test_scale_is_recorded_applied_to_both_splits_and_handed_on(tmp_path):
 
 
 def test_store_without_a_scale_means_one_and_a_changed_scale_is_refused(copy, tmp_path):
-  assert (
-    'scale' not in config.read_store_file(str(copy)) and 'scale' not in store.Store(cell(copy)).provenance
-  )
+  assert 'scale' not in config.read_store_file(str(copy)) and 'scale' not in store.Store(cell(copy)).provenance
   write_store(tmp_path / 's', scale=0.25, normalize='scale')
   for change in ({'scale': 0.5}, {'scale': None}):
     whole = json.loads((tmp_path / 's' / schema.STORE).read_text())
@@ -355,7 +363,9 @@ def test_another_width_is_refused(pristine):
 
 @pytest.mark.parametrize('key,value', [('site', 'resid_post.2'), ('subject', 'other'), ('store_tokens', 54)])
 def test_setting_that_the_store_has_otherwise_is_refused_with_what_counts(pristine, key, value):
-  words = f'data.{key}={value!r} but the store at .* has {SETTINGS[key]!r}, and what is in the store is what counts; drop'
+  words = (
+    f'data.{key}={value!r} but the store at .* has {SETTINGS[key]!r}, and what is in the store is what counts; drop'
+  )
   with pytest.raises(UserError, match=words):
     cell(pristine, **{f'data.{key}': value})
   assert getattr(cell(pristine, **{f'data.{key}': SETTINGS[key]}).data, key) == SETTINGS[key]
@@ -373,11 +383,21 @@ def test_store_replaced_after_the_cell_was_made_is_refused(tmp_path):
 @pytest.mark.parametrize(
   'key,value',
   [
-    ('tokens', 106), ('tokens', '53'), ('tokens', -1), ('block_tokens', 0), ('d_model', 8), ('blocks', {}),
-    ('blocks', {'train': ['x'] * 4, 'held_out': ['y'] * 2}), ('schema', 2), ('provenance', []), ('config', None),
-    ('subject_flops_per_token', 'many'), pytest.param('subject_flops_per_token', 10**400, id='vast'), ('subject_flops_per_token', float('inf')),
+    ('tokens', 106),
+    ('tokens', '53'),
+    ('tokens', -1),
+    ('block_tokens', 0),
+    ('d_model', 8),
+    ('blocks', {}),
+    ('blocks', {'train': ['x'] * 4, 'held_out': ['y'] * 2}),
+    ('schema', 2),
+    ('provenance', []),
+    ('config', None),
+    ('subject_flops_per_token', 'many'),
+    pytest.param('subject_flops_per_token', 10**400, id='vast'),
+    ('subject_flops_per_token', float('inf')),
   ],
-)  # fmt: skip
+)
 def test_edited_store_file_is_refused(copy, key, value):
   meta = json.loads((copy / 'store.json').read_text())
   (copy / 'store.json').write_text(json.dumps(meta | {key: value}))
@@ -388,10 +408,7 @@ def test_edited_store_file_is_refused(copy, key, value):
 @pytest.mark.parametrize('name', ['statistics', 'provenance', 'subject_flops_per_token'])
 def test_changed_fact_outside_the_identity_is_refused(copy, name):
   meta = json.loads((copy / 'store.json').read_text())
-  assert (
-    meta['identity'] == store_writer.identity(meta)
-    and store_writer.identity(meta | {name: 0}) == meta['identity']
-  )
+  assert meta['identity'] == store_writer.identity(meta) and store_writer.identity(meta | {name: 0}) == meta['identity']
   meta[name] = {'subject_flops_per_token': 12.0}.get(name, {'train': {'mean': [0.0] * D}})
   (copy / 'store.json').write_text(json.dumps(meta))
   for read in (config.read_store_file, store.read_meta):
@@ -441,9 +458,16 @@ def test_store_that_claims_more_than_the_disk_holds_takes_no_memory(copy):
     array.read(0)
 
 
-@pytest.mark.parametrize('harm', [lambda m: m['config'].update(seed='2'), lambda m: m['config'].update(more=1),
-                                  lambda m: m['config'].pop('site'), lambda m: m.update(tokens=1e9),
-                                  lambda m: m.update(tokens=10**400)])  # fmt: skip
+@pytest.mark.parametrize(
+  'harm',
+  [
+    lambda m: m['config'].update(seed='2'),
+    lambda m: m['config'].update(more=1),
+    lambda m: m['config'].pop('site'),
+    lambda m: m.update(tokens=1e9),
+    lambda m: m.update(tokens=10**400),
+  ],
+)
 def test_old_store_file_with_wrong_types_is_one_line_for_whoever_makes_cells(copy, harm):
   meta = schema.content(json.loads((copy / 'store.json').read_text())) | {'schema': 1}
   harm(meta)
@@ -457,8 +481,7 @@ def test_old_store_file_with_wrong_types_is_one_line_for_whoever_makes_cells(cop
 def test_changed_journal_is_not_believed(tmp_path, changed):
   fill(open_writer(tmp_path), 3)
   first, second, plan = (
-    tmp_path / name
-    for name in ('journal-train-000000.json', 'journal-train-000001.json', 'journal-plan.json')
+    tmp_path / name for name in ('journal-train-000000.json', 'journal-train-000001.json', 'journal-plan.json')
   )
   if changed == 'statistics':
     second.write_text(json.dumps(json.loads(second.read_text()) | {'zero_tokens': 7}))

@@ -25,8 +25,18 @@ def test_import_of_npy_files_keeps_every_row(tmp_path, capsys):
   x_BD = activations('train')
   np.save(tmp_path / 'a.npy', x_BD[:20].astype(np.float64))
   np.save(tmp_path / 'b.npy', x_BD[20:])
-  argv = ['import', '--from', f'{tmp_path}/a.npy', f'{tmp_path}/b.npy', f'--out={tmp_path}/s', '--held_out=11',
-          '--dtype=float32', '--block_tokens=8', '--normalize=none', '--seed=2']  # fmt: skip
+  argv = [
+    'import',
+    '--from',
+    f'{tmp_path}/a.npy',
+    f'{tmp_path}/b.npy',
+    f'--out={tmp_path}/s',
+    '--held_out=11',
+    '--dtype=float32',
+    '--block_tokens=8',
+    '--normalize=none',
+    '--seed=2',
+  ]
   code, out, _ = run(capsys, *argv)
   assert code == 0
   assert '42 training and 11 held-out tokens of width 7' in out
@@ -80,12 +90,22 @@ def hostile_files(folder) -> dict[str, str]:
   bad_row, constant, infinite = good.copy(), good.copy(), good.astype(np.float64)
   bad_row[31, 2], constant[44], infinite[7, 0] = np.nan, 1.5, 1e300
   arrays = {
-    'nan': bad_row, 'constant': constant, 'infinite': infinite, 'flat': good.ravel(),
-    'cube': good.reshape(1, TRAIN, D), 'cubes': good.reshape(1, 1, TRAIN, D), 'gap': good[:, None, :0], 'bfloat16': good.astype(ml_dtypes.bfloat16),
-    'float8': good.astype(ml_dtypes.float8_e4m3fn), 'underflow': 1e-50 * good.astype(np.float64),
-    'empty': good[:0], 'narrow': good[:, :0], 'integers': good.astype(np.int32), 'complex': good.astype(complex),
+    'nan': bad_row,
+    'constant': constant,
+    'infinite': infinite,
+    'flat': good.ravel(),
+    'cube': good.reshape(1, TRAIN, D),
+    'cubes': good.reshape(1, 1, TRAIN, D),
+    'gap': good[:, None, :0],
+    'bfloat16': good.astype(ml_dtypes.bfloat16),
+    'float8': good.astype(ml_dtypes.float8_e4m3fn),
+    'underflow': 1e-50 * good.astype(np.float64),
+    'empty': good[:0],
+    'narrow': good[:, :0],
+    'integers': good.astype(np.int32),
+    'complex': good.astype(complex),
     'records': np.zeros(3, [('a', 'f4')]),
-  }  # fmt: skip
+  }
   for name, array in arrays.items():
     np.save(folder / f'{name}.npy', array, allow_pickle=True)
   data = (folder / 'constant.npy').read_bytes()
@@ -93,9 +113,7 @@ def hostile_files(folder) -> dict[str, str]:
   (folder / 'nothing.npy').write_bytes(b'')
   for name, shape in (('vast', f'({2**40}, {2**40})'), ('beyond', f'({10**30}, 7)'), ('true', '(True, 7)')):
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
-    (folder / f'{name}.npy').write_bytes(
-      b'\x93NUMPY\x01\x00' + len(header).to_bytes(2, 'little') + header + b'\0' * 28
-    )
+    (folder / f'{name}.npy').write_bytes(b'\x93NUMPY\x01\x00' + len(header).to_bytes(2, 'little') + header + b'\0' * 28)
   for name, shape in (
     ('brackets', '(' * 400 + '3,' + ')' * 400),
     ('parentheses', '(' * 5000 + '3,' + ')' * 5000),
@@ -113,20 +131,40 @@ def hostile_files(folder) -> dict[str, str]:
   safetensors.numpy.save_file({'a': good.astype(np.int32)}, folder / 'integers.safetensors')
   safetensors.numpy.save_file({'a': good[:0]}, folder / 'empty.safetensors')
   return {
-    'nan.npy': 'row 31 holds NaN', 'constant.npy': 'row 44 is constant', 'infinite.npy': 'row 7 holds NaN or inf',
+    'nan.npy': 'row 31 holds NaN',
+    'constant.npy': 'row 44 is constant',
+    'infinite.npy': 'row 7 holds NaN or inf',
     'flat.npy': 'shape (371,)',
-    'cube.npy': 'takes every sequence', 'cubes.npy': 'shape (1, 1, 53, 7)', 'gap.npy': 'shape (53, 1, 0)',
-    'bfloat16.npy': 'holds |V2: two-byte values', 'float8.npy': 'holds |V1: bytes without a type',
-    'underflow.npy': 'float32 loses a share of 1 of', 'empty.npy': 'shape (0, 7)',
-    'narrow.npy': 'shape (53, 0)', 'integers.npy': 'int32', 'complex.npy': 'complex128', 
-    'records.npy': 'float32', 'cut.npy': 'not a plain', 'nothing.npy': 'not a plain',
-    'vast.npy': 'not a plain', 'beyond.npy': 'not a plain', 'true.npy': 'not a plain', 'badzip.npy': 'not a plain',
-    'brackets.npy': 'not a plain', 'parentheses.npy': 'its header has', 'gigabytes.npy': 'its header has 4294967295',
-    'gigabytes.safetensors': 'its header has 8589934592', 'brackets.safetensors': 'nested too deeply',
-    'text.csv': 'is none of', 'noise.safetensors': 'not a safetensors',
-    'outside.safetensors': 'not a safetensors', 'integers.safetensors': 'I32', 'empty.safetensors': 'shape (0, 7)',
-    'missing.npy': 'does not exist', 'missing.safetensors': 'does not exist',
-  }  # fmt: skip
+    'cube.npy': 'takes every sequence',
+    'cubes.npy': 'shape (1, 1, 53, 7)',
+    'gap.npy': 'shape (53, 1, 0)',
+    'bfloat16.npy': 'holds |V2: two-byte values',
+    'float8.npy': 'holds |V1: bytes without a type',
+    'underflow.npy': 'float32 loses a share of 1 of',
+    'empty.npy': 'shape (0, 7)',
+    'narrow.npy': 'shape (53, 0)',
+    'integers.npy': 'int32',
+    'complex.npy': 'complex128',
+    'records.npy': 'float32',
+    'cut.npy': 'not a plain',
+    'nothing.npy': 'not a plain',
+    'vast.npy': 'not a plain',
+    'beyond.npy': 'not a plain',
+    'true.npy': 'not a plain',
+    'badzip.npy': 'not a plain',
+    'brackets.npy': 'not a plain',
+    'parentheses.npy': 'its header has',
+    'gigabytes.npy': 'its header has 4294967295',
+    'gigabytes.safetensors': 'its header has 8589934592',
+    'brackets.safetensors': 'nested too deeply',
+    'text.csv': 'is none of',
+    'noise.safetensors': 'not a safetensors',
+    'outside.safetensors': 'not a safetensors',
+    'integers.safetensors': 'I32',
+    'empty.safetensors': 'shape (0, 7)',
+    'missing.npy': 'does not exist',
+    'missing.safetensors': 'does not exist',
+  }
 
 
 def test_import_of_hostile_files_is_one_line(tmp_path, capsys):
@@ -145,10 +183,12 @@ def test_import_of_numbers_out_of_range_is_one_line(tmp_path, capsys):
   np.save(tmp_path / 'b.npy', activations('train')[:, :3])
   base = ['import', f'--out={tmp_path}/s', f'--from={tmp_path}/a.npy']
   for more, reason in (
-    (['--held_out=53'], 'held_out=53'), (['--held_out=1'], 'held_out=1'),
-    (['--held_out=5', '--block_tokens=0'], 'block_tokens=0'), (['--held_out=5', '--seed=-1'], 'seed=-1'),
+    (['--held_out=53'], 'held_out=53'),
+    (['--held_out=1'], 'held_out=1'),
+    (['--held_out=5', '--block_tokens=0'], 'block_tokens=0'),
+    (['--held_out=5', '--seed=-1'], 'seed=-1'),
     (['--held_out=5', '--from', f'{tmp_path}/a.npy', f'{tmp_path}/b.npy'], 'widths [3, 7]'),
-  ):  # fmt: skip
+  ):
     code, _, error = run(capsys, *base, *more)
     assert (code, error.count('\n')) == (2, 1)
     assert reason in error
@@ -186,11 +226,14 @@ def test_store_begun_with_another_default_of_the_block_goes_on(tmp_path, capsys,
 
 def test_default_block_is_64_mib_at_most(tmp_path, monkeypatch):
   asked = {}
-  monkeypatch.setattr(
-    store_writer, 'finished', lambda out, settings, came_from: asked.update(settings) or True
-  )
-  for width, dtype, want in ((8, 'float16', 32_768), (1024, 'float16', 32_768), (4096, 'float16', 8192),
-                             (4096, 'float32', 4096), (40_000_000, 'float32', 1)):  # fmt: skip
+  monkeypatch.setattr(store_writer, 'finished', lambda out, settings, came_from: asked.update(settings) or True)
+  for width, dtype, want in (
+    (8, 'float16', 32_768),
+    (1024, 'float16', 32_768),
+    (4096, 'float16', 8192),
+    (4096, 'float32', 4096),
+    (40_000_000, 'float32', 1),
+  ):
     path = tmp_path / 'a.npy'
     np.lib.format.open_memmap(path, 'w+', np.float16, (3, width))
     monkeypatch.setattr(store_import.inputs, 'digests', lambda sources: [])

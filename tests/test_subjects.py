@@ -29,9 +29,17 @@ Engineers who study coastal erosion distinguish between two kinds of damage. The
 PROSE_SHA256 = '528a046476f62ddc7c1c7716b5107d5f409f1bed1aca6fef21ca85b7fe246113'
 
 TOY = llama.Arch(
-  d_model=12, n_layers=3, n_heads=6, n_kv_heads=2, d_head=2, d_ffn=7, vocabulary=11, context=32, rope_base=50.0,
+  d_model=12,
+  n_layers=3,
+  n_heads=6,
+  n_kv_heads=2,
+  d_head=2,
+  d_ffn=7,
+  vocabulary=11,
+  context=32,
+  rope_base=50.0,
   norm_eps=1e-5,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope='module')
@@ -64,10 +72,7 @@ def reference_residual(arch: llama.Arch, params: dict, ids_T, layer: int) -> np.
 
   x_TD = p['embedding'][ids_T]
   for i in range(layer + 1):
-    heads = [
-      np.split(norm(x, p['attention_norm'][i]) @ p['qkv'][i], arch.n_heads + 2 * arch.n_kv_heads)
-      for x in x_TD
-    ]
+    heads = [np.split(norm(x, p['attention_norm'][i]) @ p['qkv'][i], arch.n_heads + 2 * arch.n_kv_heads) for x in x_TD]
     out_TD = []
     for t, x in enumerate(x_TD):
       parts = []
@@ -111,12 +116,8 @@ def test_residual_is_causal():
 
 def test_residual_needs_only_the_layers_before_the_site():
   params, ids_BT = toy_params(), np.arange(6).reshape(2, 3)
-  truncated = {
-    key: value[:2] if key not in ('embedding', 'final_norm') else value for key, value in params.items()
-  }
-  np.testing.assert_array_equal(
-    llama.residual(TOY, truncated, ids_BT, 1), llama.residual(TOY, params, ids_BT, 1)
-  )
+  truncated = {key: value[:2] if key not in ('embedding', 'final_norm') else value for key, value in params.items()}
+  np.testing.assert_array_equal(llama.residual(TOY, truncated, ids_BT, 1), llama.residual(TOY, params, ids_BT, 1))
   with pytest.raises(ValueError, match='2 layers loaded'):
     llama.residual(TOY, truncated, ids_BT, 2)
   with pytest.raises(ValueError, match='all 3 layers'):
@@ -183,9 +184,7 @@ def test_smollm2_text_that_looks_like_a_control_token_is_text(model):
   assert model.tokenizer.decode(ids) == '<|im_start|>x'
 
 
-@pytest.mark.parametrize(
-  'site', ['resid_post.30', 'resid_post.-1', 'resid_post.01', 'resid_post', 'mlp_out.3', '']
-)
+@pytest.mark.parametrize('site', ['resid_post.30', 'resid_post.-1', 'resid_post.01', 'resid_post', 'mlp_out.3', ''])
 def test_site_unknown_is_refused_with_the_range(site):
   with pytest.raises(UserError, match=r'resid_post\.0 to resid_post\.29'):
     layer_of(site, 30)
@@ -223,9 +222,7 @@ def test_text_hash_sees_names_and_borders():
   assert len(set(hashes)) == 4
 
 
-def write_gguf(
-  path, arch: llama.Arch, params: dict, skip: str = '', architecture: str = 'llama', pre='smollm'
-) -> None:
+def write_gguf(path, arch: llama.Arch, params: dict, skip: str = '', architecture: str = 'llama', pre='smollm') -> None:
   """A tiny float32 file, laid out as llama.cpp writes it."""
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_block_count(arch.n_layers)
@@ -251,11 +248,16 @@ def write_gguf(
     q, k, v = np.split(params['qkv'][i].T, [n, n + kv])
     gate, up = np.split(params['gate_up'][i].T, 2)
     tensors |= {
-      f'blk.{i}.attn_q': interleave(q, arch.n_heads), f'blk.{i}.attn_k': interleave(k, arch.n_kv_heads),
-      f'blk.{i}.attn_v': v, f'blk.{i}.attn_output': params['attention_out'][i].T, f'blk.{i}.ffn_gate': gate,
-      f'blk.{i}.ffn_up': up, f'blk.{i}.ffn_down': params['down'][i].T,
-      f'blk.{i}.attn_norm': params['attention_norm'][i], f'blk.{i}.ffn_norm': params['ffn_norm'][i],
-    }  # fmt: skip
+      f'blk.{i}.attn_q': interleave(q, arch.n_heads),
+      f'blk.{i}.attn_k': interleave(k, arch.n_kv_heads),
+      f'blk.{i}.attn_v': v,
+      f'blk.{i}.attn_output': params['attention_out'][i].T,
+      f'blk.{i}.ffn_gate': gate,
+      f'blk.{i}.ffn_up': up,
+      f'blk.{i}.ffn_down': params['down'][i].T,
+      f'blk.{i}.attn_norm': params['attention_norm'][i],
+      f'blk.{i}.ffn_norm': params['ffn_norm'][i],
+    }
   for name, value in tensors.items():
     if name != skip:
       writer.add_tensor(f'{name}.weight', np.ascontiguousarray(value))

@@ -30,7 +30,7 @@ from analysis import (
   predict,
   survey,
   table,
-)  # fmt: skip
+)
 from sae_jax import artifact, checks, sae
 from sae_jax.errors import UserError
 from tests import planted_ledger
@@ -65,9 +65,7 @@ def public() -> dict[str, Callable[..., Any]]:
     for name, value in vars(owner).items():
       if inspect.isfunction(value) and name[0] != '_' and len(inspect.signature(value).parameters) > 1:
         found[f'{owner.__name__}.{name}'] = value
-  return {
-    name: value for name, value in found.items() if name not in NOT_INPUT and not name.endswith('.main')
-  }
+  return {name: value for name, value in found.items() if name not in NOT_INPUT and not name.endswith('.main')}
 
 
 PUBLIC = public()
@@ -149,9 +147,10 @@ def _describe(value: Any, good: Any) -> str:
   if not isinstance(good, Table) or not isinstance(value, pd.DataFrame):
     return checks.shown(value) if not isinstance(value, np.ndarray) else f'{value.dtype} {value.shape}'
   changed = [
-    f'{column}={value[column].iloc[:2].tolist()}' for column in value.columns.unique()
+    f'{column}={value[column].iloc[:2].tolist()}'
+    for column in value.columns.unique()
     if column not in good.frame or value[column].ndim > 1 or not value[column].equals(good.frame[column])
-  ]  # fmt: skip
+  ]
   return f'a table of {len(value)} with {changed}, without {[*good.frame.columns.difference(value.columns)]}'
 
 

@@ -14,10 +14,19 @@ from tests import cells
 
 
 def cell(n=64, k=3, learning_rate=1e-3, seed=0):
-  return cells.cell(**{
-    'sae.n_latents': n, 'sae.k': k, 'sae.d_model': 13, 'sae.k_aux': 0, 'train.batch_tokens': 11, 'train.tokens': 1100,
-    'optim.learning_rate': learning_rate, 'recipe.learning_rate_at_16k': learning_rate, 'train.seed': seed,
-  })  # fmt: skip
+  return cells.cell(
+    **{
+      'sae.n_latents': n,
+      'sae.k': k,
+      'sae.d_model': 13,
+      'sae.k_aux': 0,
+      'train.batch_tokens': 11,
+      'train.tokens': 1100,
+      'optim.learning_rate': learning_rate,
+      'recipe.learning_rate_at_16k': learning_rate,
+      'train.seed': seed,
+    }
+  )
 
 
 def result_of(ledger, c):
@@ -62,9 +71,7 @@ def test_load_cells_refuses_a_result_it_cannot_believe(tmp_path, changes):
 @settings(max_examples=30, deadline=None)
 @given(
   st.binary(max_size=40)
-  | st.recursive(st.none() | st.floats() | st.text(max_size=5), st.lists).map(
-    lambda v: json.dumps(v).encode()
-  )
+  | st.recursive(st.none() | st.floats() | st.text(max_size=5), st.lists).map(lambda v: json.dumps(v).encode())
 )
 def test_load_cells_survives_any_file(data):
   ledger = 'memory://fuzz'
@@ -80,9 +87,7 @@ def test_load_cells_lets_no_text_in_that_cannot_be_written(tmp_path, data):
   folder = cells.write(str(tmp_path), cell(), finished=False)
   files.replace(files.join(folder, 'failure.json'), data)
   (row,) = table.load_cells(str(tmp_path)).to_dict('records')
-  assert row['state'] == 'invalid' and row['reason'].encode().startswith(
-    b'failure.json: its text is not UTF-8'
-  )
+  assert row['state'] == 'invalid' and row['reason'].encode().startswith(b'failure.json: its text is not UTF-8')
 
 
 def test_load_ledger_says_where_none_is(tmp_path):
@@ -115,9 +120,7 @@ def test_load_curves_names_finished_cells_with_holes(tmp_path):
   assert found['code'] == 'holes' and whole.id not in found['message']
   assert f'{torn.id} (3 of {len(planned)})' in found['message']
   assert f'{bare.id} ({len(planned)} of {len(planned)})' in found['message']
-  assert found['message'].startswith(
-    f'{3 + len(planned)} planned evaluations are missing from the curves of 2 '
-  )
+  assert found['message'].startswith(f'{3 + len(planned)} planned evaluations are missing from the curves of 2 ')
   changed = files.join(str(tmp_path), 'cells', whole.id, schema.METRICS)
   files.replace(changed, files.read(changed).replace(b'"tokens": 11,', b'"tokens": 12,'))
   (found,) = table.load_curves(str(tmp_path)).attrs['warnings']
@@ -137,8 +140,8 @@ def test_best_learning_rate_keeps_the_seeds_of_the_best_mean(tmp_path):
   losses = {
     1e-3: (0.50, 0.60),
     2e-3: (0.52, 0.53),
-    4e-3: (0.70, 0.40),
-  }  # the lowest single loss is not the lowest mean
+    4e-3: (0.70, 0.40),  # the lowest single loss is not the lowest mean
+  }
   for rate, pair in losses.items():
     for seed, nmse in enumerate(pair):
       cells.write(str(tmp_path), cell(learning_rate=rate, seed=seed), nmse=nmse)

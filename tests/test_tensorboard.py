@@ -28,9 +28,7 @@ def records(data: bytes):
     (length,) = struct.unpack('<Q', data[:8])
     for start, stop in ((0, 8), (12, 12 + length)):
       crc = tensorboard.crc32c(data[start:stop])
-      assert (
-        struct.unpack('<I', data[stop : stop + 4])[0] == (((crc >> 15) | (crc << 17)) + 0xA282EAD8) % 2**32
-      )
+      assert struct.unpack('<I', data[stop : stop + 4])[0] == (((crc >> 15) | (crc << 17)) + 0xA282EAD8) % 2**32
     yield data[12 : 12 + length]
     data = data[16 + length :]
 

@@ -30,9 +30,7 @@ def selector(k: int, data: int, latent: int, method: str):
     return tuple(a[None] for a in (v_Bm, idx_Bm, topk.select(v_Bm, k, width, 'latent', method)))
 
   spec = P('latent', 'data')
-  return jax.jit(
-    jax.shard_map(local, mesh=mesh, in_specs=P('data', 'latent'), out_specs=(spec,) * 3, check_vma=False)
-  )
+  return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P('data', 'latent'), out_specs=(spec,) * 3, check_vma=False))
 
 
 def winners(pre_BF: np.ndarray, k: int, data: int, latent: int, method: str) -> list[list[tuple[int, float]]]:
@@ -41,8 +39,7 @@ def winners(pre_BF: np.ndarray, k: int, data: int, latent: int, method: str) -> 
   assert (np.diff(kept.astype(int), axis=-1) <= 0).all()  # they lead: loops over slots may stop after them
   idx = idx + np.arange(latent)[:, None, None] * (pre_BF.shape[1] // latent)
   return [
-    sorted(zip(idx[:, b][kept[:, b]].tolist(), v[:, b][kept[:, b]].tolist(), strict=True))
-    for b in range(len(pre_BF))
+    sorted(zip(idx[:, b][kept[:, b]].tolist(), v[:, b][kept[:, b]].tolist(), strict=True)) for b in range(len(pre_BF))
   ]
 
 
@@ -99,9 +96,7 @@ def test_counting_works_in_float64(x64):
 def test_exchange_gathers_little_and_counts_much():
   assert topk.exchange(k=32, shards=4, width=8192, rows=2048) == 'gather'
   assert topk.exchange(k=256, shards=128, width=131_072, rows=32_768) == 'count'
-  assert (
-    topk.exchange(k=256, shards=128, width=131_072, rows=8) == 'gather'
-  )  # rounds would cost more than bytes
+  assert topk.exchange(k=256, shards=128, width=131_072, rows=8) == 'gather'  # rounds would cost more than bytes
 
 
 @functools.cache

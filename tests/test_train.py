@@ -48,16 +48,11 @@ def test_resume_is_bit_exact(straight, tmp_path):
   assert not (tmp_path / 'result.json').exists()
   assert training.train(cell(), str(tmp_path)) == 'done'
   timing = ('wall_s', 'git_commit', 'digest')
-  got, expected = (
-    {key: value for key, value in result(d).items() if key not in timing} for d in (tmp_path, straight)
-  )
+  got, expected = ({key: value for key, value in result(d).items() if key not in timing} for d in (tmp_path, straight))
   assert got == expected and got['bit_exact'] is True
 
   def curve(workdir):
-    return [
-      {k: v for k, v in line.items() if k != 'wall_s'}
-      for line in metrics.read_metrics(str(workdir), cell().id)
-    ]
+    return [{k: v for k, v in line.items() if k != 'wall_s'} for line in metrics.read_metrics(str(workdir), cell().id)]
 
   assert curve(tmp_path) == curve(straight)
 
@@ -212,14 +207,15 @@ def test_divergence_stops_the_cell_with_a_reason(tmp_path):
 
 
 def test_bad_nmse_of_rows_with_odd_norms_is_put_down_to_the_norms(tmp_path, monkeypatch, capfd):
-  monkeypatch.setattr(evaluate.Evaluator, '__call__', lambda self, *candidates: [
-    evaluate.Quality(nmse=179.0, mse=1.0, l0=13.0, topk_recall=None) for _ in candidates])  # fmt: skip
+  monkeypatch.setattr(
+    evaluate.Evaluator,
+    '__call__',
+    lambda self, *candidates: [evaluate.Quality(nmse=179.0, mse=1.0, l0=13.0, topk_recall=None) for _ in candidates],
+  )
   monkeypatch.setattr(soundness, '_NORMS', (5.0, 10.0))  # planted rows have norms of about 1
   assert training.train(cell(), str(tmp_path)) == 'done'
   first, *_, last = capfd.readouterr().err.splitlines()
-  assert (
-    first.startswith('warning: the mean norm of the rows is 0.9') or 'mean norm of the rows is 1' in first
-  )
+  assert first.startswith('warning: the mean norm of the rows is 0.9') or 'mean norm of the rows is 1' in first
   assert 'no better than predicting the mean (1): the mean norm of the rows is' in last and '=scale' in last
   assert 'lower optim.learning_rate' not in last
 
@@ -359,9 +355,7 @@ def test_digest_does_not_depend_on_the_mesh():
   for shape in ((1, 1), (8, 1), (1, 8), (2, 4)):
     mesh = sharding.make_mesh(config.MeshConfig(*shape))
     digests.add(
-      checkpoint.array_digest(
-        jax.device_put(w_FD, jax.NamedSharding(mesh, sharding.layout('w_enc_FD', w_FD.shape)))
-      )
+      checkpoint.array_digest(jax.device_put(w_FD, jax.NamedSharding(mesh, sharding.layout('w_enc_FD', w_FD.shape))))
     )
   w_FD[-1, -1] += 1e-6
   assert len(digests) == 1 and checkpoint.array_digest(jax.numpy.asarray(w_FD)) not in digests
@@ -413,8 +407,6 @@ def test_cells_that_differ_in_their_seed_or_data_share_one_compiled_step():
   def compiled(**overrides):
     return step.make_step(cell(**overrides), mesh)[1]
 
-  assert compiled() is compiled(
-    **{'train.seed': 3, 'data.seed': 5, 'train.tokens': 9 * cell().train.batch_tokens}
-  )
+  assert compiled() is compiled(**{'train.seed': 3, 'data.seed': 5, 'train.tokens': 9 * cell().train.batch_tokens})
   for key, value in {'optim.learning_rate': 0.5, 'sae.k': 3, 'train.compute_dtype': 'bfloat16'}.items():
     assert compiled() is not compiled(**{key: value})

@@ -50,10 +50,13 @@ def replicates(request):
     patch.setattr(solve, '_STARTS', 16)  # these tables are easy, and starts are most of the time
     fits = [
       fit.fit_law(
-        points.assign(nmse=np.exp(clean_N + NOISE * rng.normal(size=len(clean_N)))), law, bootstrap=bootstrap,
+        points.assign(nmse=np.exp(clean_N + NOISE * rng.normal(size=len(clean_N)))),
+        law,
+        bootstrap=bootstrap,
         objective=objective,
-      ) for _ in range(count)
-    ]  # fmt: skip
+      )
+      for _ in range(count)
+    ]
   return request.param, fits, truth
 
 
@@ -121,9 +124,7 @@ def test_huber_and_least_squares_agree_without_outliers():
   points, clean_N, _ = table_of('joint_nk', 6)
   noisy = points.assign(nmse=np.exp(clean_N + 0.002 * np.random.default_rng(5).normal(size=len(clean_N))))
   at = {'n_latents': 2.0**13, 'k': 11.0}
-  one, two = (
-    fit.fit_law(noisy, objective=o, delta=1e-3, bootstrap=0).predict(at)[0] for o in ('huber', 'logls')
-  )
+  one, two = (fit.fit_law(noisy, objective=o, delta=1e-3, bootstrap=0).predict(at)[0] for o in ('huber', 'logls'))
   assert one == pytest.approx(two, rel=0.01)
   far, least_squares = (
     fit.fit_law(noisy, objective=o, delta=1.0, bootstrap=0).params['gamma'] for o in ('huber', 'logls')

@@ -20,9 +20,7 @@ class Service(types.ModuleType):
 
   def init(self, *, project, id, name, config, resume, mode):
     assert resume == 'allow' and project == 'p' and mode == 'offline'
-    run = self.runs.setdefault(
-      id, types.SimpleNamespace(step=0, logged=[], open=True, name=name, config=config)
-    )
+    run = self.runs.setdefault(id, types.SimpleNamespace(step=0, logged=[], open=True, name=name, config=config))
 
     def log(values, step):
       run.logged.append((step, values))
@@ -35,9 +33,7 @@ class Service(types.ModuleType):
 @pytest.fixture
 def store(tmp_path):
   made = ledger.Ledger(str(tmp_path / 'ledger'))
-  cells = tuple(
-    (o, config.resolve(config.override(tiny.get_config(), o))) for o in ({'sae.k': 3}, {'sae.k': 5})
-  )
+  cells = tuple((o, config.resolve(config.override(tiny.get_config(), o))) for o in ({'sae.k': 3}, {'sae.k': 5}))
   made.register(grid.Sweep('two', 'experiments/tiny.py', cells, dropped=0))
   return made
 

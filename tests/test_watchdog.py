@@ -28,7 +28,7 @@ def ended(monkeypatch):
 def test_stall_ends_the_process_with_a_restartable_code_and_says_where():
   found = subprocess.run(
     [sys.executable, '-c', SLEEPER], env={'SAE_JAX_STALL_S': '0.1'}, capture_output=True, text=True
-  )  # fmt: skip
+  )
   assert found.returncode == 142 and 128 < watchdog.STALLED_EXIT
   assert 'no step for 0 s after 1 steps' in found.stderr and 'line 6 in <module>' in found.stderr
 

@@ -24,11 +24,20 @@ from tests import fake_cluster
 
 LEDGER = 'gs://bucket/primes'
 SITE = jobset_site.Site(
-  image='registry.example/sae_jax:7', queue='multislice-queue', tpu_accelerator='tpu-v5p-slice',
-  tpu_topology='2x2x2', chips_per_host=4, path='/opt/sae jax', priority_class='low', context='fake',
-  namespace='lab', env={'XLA_FLAGS': "--xla_dump_to=$(HOME)$$ 'x' {y}"},
-  xpk_cluster='pod', xpk_project='lab-1', xpk_zone='us-east5-a',
-)  # fmt: skip
+  image='registry.example/sae_jax:7',
+  queue='multislice-queue',
+  tpu_accelerator='tpu-v5p-slice',
+  tpu_topology='2x2x2',
+  chips_per_host=4,
+  path='/opt/sae jax',
+  priority_class='low',
+  context='fake',
+  namespace='lab',
+  env={'XLA_FLAGS': "--xla_dump_to=$(HOME)$$ 'x' {y}"},
+  xpk_cluster='pod',
+  xpk_project='lab-1',
+  xpk_zone='us-east5-a',
+)
 
 
 def job(job_id='cell-0a1b2c3d4e5f', **changes):
@@ -130,9 +139,7 @@ def test_the_guide_shows_a_site_that_xpk_takes(tmp_path):
     ({'argv': ('python', '--url=s3://me:hunter2@host/x')}, 'reference a Kubernetes secret'),
   ],
 )
-def test_jobs_that_xpk_must_not_get_are_refused_before_anybody_is_asked(
-  tmp_path, monkeypatch, changes, message
-):
+def test_jobs_that_xpk_must_not_get_are_refused_before_anybody_is_asked(tmp_path, monkeypatch, changes, message):
   monkeypatch.setenv('PATH', str(tmp_path))
   with pytest.raises(UserError, match=message) as refused:
     xpk.Xpk(SITE, LEDGER).submit(dataclasses.replace(job(), **changes))
@@ -198,9 +205,7 @@ def test_failure_of_xpk_is_said_unless_the_workload_is_there(cluster, monkeypatc
   assert executor.submit(job('a')) == 'a'
   binaries = pathlib.Path(os.environ['PATH'])
   (binaries / 'xpk').write_text('#!/bin/sh\necho "[XPK] Error: no such cluster"; exit 1\n')
-  with pytest.raises(
-    UserError, match=r'xpk ended with 1 .*has no sae-b-\w+-1: \[XPK\] Error: no such cluster'
-  ):
+  with pytest.raises(UserError, match=r'xpk ended with 1 .*has no sae-b-\w+-1: \[XPK\] Error: no such cluster'):
     executor.submit(job('b'))
   (binaries / 'xpk').write_text('#!/bin/sh\n')  # content, but on another cluster
   with pytest.raises(UserError, match="xpk ended with 0 and context 'fake', which must be that of 'pod'"):
@@ -226,9 +231,13 @@ def test_the_real_xpk_makes_the_jobset_we_mean(tmp_path):
   site = dataclasses.replace(SITE, path=str(tmp_path))
   command = xpk.command(job(grace_s=77, max_restarts=13), site, LEDGER)
   subprocess.run(
-    [*command, '--dry-run', '--output-manifest-file=made.yaml'], cwd=tmp_path, env=os.environ | {'HOME': str(tmp_path)},
-    stdin=subprocess.DEVNULL, capture_output=True, check=True,
-  )  # fmt: skip
+    [*command, '--dry-run', '--output-manifest-file=made.yaml'],
+    cwd=tmp_path,
+    env=os.environ | {'HOME': str(tmp_path)},
+    stdin=subprocess.DEVNULL,
+    capture_output=True,
+    check=True,
+  )
   made = yaml.safe_load((tmp_path / 'made.yaml').read_text())
   labels = made['metadata']['labels']
   assert labels['kueue.x-k8s.io/queue-name'] == site.queue and xpk.LABEL in labels

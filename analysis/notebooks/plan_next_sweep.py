@@ -41,10 +41,17 @@ for factor in (2, 4, 8):
   for k in np.sort(best['k'].unique()):
     at = {'n_latents': int(factor * best['n_latents'].max()), 'k': int(k)}
     p = predict.predict(LEDGER, at, bootstrap=BOOTSTRAP)
-    rows.append(at | {
-      'nmse': p.nmse, 'low': p.low, 'high': p.high, 'width': np.log(p.high / p.low),
-      'flops_useful': p.flops_useful, 'decades': p.beyond['n_latents'],
-    })  # fmt: skip
+    rows.append(
+      at
+      | {
+        'nmse': p.nmse,
+        'low': p.low,
+        'high': p.high,
+        'width': np.log(p.high / p.low),
+        'flops_useful': p.flops_useful,
+        'decades': p.beyond['n_latents'],
+      }
+    )
 plan = pd.DataFrame(rows)
 print(plan.to_string(index=False, float_format='{:.4g}'.format))
 print('held out:', p.fit.holdout_text() or 'nothing')
@@ -64,9 +71,7 @@ try:
   both = analysis.fit_law(late, 'additive2', ['n_latents', 'tokens'], bootstrap=BOOTSTRAP, group='id')
   print(both.summary())
   per_latent = 2.0 * best['d_model'].iloc[0]  # useful FLOPs: one encoder pass, n much larger than k
-  splits = [
-    allocation.allocate(both, c, per_latent) for c in mine['flops_useful'].max() * np.array([1, 3, 10, 30])
-  ]
+  splits = [allocation.allocate(both, c, per_latent) for c in mine['flops_useful'].max() * np.array([1, 3, 10, 30])]
   for split in splits:
     print(
       f'C = {split.flops:.2g}: n = {split.n_latents[0]:.4g}, T = {split.tokens[0]:.3g}, NMSE {split.loss[0]:.4f}; '

@@ -66,11 +66,7 @@ for name, theta in (('plotted', plotted), ('printed', printed)):
 
 # %%
 huber = analysis.fit_law(points, 'joint_nk', objective='huber', **(arguments | {'bootstrap': 0}))
-print(
-  pd.DataFrame(
-    {o: {n: p['estimate'] for n, p in f.params.items()} for o, f in (('logls', fit), ('huber', huber))}
-  )
-)
+print(pd.DataFrame({o: {n: p['estimate'] for n, p in f.params.items()} for o, f in (('logls', fit), ('huber', huber))}))
 
 # %% [markdown]
 # ## Is there an irreducible loss, and how far can one extrapolate?
@@ -79,9 +75,7 @@ print(
 # error shows what that costs: some per cent at an extrapolation of less than a decade.
 
 # %%
-plain = analysis.fit_law(
-  points, 'joint_nk_no_floor', holdout='n_latents>65536', **(arguments | {'bootstrap': 0})
-)
+plain = analysis.fit_law(points, 'joint_nk_no_floor', holdout='n_latents>65536', **(arguments | {'bootstrap': 0}))
 comparison = compare.Comparison(fit, plain)
 print(f'irreducible loss: {comparison.verdict}; AICc gain {comparison.aicc_gain:.1f}')
 print('held out with it:    ', fit.holdout_text())

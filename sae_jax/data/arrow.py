@@ -19,9 +19,7 @@ _STATE, _SPLITS = 'state.json', 'dataset_dict.json'
 
 def is_arrow(path: str) -> bool:
   """Whether a path is an Arrow file or a folder that `datasets` saved."""
-  return path.endswith('.arrow') or any(
-    os.path.exists(os.path.join(path, name)) for name in (_STATE, _SPLITS)
-  )
+  return path.endswith('.arrow') or any(os.path.exists(os.path.join(path, name)) for name in (_STATE, _SPLITS))
 
 
 def files(path: str) -> list[str]:
@@ -74,9 +72,7 @@ def _pieces(file: str, column: str, mask: bool) -> list[Piece]:
   except FileNotFoundError:
     raise UserError(f'{file} does not exist; copy the dataset again') from None
   except (pa.ArrowException, OSError, ValueError) as error:
-    raise UserError(
-      f'{file} is not a sound Arrow file of activations ({why(error)}); save it again'
-    ) from None
+    raise UserError(f'{file} is not a sound Arrow file of activations ({why(error)}); save it again') from None
 
 
 def _view(file: str, column: str, chunk: int, mask: bool) -> np.ndarray:
@@ -159,7 +155,5 @@ def _pyarrow() -> ModuleType:
     import pyarrow  # pyrefly: ignore[missing-import]  an extra
     import pyarrow.ipc  # pyrefly: ignore[missing-import]
   except ImportError:
-    raise UserError(
-      "Arrow files need pyarrow, which is not installed; pip install 'sae_jax[arrow]'"
-    ) from None
+    raise UserError("Arrow files need pyarrow, which is not installed; pip install 'sae_jax[arrow]'") from None
   return pyarrow

@@ -23,9 +23,17 @@ from sae_jax.subjects import llama, text
 from sae_jax.subjects.subject import Subject, layer_of
 
 _SETTINGS = (
-  'subject', 'site', 'text', 'normalize', 'window_tokens', 'block_windows', 'store_tokens', 'held_out_tokens',
-  'dtype', 'seed',
-)  # fmt: skip
+  'subject',
+  'site',
+  'text',
+  'normalize',
+  'window_tokens',
+  'block_windows',
+  'store_tokens',
+  'held_out_tokens',
+  'dtype',
+  'seed',
+)
 _LINE_EVERY_S = 10
 
 
@@ -45,12 +53,19 @@ def harvest(config_dict: ml_collections.ConfigDict, out: str, progress: bool = T
   if window > subject.arch.context:
     raise UserError(f'data.window_tokens={window} exceeds the context of {subject.arch.context}; lower it')
   plan = order.plan(
-    subject.encode([document for _, document in documents]), start_token=subject.start_token, window_tokens=window,
-    store_tokens=settings['store_tokens'], held_out_tokens=settings['held_out_tokens'], seed=settings['seed'],
-  )  # fmt: skip
+    subject.encode([document for _, document in documents]),
+    start_token=subject.start_token,
+    window_tokens=window,
+    store_tokens=settings['store_tokens'],
+    held_out_tokens=settings['held_out_tokens'],
+    seed=settings['seed'],
+  )
   writer = store_writer.StoreWriter(
-    out, d_model=subject.arch.d_model, settings=settings,
-    provenance=subject.provenance | {
+    out,
+    d_model=subject.arch.d_model,
+    settings=settings,
+    provenance=subject.provenance
+    | {
       'text_sha256': text.sha256(documents),
       'held_out_documents': [documents[i][0] for i in plan.held_out_documents],
       'device_kind': jax.devices()[0].device_kind,
@@ -58,11 +73,13 @@ def harvest(config_dict: ml_collections.ConfigDict, out: str, progress: bool = T
       | {name: importlib.metadata.version(name) for name in ('jax', 'numpy', 'tensorstore')},
     },
     flops_per_token=llama.flops_per_token(subject.arch, layer, window),
-  )  # fmt: skip
+  )
   todo = [
-    (name, block) for name in ('held_out', 'train') for block in range(writer.streams[name].blocks)
+    (name, block)
+    for name in ('held_out', 'train')
+    for block in range(writer.streams[name].blocks)
     if not writer.done(name, block)
-  ]  # fmt: skip
+  ]
   total = sum(stream.tokens for stream in writer.streams.values())
   left = sum(writer.streams[name].size(block) for name, block in todo)
   with _Progress(total, total - left, progress) as bar:
@@ -91,9 +108,14 @@ def windows_per_call(platform: str, window_tokens: int) -> int:
 
 
 def block_activations(
-  subject: Subject, layer: int, windows_WT: np.ndarray, stream: str, block: int, settings: dict[str, Any],
+  subject: Subject,
+  layer: int,
+  windows_WT: np.ndarray,
+  stream: str,
+  block: int,
+  settings: dict[str, Any],
   update: Callable[[int], None] = lambda tokens: None,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
   """Raw activations of a whole block in stream order: float32 [windows of the block * (T - 1), D].
 
   `stream` is 'train' or 'held_out'; `update` hears of the tokens done after each forward call.
@@ -120,9 +142,13 @@ class _Progress:
     self._total, self._first, self._done = total, done, done
     self._began = self._line_at = time.monotonic()
     self._bar = tqdm(
-      total=total, initial=done, unit='tok', unit_scale=True, desc='harvest',
+      total=total,
+      initial=done,
+      unit='tok',
+      unit_scale=True,
+      desc='harvest',
       disable=not (visible and sys.stderr.isatty()),
-    )  # fmt: skip
+    )
     self._lines = visible and not sys.stderr.isatty()
 
   def __enter__(self):
@@ -141,8 +167,9 @@ class _Progress:
       print(
         f'harvest: {self._done:,} of {self._total:,} tokens, {rate:,.0f} tokens/s, '
         f'{(self._total - self._done) / rate:,.0f} s left',
-        file=sys.stderr, flush=True,
-      )  # fmt: skip
+        file=sys.stderr,
+        flush=True,
+      )
 
 
 @one_line_errors

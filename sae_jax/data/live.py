@@ -19,17 +19,19 @@ from sae_jax.subjects.subject import layer_of
 _CACHED_BLOCKS = 3
 
 
-@functools.lru_cache(
-  maxsize=1
-)  # a worker opens one stream for cell after cell; reading all text takes seconds
+@functools.lru_cache(maxsize=1)  # a worker opens one stream for cell after cell; reading all text takes seconds
 def _opened(subject_name, site, text_name, window_tokens, store_tokens, held_out_tokens, seed):
   """The subject, its windows and the digest of their text."""
   documents = text.load(text_name)
   subject = subjects.load(subject_name, site)
   plan = order.plan(
-    subject.encode([document for _, document in documents]), start_token=subject.start_token,
-    window_tokens=window_tokens, store_tokens=store_tokens, held_out_tokens=held_out_tokens, seed=seed,
-  )  # fmt: skip
+    subject.encode([document for _, document in documents]),
+    start_token=subject.start_token,
+    window_tokens=window_tokens,
+    store_tokens=store_tokens,
+    held_out_tokens=held_out_tokens,
+    seed=seed,
+  )
   return subject, plan, text.sha256(documents)
 
 
@@ -43,8 +45,10 @@ class Live:
   def __init__(self, config: Config):
     data = config.data
     self.settings = {
-      'seed': data.seed, 'block_windows': data.block_windows, 'window_tokens': data.window_tokens,
-    }  # fmt: skip
+      'seed': data.seed,
+      'block_windows': data.block_windows,
+      'window_tokens': data.window_tokens,
+    }
     self.normalization, self.dtype, self.epochs = data.normalize, data.dtype, data.epochs
     if config.train.tokens > data.store_tokens * data.epochs:
       raise UserError(
@@ -66,15 +70,17 @@ class Live:
     )
     self.d_model = self.subject.arch.d_model
     if self.d_model != config.sae.d_model:
-      raise UserError(
-        f'sae.d_model={config.sae.d_model} but {data.subject} has width {self.d_model}; use that'
-      )
+      raise UserError(f'sae.d_model={config.sae.d_model} but {data.subject} has width {self.d_model}; use that')
     self.layer = layer_of(data.site, self.subject.arch.n_layers)
     self.flops_per_token = llama.flops_per_token(self.subject.arch, self.layer, data.window_tokens)
     self.provenance = self.subject.provenance | {
-      'subject': data.subject, 'site': data.site, 'text': data.text, 'normalize': data.normalize, 'identity': '',
+      'subject': data.subject,
+      'site': data.site,
+      'text': data.text,
+      'normalize': data.normalize,
+      'identity': '',
       'text_sha256': text_sha256,
-    }  # fmt: skip
+    }
     block_tokens = data.block_windows * (data.window_tokens - 1)
     self.streams = {
       'train': order.Stream(data.store_tokens, block_tokens, data.seed),

@@ -66,9 +66,7 @@ class _Feed:
       in_shardings=(everywhere, spread),
       out_shardings=spread,
     )
-    self._stack = jax.jit(
-      lambda *outputs: jnp.stack(outputs), out_shardings=NamedSharding(mesh, P(None, _ALL))
-    )
+    self._stack = jax.jit(lambda *outputs: jnp.stack(outputs), out_shardings=NamedSharding(mesh, P(None, _ALL)))
     self._take = jax.jit(_make_take(mesh), out_shardings=NamedSharding(mesh, sharding.BATCH))
 
   def take(self, start: int, stop: int) -> jax.Array:
@@ -146,6 +144,4 @@ def _make_take(mesh: Mesh):
     found_BD = jax.lax.psum(jnp.where(mine_B[:, None], found_BD, 0), 'latent')
     return jax.lax.psum_scatter(found_BD, 'data', scatter_dimension=0, tiled=True)
 
-  return jax.shard_map(
-    local, mesh=mesh, in_specs=(P(None, _ALL), P()), out_specs=sharding.BATCH, check_vma=False
-  )
+  return jax.shard_map(local, mesh=mesh, in_specs=(P(None, _ALL), P()), out_specs=sharding.BATCH, check_vma=False)

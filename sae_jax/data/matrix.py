@@ -16,9 +16,17 @@ from sae_jax.errors import UserError
 _NPY_HEADER = 1000  # bytes; that of a matrix has 118
 _SAFETENSORS_HEADER = 2**22  # bytes; enough for tens of thousands of tensors
 _SAFETENSORS_TYPES = {
-  'F16': '<f2', 'BF16': ml_dtypes.bfloat16, 'F32': '<f4', 'F64': '<f8', 'BOOL': '?', 'U8': 'u1', 'I8': 'i1',
-  'I16': '<i2', 'I32': '<i4', 'I64': '<i8',
-}  # fmt: skip
+  'F16': '<f2',
+  'BF16': ml_dtypes.bfloat16,
+  'F32': '<f4',
+  'F64': '<f8',
+  'BOOL': '?',
+  'U8': 'u1',
+  'I8': 'i1',
+  'I16': '<i2',
+  'I32': '<i4',
+  'I64': '<i8',
+}
 FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
 MASKS = ('bool', 'uint8', 'int8', 'int16', 'int32', 'int64')
 _UNNAMED = {
@@ -84,8 +92,15 @@ def open_npy(path: str, types: tuple[str, ...]) -> Piece:
   except FileNotFoundError:
     raise UserError(f'{path} does not exist; name a .npy file') from None
   except (
-    OSError, ValueError, EOFError, TypeError, ArithmeticError, SyntaxError, RecursionError, MemoryError,
-  ) as error:  # fmt: skip
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    ArithmeticError,
+    SyntaxError,
+    RecursionError,
+    MemoryError,
+  ) as error:
     pickled.refuse(path)
     raise UserError(f'{path} is not a plain .npy array ({why(error)}); save it with numpy.save') from None
   dtype = array.dtype

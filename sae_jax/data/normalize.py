@@ -7,9 +7,7 @@ from sae_jax.errors import UserError
 KINDS = ('center_unit', 'scale', 'none')
 
 
-def normalize(
-  x_BD: np.ndarray, kind: str, scale: float | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def normalize(x_BD: np.ndarray, kind: str, scale: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Normalised activations [B, D], and the mean [B, 1] and norm [B, 1] that undo it: x = out * norm + mean.
 
   Args:
@@ -27,9 +25,7 @@ def normalize(
     return x_BD, np.zeros_like(x_BD[:, :1]), np.ones_like(x_BD[:, :1])
   if kind == 'scale':
     if scale is None or not 0 < scale < np.inf:
-      raise UserError(
-        f"normalize='scale' with scale={scale}; give the number that the store or sae.json records"
-      )
+      raise UserError(f"normalize='scale' with scale={scale}; give the number that the store or sae.json records")
     # In float64: a scale beyond 1e38 is no float32, and the rows it belongs to are.
     out_BD = (x_BD * np.float64(scale)).astype(x_BD.dtype)
     return out_BD, np.zeros_like(x_BD[:, :1]), np.full_like(x_BD[:, :1], 1 / scale)

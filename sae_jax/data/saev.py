@@ -70,9 +70,7 @@ def open_layer(path: str, layer: str) -> list[Piece]:
     if count:
       whole = (count, len(layers), tokens, width)
       name = f'{file}:{known[at]}'
-      pieces.append(
-        Piece(name, (count, tokens, width), np.dtype('<f4'), functools.partial(_view, file, whole, at))
-      )
+      pieces.append(Piece(name, (count, tokens, width), np.dtype('<f4'), functools.partial(_view, file, whole, at)))
   return pieces
 
 

@@ -38,9 +38,7 @@ def scan(sources: list[Source], split: Split, normalize: str) -> Found:
   width = pieces[0].shape[-1]
   keys_D = np.random.Philox(key=width).random_raw(width) | np.uint64(1)
   moments = {'held-out': _Moments(), 'training': _Moments()}
-  sums = np.zeros(
-    (len(sources), 2), np.uint64
-  )  # of hashes, and of rows: the same for the same rows in any order
+  sums = np.zeros((len(sources), 2), np.uint64)  # of hashes, and of rows: the same for the same rows in any order
   total = sum(piece.tokens for piece in pieces)
   bar = tqdm(total=total, desc='check', unit='row', unit_scale=True, disable=None)
 

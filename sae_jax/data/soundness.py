@@ -82,6 +82,4 @@ def check_rounding(where: str, lost: float, squares: float, dtype: str, remedy: 
   """Raises `UserError` when rounding to `dtype` lost more than the share `LOST` of `squares`."""
   if lost > LOST * squares:
     share = f'{lost / squares:.2g}' if squares > 0 else 'all'
-    raise UserError(
-      f'{where}: {dtype} loses a share of {share} of the variance, more than {LOST:g}; {remedy}'
-    )
+    raise UserError(f'{where}: {dtype} loses a share of {share} of the variance, more than {LOST:g}; {remedy}')

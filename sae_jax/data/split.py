@@ -75,9 +75,7 @@ def _starts(lengths: np.ndarray | None, total: int) -> np.ndarray:
 
 def _ends(count: int, train: int, held_out: int, what: str) -> tuple[int, int]:
   if not 2 <= held_out < count:
-    raise UserError(
-      f'--held_out={held_out} of {count} {what} is not in [2, {count - 1}]; choose another number'
-    )
+    raise UserError(f'--held_out={held_out} of {count} {what} is not in [2, {count - 1}]; choose another number')
   if train < 1:
     raise UserError(
       f'--held_out={held_out} of {count} {what} takes every sequence or document, and whole ones are held out; lower it'

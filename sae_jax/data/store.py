@@ -35,9 +35,7 @@ class Store:
     path = cell.data.path
     meta = read_meta(path)
     if meta['d_model'] != cell.sae.d_model:
-      raise UserError(
-        f'sae.d_model={cell.sae.d_model} but the store at {path} has width {meta["d_model"]}; use that'
-      )
+      raise UserError(f'sae.d_model={cell.sae.d_model} but the store at {path} has width {meta["d_model"]}; use that')
     if meta['identity'] != cell.data.identity:
       raise UserError(
         f'the store at {path} has identity {meta["identity"][:12]}, not {cell.data.identity[:12]} as when this cell '
@@ -47,9 +45,7 @@ class Store:
     self.flops_per_token = float(meta['subject_flops_per_token'])
     settings = {key: meta['config'][key] for key in ('subject', 'site', 'text', 'normalize')}
     # In sae.json `imported_from` is the format of an autoencoder from elsewhere.
-    facts = {
-      ('activations_from' if key == 'imported_from' else key): v for key, v in meta['provenance'].items()
-    }
+    facts = {('activations_from' if key == 'imported_from' else key): v for key, v in meta['provenance'].items()}
     self.provenance = facts | settings | {'identity': meta['identity']}
     if settings['normalize'] == 'scale':
       self.provenance['scale'] = meta['scale']
@@ -72,9 +68,7 @@ class Store:
     """Held-out tokens start..stop, float32 [stop - start, D]. Raises `UserError` past the end."""
     held = self._held_out.stream.tokens
     if not 0 <= start <= stop <= held:
-      raise UserError(
-        f'held-out tokens {start} to {stop} are asked but the store holds {held}; lower eval.tokens'
-      )
+      raise UserError(f'held-out tokens {start} to {stop} are asked but the store holds {held}; lower eval.tokens')
     return self._held_out.rows(start, stop, held)
 
 
@@ -92,9 +86,7 @@ class _Array:
       raise UserError(f'{path}/{name} is missing or broken ({why}); harvest the store again') from None
     expected = (tokens, meta['d_model']), meta['config']['dtype']
     if (self._array.shape, self._array.dtype.name) != expected:
-      raise UserError(
-        f'{path}/{name} is {self._array.shape} {self._array.dtype.name}, not {expected}; harvest again'
-      )
+      raise UserError(f'{path}/{name} is {self._array.shape} {self._array.dtype.name}, not {expected}; harvest again')
     chunk = (min(tokens, meta['block_tokens']), meta['d_model'])
     if self._array.chunk_layout.read_chunk.shape != chunk:
       raise UserError(
@@ -190,13 +182,9 @@ def read_meta(path: str) -> dict[str, Any]:
       f'{path}/{schema.STORE} is incomplete ({cell_state.printable(repr(error))}); harvest the store again'
     ) from None
   if number != store_writer.SCHEMA:
-    raise UserError(
-      f'{path} has store schema {number}, not {store_writer.SCHEMA}; use the version that wrote it'
-    )
+    raise UserError(f'{path} has store schema {number}, not {store_writer.SCHEMA}; use the version that wrote it')
   if not sound or found != meta['identity']:
-    raise UserError(
-      f'{path}/{schema.STORE} contradicts itself; it was changed: copy or harvest the store again'
-    )
+    raise UserError(f'{path}/{schema.STORE} contradicts itself; it was changed: copy or harvest the store again')
   return meta
 
 
@@ -211,9 +199,7 @@ def verify(path: str) -> dict[str, Any]:
       except UserError:
         bad.append(f'{array.name} {block}')
   if bad:
-    raise UserError(
-      f'{path}: {len(bad)} blocks are missing or changed ({", ".join(bad)}); copy or harvest it again'
-    )
+    raise UserError(f'{path}: {len(bad)} blocks are missing or changed ({", ".join(bad)}); copy or harvest it again')
   return meta
 
 
@@ -223,9 +209,7 @@ def main(argv: list[str]) -> int:
   commands = parser.add_subparsers(dest='command', required=True)
   check = commands.add_parser('verify', help='read every block and compare it with its SHA-256')
   check.add_argument('path', metavar='DIR')
-  make = commands.add_parser(
-    'import', help='make a store from activations of your own, [tokens, D] or [B, T, D]'
-  )
+  make = commands.add_parser('import', help='make a store from activations of your own, [tokens, D] or [B, T, D]')
   store_import.add_arguments(make)
   args = vars(parser.parse_args(argv))
   if args.pop('command') == 'verify':

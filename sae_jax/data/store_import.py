@@ -23,49 +23,72 @@ _SLICE = 2**20  # numbers that are gathered at once
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The flags of `import_arrays`, by the names of its arguments."""
   parser.add_argument(
-    '--from', dest='sources', metavar='NAME', nargs='+', required=True,
+    '--from',
+    dest='sources',
+    metavar='NAME',
+    nargs='+',
+    required=True,
     help=f'{inputs.FORMS}; :NAME takes one tensor, column or layer of several; patterns in quotes; @FILE for a list. '
     'They are joined in the order given',
-  )  # fmt: skip
+  )
   parser.add_argument('--out', metavar='DIR', required=True, help='an empty folder; run again to resume')
   parser.add_argument(
-    '--mask', dest='masks', metavar='NAME', nargs='+', default=[],
+    '--mask',
+    dest='masks',
+    metavar='NAME',
+    nargs='+',
+    default=[],
     help='1 for tokens and 0 for padding, in the shape of the activations without their width; one a source',
-  )  # fmt: skip
+  )
   parser.add_argument(
-    '--documents', metavar='NAME', nargs='+', default=[],
+    '--documents',
+    metavar='NAME',
+    nargs='+',
+    default=[],
     help='the number of the document of every row, or of every sequence; documents are held out whole; one a source',
-  )  # fmt: skip
+  )
   parser.add_argument(
     '--drop_first', type=int, default=0, help='leave out so many first tokens of every sequence (%(default)s)'
   )
   parser.add_argument(
-    '--held_out', type=int, default=16_384,
+    '--held_out',
+    type=int,
+    default=16_384,
     help='the last so many rows are held out; of sequences the last ones that hold them (%(default)s)',
-  )  # fmt: skip
+  )
   parser.add_argument(
-    '--normalize', default='center_unit', choices=KINDS,
+    '--normalize',
+    default='center_unit',
+    choices=KINDS,
     help='center_unit: mean 0 and norm 1 for every row; scale: one number, so that the mean norm is 1 (%(default)s)',
-  )  # fmt: skip
-  parser.add_argument(
-    '--seed', type=int, default=0, help='of the shuffle; data.seed of the cells (%(default)s)'
   )
+  parser.add_argument('--seed', type=int, default=0, help='of the shuffle; data.seed of the cells (%(default)s)')
+  parser.add_argument('--dtype', default='float16', choices=('float16', 'float32'), help='on disk (%(default)s)')
   parser.add_argument(
-    '--dtype', default='float16', choices=('float16', 'float32'), help='on disk (%(default)s)'
-  )
-  parser.add_argument(
-    '--block_tokens', type=int, default=None,
+    '--block_tokens',
+    type=int,
+    default=None,
     help=f'rows written and checked at once ({_BLOCK_TOKENS}, fewer where that is more than 64 MiB)',
-  )  # fmt: skip
+  )
   parser.add_argument('--subject', default='', help='recorded only: which model the rows come from')
   parser.add_argument('--site', default='', help='recorded only: where in it')
 
 
 def import_arrays(
-  *, sources: list[str], out: str, held_out: int, normalize: str, seed: int, dtype: str,
-  block_tokens: int | None = None, subject: str = '', site: str = '', masks: list[str] | None = None,
-  documents: list[str] | None = None, drop_first: int = 0,
-) -> None:  # fmt: skip
+  *,
+  sources: list[str],
+  out: str,
+  held_out: int,
+  normalize: str,
+  seed: int,
+  dtype: str,
+  block_tokens: int | None = None,
+  subject: str = '',
+  site: str = '',
+  masks: list[str] | None = None,
+  documents: list[str] | None = None,
+  drop_first: int = 0,
+) -> None:
   """Writes the rows of `sources` to the store `out`; resumes, and does nothing when it is finished.
 
   The last rows are held out, in the order given; all the others are shuffled by `seed`. Raises `UserError` for anything
@@ -91,32 +114,43 @@ def import_arrays(
   texts, text_digests = inputs.read_documents(inputs.expand(documents), opened) if documents else (None, None)
   rows = split(opened, mask, texts, drop_first, held_out)
   settings = {
-    'subject': subject, 'site': site, 'text': '', 'normalize': normalize,
-    'window_tokens': 2, 'block_windows': block_tokens,  # rows have no windows: one token each
-    'store_tokens': rows.train, 'held_out_tokens': rows.held_out, 'dtype': dtype, 'seed': seed,
-  }  # fmt: skip
+    'subject': subject,
+    'site': site,
+    'text': '',
+    'normalize': normalize,
+    'window_tokens': 2,
+    'block_windows': block_tokens,  # rows have no windows: one token each
+    'store_tokens': rows.train,
+    'held_out_tokens': rows.held_out,
+    'dtype': dtype,
+    'seed': seed,
+  }
   came_from = {
-    'imported_sha256': inputs.digests(opened), 'mask_sha256': mask_digests,
-    'documents_sha256': text_digests, 'drop_first': drop_first or None,
-  }  # fmt: skip
+    'imported_sha256': inputs.digests(opened),
+    'mask_sha256': mask_digests,
+    'documents_sha256': text_digests,
+    'drop_first': drop_first or None,
+  }
   if store_writer.finished(out, settings, came_from):
     return
   found = scan(opened, rows, normalize)
   provenance: dict[str, Any] = {
     'imported_from': [
-      pathlib.Path(file).name + (f':{source.part}' if source.part else '')
-      for source in opened for file in source.files
+      pathlib.Path(file).name + (f':{source.part}' if source.part else '') for source in opened for file in source.files
     ],
-  } | {key: value for key, value in came_from.items() if value is not None}  # fmt: skip
+  } | {key: value for key, value in came_from.items() if value is not None}
   if found.repeated:
     provenance['held_out_in_training'] = found.repeated
   if normalize != 'center_unit' and found.heaviest_share > soundness.HEAVY:
     provenance['heaviest_share'] = found.heaviest_share
   writer = store_writer.StoreWriter(
-    out, d_model=width, settings=settings,
+    out,
+    d_model=width,
+    settings=settings,
     provenance=provenance | {'versions': {'sae_jax': __version__, 'numpy': np.__version__}},
-    flops_per_token=0.0, scale=1 / found.mean_norm if normalize == 'scale' else None,
-  )  # fmt: skip
+    flops_per_token=0.0,
+    scale=1 / found.mean_norm if normalize == 'scale' else None,
+  )
   counted = {
     'train': order.permutation(rows.train, 'rows', seed),
     'held_out': np.arange(rows.train, rows.train + rows.held_out),

@@ -79,9 +79,12 @@ class StoreWriter:
     self.path, self.d_model, self._scale = path, d_model, scale
     self._settings, self._dtype = settings, np.dtype(settings['dtype']).newbyteorder('<')
     self._plan = {
-      'schema': SCHEMA, 'd_model': d_model, 'config': settings, 'provenance': provenance,
+      'schema': SCHEMA,
+      'd_model': d_model,
+      'config': settings,
+      'provenance': provenance,
       'subject_flops_per_token': flops_per_token,
-    } | ({'scale': scale} if settings['normalize'] == 'scale' else {})  # fmt: skip
+    } | ({'scale': scale} if settings['normalize'] == 'scale' else {})
     block_tokens = settings['block_windows'] * (settings['window_tokens'] - 1)
     sizes = {'train': settings['store_tokens'], 'held_out': settings['held_out_tokens']}
     self.streams = {name: order.Stream(sizes[name], block_tokens, settings['seed']) for name in ARRAYS}
@@ -110,15 +113,11 @@ class StoreWriter:
     """
     stream = self.streams[array]
     if x_BD.shape != (stream.size(block), self.d_model):
-      raise ValueError(
-        f'block {block} of {array} has shape {x_BD.shape}, not {(stream.size(block), self.d_model)}'
-      )
+      raise ValueError(f'block {block} of {array} has shape {x_BD.shape}, not {(stream.size(block), self.d_model)}')
     where = f'block {block} of {array} in {self.path}'
     stored_BD = np.empty(x_BD.shape, self._dtype)
     step = max(1, _SLICE // self.d_model)
-    record = _total(
-      [self._fill(stored_BD[i : i + step], x_BD[i : i + step], where) for i in range(0, len(x_BD), step)]
-    )
+    record = _total([self._fill(stored_BD[i : i + step], x_BD[i : i + step], where) for i in range(0, len(x_BD), step)])
     squares = record['sum_of_squares'] + record['sum_of_losses']
     soundness.check_rounding(where, record['sum_of_losses'], squares, self._dtype.name, _FOR_DTYPE)
     first = block * stream.block_tokens
@@ -134,16 +133,12 @@ class StoreWriter:
 
   def finish(self) -> dict[str, Any]:
     """Commits: writes store.json and drops the journal. Every block must have been written or found done."""
-    blocks = {
-      name: [self._records[name, b] for b in range(stream.blocks)] for name, stream in self.streams.items()
-    }
+    blocks = {name: [self._records[name, b] for b in range(stream.blocks)] for name, stream in self.streams.items()}
     digests = {name: [record['sha256'] for record in records] for name, records in blocks.items()}
     statistics = {name: _combine(records) for name, records in blocks.items()}
     for name, facts in statistics.items():
       where = f'{self.path}: the {self.streams[name].tokens} {name} rows'
-      remedy = 'take other rows' + (
-        f', or float32 if {self._dtype.name} rounds them alike' * ('lost' in facts)
-      )
+      remedy = 'take other rows' + (f', or float32 if {self._dtype.name} rounds them alike' * ('lost' in facts))
       soundness.check_varies(where, facts['variance'], facts['mean_square'], remedy)
       if 'lost' in facts:
         soundness.check_rounding(where, facts['lost'], 1.0, self._dtype.name, _FOR_DTYPE)
@@ -160,9 +155,7 @@ class StoreWriter:
     except FileExistsError:  # another process filled the same store with the same plan
       pass
     except OSError as error:
-      raise UserError(
-        f'{self.path} cannot be finished ({error}); free space, then run the same command'
-      ) from None
+      raise UserError(f'{self.path} cannot be finished ({error}); free space, then run the same command') from None
     for name, stream in self.streams.items():
       for block in range(stream.blocks):
         files.remove(self._record_path(name, block))
@@ -229,9 +222,7 @@ class StoreWriter:
     try:
       return tensorstore.open(spec, open=True, create=True).result()
     except (OSError, ValueError) as error:
-      raise UserError(
-        f'{self.path}/{array} cannot be opened for writing ({error}); name another folder'
-      ) from None
+      raise UserError(f'{self.path}/{array} cannot be opened for writing ({error}); name another folder') from None
 
   def _record_path(self, array: str, block: int) -> str:
     return files.join(self.path, f'journal-{array}-{block:06d}.json')
@@ -269,9 +260,7 @@ def digest(x_BD: np.ndarray) -> str:
 def identity(meta: dict[str, Any]) -> str:
   """Content hash of a store: every row, their order over all epochs, and the space they live in."""
   settings = meta['config']
-  content = {
-    key: meta[key] for key in ('schema', 'd_model', 'tokens', 'held_out_tokens', 'block_tokens', 'blocks')
-  }
+  content = {key: meta[key] for key in ('schema', 'd_model', 'tokens', 'held_out_tokens', 'block_tokens', 'blocks')}
   content |= {key: settings[key] for key in ('dtype', 'normalize', 'seed')}
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -300,9 +289,7 @@ def _combine(records: list[dict[str, Any]]) -> dict[str, Any]:
   share of the variance, absent where a block was written by a version that did not count it.
   """
   counted = all('sum_of_losses' in r for r in records)
-  total = _total(
-    [r if counted else {name: r[name] for name in r if name != 'sum_of_losses'} for r in records]
-  )
+  total = _total([r if counted else {name: r[name] for name in r if name != 'sum_of_losses'} for r in records])
   tokens, mean_D = total['tokens'], np.array(total['sum']) / total['tokens']
   mean_square = total['sum_of_squares'] / tokens
   variance = mean_square - float(mean_D @ mean_D)

@@ -12,6 +12,4 @@ def load(name: str, site: str | None = None) -> Subject:
   """
   if name == smollm2.NAME:
     return smollm2.load(site)
-  raise UserError(
-    f'data.subject={name!r} is not a subject; use {smollm2.NAME}, or add it in sae_jax/subjects'
-  )
+  raise UserError(f'data.subject={name!r} is not a subject; use {smollm2.NAME}, or add it in sae_jax/subjects')

@@ -25,9 +25,7 @@ class GGUFLlama:
     except (OSError, ValueError, KeyError, IndexError) as error:
       raise UserError(f'{path} is not a readable GGUF file ({error}); install it again') from None
     if kind != ('llama', 'gpt2'):
-      raise UserError(
-        f'{path} holds {kind}, not a llama with a gpt2 tokenizer; add a loader in sae_jax/subjects'
-      )
+      raise UserError(f'{path} holds {kind}, not a llama with a gpt2 tokenizer; add a loader in sae_jax/subjects')
     d_model, n_heads = self._field('llama.embedding_length'), self._field('llama.attention.head_count')
     self.arch = llama.Arch(
       d_model=d_model,
@@ -59,9 +57,7 @@ class GGUFLlama:
       v = self._tensor(f'blk.{i}.attn_v', (kv, d))
       params['qkv'][i] = np.concatenate([q, k, v]).T
       params['attention_out'][i] = self._tensor(f'blk.{i}.attn_output', (d, d)).T
-      params['gate_up'][i] = np.concatenate(
-        [self._tensor(f'blk.{i}.ffn_{a}', (f, d)) for a in ('gate', 'up')]
-      ).T
+      params['gate_up'][i] = np.concatenate([self._tensor(f'blk.{i}.ffn_{a}', (f, d)) for a in ('gate', 'up')]).T
       params['down'][i] = self._tensor(f'blk.{i}.ffn_down', (d, f)).T
       params['attention_norm'][i] = self._tensor(f'blk.{i}.attn_norm', (d,))
       params['ffn_norm'][i] = self._tensor(f'blk.{i}.ffn_norm', (d,))
@@ -75,16 +71,16 @@ class GGUFLlama:
     """
     pre = self._field('tokenizer.ggml.pre')
     if pre != 'smollm':
-      raise UserError(
-        f'{self.path} uses the pre-tokenizer {pre!r}; only smollm is implemented: add its splits here'
-      )
+      raise UserError(f'{self.path} uses the pre-tokenizer {pre!r}; only smollm is implemented: add its splits here')
     tokens, merges = self._field('tokenizer.ggml.tokens'), self._field('tokenizer.ggml.merges')
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [tuple(m.split(' ')) for m in merges]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-      tokenizers.pre_tokenizers.Digits(individual_digits=True),
-      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ])  # fmt: skip
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+      [
+        tokenizers.pre_tokenizers.Digits(individual_digits=True),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+      ]
+    )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     return tokenizer
 
@@ -101,9 +97,7 @@ class GGUFLlama:
       raise UserError(f'{self.path} has no tensor {name}.weight; it is not a complete llama')
     # GGUF states shapes in reverse.
     if tuple(int(n) for n in tensor.shape[::-1]) != shape:
-      raise UserError(
-        f'{self.path}: {name}.weight has shape {tensor.shape[::-1]}, not {shape}; wrong architecture'
-      )
+      raise UserError(f'{self.path}: {name}.weight has shape {tensor.shape[::-1]}, not {shape}; wrong architecture')
     return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
 
 

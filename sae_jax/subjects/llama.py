@@ -87,9 +87,7 @@ def flops_per_token(arch: Arch, layer: int, window_tokens: int) -> float:
   position 0 is shared out among the T - 1 tokens kept of a window.
   """
   shapes = parameter_shapes(arch, layer + 1)
-  matrices = sum(
-    n * a * b for n, a, b in (shapes[key] for key in ('qkv', 'attention_out', 'gate_up', 'down'))
-  )
+  matrices = sum(n * a * b for n, a, b in (shapes[key] for key in ('qkv', 'attention_out', 'gate_up', 'down')))
   attention = (layer + 1) * 2 * arch.n_heads * arch.d_head * (window_tokens + 1) / 2
   return 2 * (matrices + attention) * window_tokens / (window_tokens - 1)
 
@@ -105,8 +103,9 @@ def _run(arch: Arch, params: dict[str, jax.Array], x_BTD: jax.Array, first: int,
 
 def _layer(arch: Arch, p: dict[str, jax.Array], x_BTD: jax.Array, angles: tuple) -> jax.Array:
   h_BTD = _rms_norm(x_BTD, p['attention_norm'], arch.norm_eps)
-  x_BTD = x_BTD + _einsum('bte,ed->btd', _attention(arch, _einsum('btd,de->bte', h_BTD, p['qkv']), angles),
-                          p['attention_out'])  # fmt: skip
+  x_BTD = x_BTD + _einsum(
+    'bte,ed->btd', _attention(arch, _einsum('btd,de->bte', h_BTD, p['qkv']), angles), p['attention_out']
+  )
   h_BTD = _rms_norm(x_BTD, p['ffn_norm'], arch.norm_eps)
   gate_BTF, up_BTF = jnp.split(_einsum('btd,df->btf', h_BTD, p['gate_up']), 2, axis=-1)
   return x_BTD + _einsum('btf,fd->btd', jax.nn.silu(gate_BTF) * up_BTF, p['down'])

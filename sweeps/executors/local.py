@@ -47,9 +47,7 @@ class Local:
 
   def states(self, ids: list[str]) -> dict[str, str]:
     """'running' or 'gone' by id, after restarting what ended and may be restarted."""
-    return {
-      job_id: self._state(self._running[job_id]) if job_id in self._running else 'gone' for job_id in ids
-    }
+    return {job_id: self._state(self._running[job_id]) if job_id in self._running else 'gone' for job_id in ids}
 
   def cancel(self, job_id: str) -> None:
     """Asks the job to save and end; asked again, kills it."""

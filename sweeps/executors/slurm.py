@@ -21,9 +21,7 @@ import tomllib
 from sae_jax.errors import PREEMPTED, UserError
 from sweeps.executors import Job
 
-MAX_CRASHES = (
-  3  # ends by a signal that nobody sent on purpose: a lost process is tried again, a crash loop is not
-)
+MAX_CRASHES = 3  # ends by a signal that nobody sent on purpose: a lost process is tried again, a crash loop is not
 _PENDING = {
   'PENDING',
   'CONFIGURING',
@@ -34,9 +32,17 @@ _PENDING = {
   'SPECIAL_EXIT',
 }
 _ENDED = {
-  'BOOT_FAIL', 'CANCELLED', 'COMPLETED', 'DEADLINE', 'FAILED', 'NODE_FAIL', 'OUT_OF_MEMORY', 'PREEMPTED', 'REVOKED',
+  'BOOT_FAIL',
+  'CANCELLED',
+  'COMPLETED',
+  'DEADLINE',
+  'FAILED',
+  'NODE_FAIL',
+  'OUT_OF_MEMORY',
+  'PREEMPTED',
+  'REVOKED',
   'TIMEOUT',
-}  # fmt: skip
+}
 _WAITS_S = (2, 10, 30)  # a controller that has answered before is given the time to restart
 # Set by the user's shell or an enclosing job, these would change what the commands below ask for.
 _FOREIGN = ('SBATCH_', 'SRUN_', 'SQUEUE_', 'SCANCEL_', 'SLURM_')
@@ -44,9 +50,7 @@ _FOREIGN = ('SBATCH_', 'SRUN_', 'SQUEUE_', 'SCANCEL_', 'SLURM_')
 # Each process notes how it ended, because the gang's verdict is its first bad end: srun gives the largest code, and
 # that is 143 of a process it stopped itself. Bash runs a trap only after the process in the foreground has ended, so
 # that the noting outlives a SIGTERM to all of them, and what it starts gets the default reaction back.
-_RANK = (
-  'trap : TERM; "$@"; code=$?; [ $code = 0 ] || echo "${SLURM_RESTART_COUNT:-0} $code" >> "$ENDS"; exit $code'
-)
+_RANK = 'trap : TERM; "$@"; code=$?; [ $code = 0 ] || echo "${SLURM_RESTART_COUNT:-0} $code" >> "$ENDS"; exit $code'
 
 _SCRIPT = """\
 run=${{SLURM_RESTART_COUNT:-0}} told=1 cancelled=
@@ -233,9 +237,7 @@ class Slurm:
       job_id = name.removeprefix(self._prefix)
       if job_id == name or state in _ENDED:
         continue
-      if (
-        state not in _PENDING or job_id not in found
-      ):  # of a running job and its waiting twin, the running one
+      if state not in _PENDING or job_id not in found:  # of a running job and its waiting twin, the running one
         found[job_id] = number, 'pending' if state in _PENDING else 'running'
     return found
 
@@ -255,15 +257,18 @@ def _call(*argv: str, text: str = '') -> str:
   env = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN) or k == 'SLURM_CONF'}
   try:
     done = subprocess.run(
-      argv, input=text, env=env, capture_output=True, text=True, timeout=120,
+      argv,
+      input=text,
+      env=env,
+      capture_output=True,
+      text=True,
+      timeout=120,
       start_new_session=True,  # Ctrl-C is for the driver, not for a submission under way
-    )  # fmt: skip
+    )
   except FileNotFoundError:
     raise UserError(f'{argv[0]} is not on the PATH; run this on a login node of the Slurm cluster') from None
   except subprocess.TimeoutExpired:
-    raise UserError(
-      f'{argv[0]} did not answer in 120 s; jobs run on without this command, start it again'
-    ) from None
+    raise UserError(f'{argv[0]} did not answer in 120 s; jobs run on without this command, start it again') from None
   if done.returncode:
     raise UserError(f'{argv[0]} refused: {" ".join(done.stderr.split())}; see --site')
   return done.stdout

@@ -34,9 +34,7 @@ def command(job: executors.Job, site: Site, ledger: str, generation: int = 1) ->
   """
   jobset.check_fits(job, site)
   if job.walltime_s is not None:
-    raise UserError(
-      f'job {job.id[:80]!r} has walltime_s = {job.walltime_s}, which xpk cannot limit; leave it out'
-    )
+    raise UserError(f'job {job.id[:80]!r} has walltime_s = {job.walltime_s}, which xpk cannot limit; leave it out')
   flags = {
     'workload': jobset.name_of(job.id, ledger, generation),
     'cluster': site.xpk_cluster,
@@ -75,9 +73,7 @@ class Xpk(jobset.JobSet):
   def _create(self, job: executors.Job, generation: int) -> None:
     argv = command(job, self._site, self._ledger, generation)
     try:
-      done = subprocess.run(
-        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S
-      )
+      done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S)
     except FileNotFoundError:
       raise UserError(
         'xpk is not on PATH; install it, or take xpk_cluster out of the site file to submit with kubectl'

@@ -10,6 +10,4 @@ EXPERIMENT = calibration
 
 
 def sweep() -> list[grid.Overrides]:
-  return grid.product(
-    grid.param('sae.n_latents', [128, 256, 512, 1024]), grid.param('sae.k', [8, 16, 32, 64])
-  )
+  return grid.product(grid.param('sae.n_latents', [128, 256, 512, 1024]), grid.param('sae.k', [8, 16, 32, 64]))

@@ -10,6 +10,4 @@ EXPERIMENT = demo
 
 
 def sweep() -> list[grid.Overrides]:
-  return grid.product(
-    grid.param('sae.n_latents', [256, 512, 1024, 2048, 4096]), grid.param('sae.k', [8, 16, 32, 64])
-  )
+  return grid.product(grid.param('sae.n_latents', [256, 512, 1024, 2048, 4096]), grid.param('sae.k', [8, 16, 32, 64]))
