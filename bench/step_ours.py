@@ -15,7 +15,8 @@ import numpy as np
 
 from bench import worker
 from sae_jax import config, distributed, metrics, optim, sae, sharding
-from sae_jax.step import make_step
+from sae_jax import step as stepping
+from sae_jax.axes import Shard
 
 Shape = tuple[int, ...]  # d, n, B, k
 
@@ -77,8 +78,9 @@ def begin(
 
   # The configuration has no switch for the average of the weights; the peers keep none.
   patch = contextlib.nullcontext() if ema else mock.patch.object(optim, 'ema_update', lambda ema, *_: ema)
+  stepping._programs.cache_clear()  # or a step compiled without this patch would be taken
   with patch:
-    init, step = make_step(conf, devices)
+    init, step = stepping.make_step(conf, devices)
     state = init(jnp.zeros(shape[0]), jnp.float32(shape[0]))
     # Copies: a donated array must own its memory.
     state = state.replace(
@@ -88,7 +90,7 @@ def begin(
     )
     pool = [sharding.place_rows(devices, x_BD.shape, lambda a, b, x_BD=x_BD: x_BD[a:b]) for x_BD in pool_PBD]
     if devices.size == 1:
-      x_hat_BD, _ = jax.jit(sae.reconstruct, static_argnums=(2, 3, 4))(state.params, pool[0], k, sae.Axes(), None)
+      x_hat_BD, _ = jax.jit(sae.reconstruct, static_argnums=(2, 3))(state.params, pool[0], k, Shard())
       facts['error'] = float(jnp.sum((pool[0] - x_hat_BD) ** 2) / jnp.sum(pool[0] ** 2))
     state, values = step(state, pool[0])  # compiles, with the average as asked
   if not ema and any(jnp.any(a) for a in jax.tree.leaves(state.ema)):

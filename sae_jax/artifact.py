@@ -41,7 +41,8 @@ class Autoencoder:
   def encode(self, x: Any) -> tuple[jax.Array, jax.Array]:
     """Values [..., K] and latent indices [..., K] for activations [..., D].
 
-    Under 'center_unit' they may be raw or normalised already. Under 'scale' they are raw. An empty batch has empty codes. Inside jit only shapes and types are checked: there are no values to look at.
+    Under 'center_unit' they may be raw or normalised already. Under 'scale' they are raw. An empty batch has empty
+    codes. Inside jit only shapes and types are checked: there are no values to look at.
 
     Raises:
       UserError: `x` is not an array of finite floats whose last axis is d_model.

@@ -1,6 +1,6 @@
 """The mesh axes that a per-shard function runs under, and reductions over them that do nothing on one device."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -10,6 +10,16 @@ class Axes(NamedTuple):
 
   data: str | None = None
   latent: str | None = None
+
+
+class Shard(NamedTuple):
+  """Where a per-shard function runs, and how."""
+
+  axes: Axes = Axes()
+  dtype: Any = None  # of the encoder's inputs, None for that of the parameters; products are summed in the parameters'
+  chunks: int = 1  # parts the tokens are encoded in; in more than one the product [B, F] never exists whole
+  exchange: str = 'auto'  # how shards agree on winners; see topk.select
+  scatter: bool = False  # whether a data shard keeps its part of the latents' gradients alone
 
 
 def total(values, axis: str | None):

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import sharding, sparse, topk
+from sae_jax.axes import Shard, total
 from sae_jax.config import Config, SAEConfig
 from sae_jax.data import soundness
 from sae_jax.data.source import Source
@@ -73,18 +74,18 @@ class Evaluator:
       x_BD = sharding.place_rows(
         self._mesh, (self._batch, self._width), lambda a, b, start=start: self._padded(start + a, start + b)
       )
-      for params, total in zip(candidates, sums, strict=True):
+      for params, summed in zip(candidates, sums, strict=True):
         by_token = multihost_utils.process_allgather(self._token_sums(params, x_BD), tiled=True)
         for name, values_B in by_token.items():
-          total[name] += np.sum(values_B[:count], dtype=np.float64)
+          summed[name] += np.sum(values_B[:count], dtype=np.float64)
     return [
       Quality(
-        nmse=float(total['error'] / self.total_square),
-        mse=float(total['error'] / (self._tokens * self._width)),
-        l0=float(total['active'] / self._tokens),
-        topk_recall=float(total['found'] / self._chosen) if 'found' in total else None,
+        nmse=float(summed['error'] / self.total_square),
+        mse=float(summed['error'] / (self._tokens * self._width)),
+        l0=float(summed['active'] / self._tokens),
+        topk_recall=float(summed['found'] / self._chosen) if 'found' in summed else None,
       )
-      for total in sums
+      for summed in sums
     ]
 
   def _padded(self, start: int, stop: int) -> np.ndarray:
@@ -103,19 +104,16 @@ def _make_token_sums(
 
   Evaluation never donates.
   """
-  axes = sharding.axes_of(mesh)
-  dtype = jnp.bfloat16 if compute_dtype == 'bfloat16' else None
+  shard = Shard(sharding.axes_of(mesh), jnp.bfloat16 if compute_dtype == 'bfloat16' else None)
 
   @sparse.forced(products)
   def token_sums(params, x_BD):
-    x_hat_BD, codes = reconstruct(params, x_BD, size.k, axes, dtype)
-    active_B = jnp.sum(codes.z_BK > 0, axis=-1, dtype=jnp.int32)
-    if axes.latent:
-      active_B = jax.lax.psum(active_B, axes.latent)
+    x_hat_BD, codes = reconstruct(params, x_BD, size.k, shard)
+    active_B = total(codes.active(), shard.axes.latent)
     sums = {'error': jnp.sum((x_BD - x_hat_BD) ** 2, axis=-1), 'active': active_B}
     if size.selection == 'approximate':
-      product_BF, _, _ = encode(params, x_BD, size.k, axes, dtype)  # compiled once, with the one above
-      sums['found'] = topk.found(product_BF, params['b_enc_F'], size.k, size.recall_target, axes.latent)
+      product_BF, _, _ = encode(params, x_BD, size.k, shard)  # compiled once, with the one above
+      sums['found'] = topk.found(product_BF, params['b_enc_F'], size.k, size.recall_target, shard.axes.latent)
     return sums
 
   return jax.jit(

@@ -13,18 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sae_jax import arrays, auxk, losses, sparse, topk
-from sae_jax.axes import Axes, largest, scattered, total
+from sae_jax import arrays, losses, sparse
+from sae_jax.axes import Axes, Shard, largest, scattered, total
+from sae_jax.codes import Sparse
 from sae_jax.config import LossConfig, SAEConfig
+from sae_jax.families import auxk, topk
 
 Params = dict[str, jax.Array]  # w_enc_FD, w_dec_FD, b_enc_F, b_pre_D
-
-
-class Codes(NamedTuple):
-  """This shard's selected latents. Slots that another shard won hold value 0 and gradient 0."""
-
-  z_BK: jax.Array
-  idx_BK: jax.Array  # local indices
 
 
 class SAE(nnx.Module):
@@ -50,7 +45,7 @@ class SAE(nnx.Module):
     shape = (*x.shape[:-1], min(self.k, n_latents))
     if not x.size:
       return jnp.zeros(shape, x.dtype), jnp.zeros(shape, jnp.int32)
-    _, codes, _ = encode(self.params(), x.reshape(-1, d_model), self.k, Axes(), None)
+    _, codes, _ = encode(self.params(), x.reshape(-1, d_model), self.k, Shard())
     return codes.z_BK.reshape(shape), codes.idx_BK.reshape(shape)
 
   def decode(self, z: Any, idx: Any) -> jax.Array:
@@ -104,36 +99,26 @@ def encoder_scale(params: Params, probe_BD: jax.Array, k: int, axes: Axes) -> ja
   homogeneous, so one division is exact.
   """
   x_BD = probe_BD + params['b_pre_D'][None]
-  _, codes, _ = encode(params, x_BD, k, axes._replace(data=None), None)
+  _, codes, _ = encode(params, x_BD, k, Shard(axes._replace(data=None)))
   x_hat_BD = _decode(params, codes, axes)
   return 1 / jnp.mean(jnp.linalg.norm(x_hat_BD, axis=-1))
 
 
 def encode(
-  params: Params,
-  x_BD: jax.Array,
-  k: int,
-  axes: Axes,
-  dtype,
-  chunks: int = 1,
-  exchange: str = 'auto',
-  recall_target: float | None = None,
-) -> tuple[jax.Array | None, Codes, jax.Array]:
+  params: Params, x_BD: jax.Array, k: int, shard: Shard, recall_target: float | None = None
+) -> tuple[jax.Array | None, Sparse, jax.Array]:
   """(x - b_pre) W_enc^T [B, F] without the bias, this shard's codes, and x - b_pre [B, D].
 
-  `dtype` is that of the matmul's inputs, None for that of the parameters. It accumulates in the parameters' and the
-  selection reads that: on bfloat16 pre-activations half the rows tie at the k-th value. In more than one chunk of rows
-  the product never exists whole and None stands in its place. With a recall target each shard's candidates are those of
-  `topk.approximate`.
+  The selection reads the product in the parameters' type: on bfloat16 pre-activations half the rows tie at the k-th
+  value. In more than one chunk of rows None stands in the product's place.
   """
   xc_BD = x_BD - params['b_pre_D'][None]
-  product_BF = _product(params, xc_BD, dtype) if chunks == 1 else None
-  codes = _codes(params, params['b_enc_F'], product_BF, xc_BD, k, axes, dtype, chunks, exchange, recall_target)
-  return product_BF, codes, xc_BD
+  product_BF = _product(params, xc_BD, shard) if shard.chunks == 1 else None
+  return product_BF, _codes(params, params['b_enc_F'], product_BF, xc_BD, k, shard, recall_target), xc_BD
 
 
-def _product(params: Params, xc_BD: jax.Array, dtype) -> jax.Array:
-  dtype = dtype or xc_BD.dtype
+def _product(params: Params, xc_BD: jax.Array, shard: Shard) -> jax.Array:
+  dtype = shard.dtype or xc_BD.dtype
   return jnp.einsum(
     'bd,fd->bf',
     xc_BD.astype(dtype),
@@ -142,42 +127,26 @@ def _product(params: Params, xc_BD: jax.Array, dtype) -> jax.Array:
   )
 
 
-def _codes(params, bias_F, product_BF, xc_BD, k, axes, dtype, chunks, exchange, recall_target=None) -> Codes:
-  """Codes of the pre-activations product + bias, the product made chunk by chunk where it is not given.
-
-  The loop over chunks is local: shards agree on the winners of all rows at once.
-  """
-  width = bias_F.shape[0]
-  m = min(k, width)
-
-  def candidates(product_BF):
-    if recall_target is None:
-      return topk.top_k(product_BF, bias_F, m)
-    return topk.approximate(product_BF, bias_F, m, recall_target)
-
-  if product_BF is not None:
-    v_BK, idx_BK = candidates(product_BF)
-  else:
-    xc_CRD = xc_BD.reshape(chunks, -1, xc_BD.shape[1])
-    chosen = jax.lax.map(lambda xc_RD: candidates(_product(params, xc_RD, dtype)), xc_CRD)
-    v_BK, idx_BK = (a_CRK.reshape(-1, m) for a_CRK in chosen)
-  kept_BK = topk.select(v_BK, k, width, axes.latent, exchange)
-  return Codes(jax.nn.relu(jnp.where(kept_BK, v_BK, 0)), idx_BK)
+def _codes(
+  params: Params,
+  bias_F: jax.Array,
+  product_BF: jax.Array | None,
+  xc_BD: jax.Array,
+  k: int,
+  shard: Shard,
+  recall_target: float | None = None,
+) -> Sparse:
+  return topk.codes(product_BF, lambda xc_RD: _product(params, xc_RD, shard), xc_BD, bias_F, k, shard, recall_target)
 
 
-def _slots(codes: Codes, axes: Axes) -> jax.Array | None:
-  """Slots that any row uses. A shard holds k candidates and wins k / shards of them: the rest are not worth a pass."""
-  return sparse.used_slots(codes.z_BK) if axes.latent else None
+def _decode(params: Params, codes: Sparse, axes: Axes) -> jax.Array:
+  return total(codes.decode(params['w_dec_FD'], codes.slots(axes)), axes.latent)
 
 
-def _decode(params: Params, codes: Codes, axes: Axes) -> jax.Array:
-  return total(sparse.decode(*codes, params['w_dec_FD'], _slots(codes, axes)), axes.latent)
-
-
-def reconstruct(params: Params, x_BD: jax.Array, k: int, axes: Axes, dtype) -> tuple[jax.Array, Codes]:
+def reconstruct(params: Params, x_BD: jax.Array, k: int, shard: Shard) -> tuple[jax.Array, Sparse]:
   """Reconstruction [B, D], summed over shards, and this shard's codes."""
-  _, codes, _ = encode(params, x_BD, k, axes, dtype)
-  return _decode(params, codes, axes) + params['b_pre_D'][None], codes
+  _, codes, _ = encode(params, x_BD, k, shard)
+  return _decode(params, codes, shard.axes) + params['b_pre_D'][None], codes
 
 
 class StepSums(NamedTuple):
@@ -198,11 +167,7 @@ def loss_and_grads(
   sae: SAEConfig,
   loss: LossConfig,
   batch: int,
-  axes: Axes,
-  dtype,
-  chunks: int = 1,
-  exchange: str = 'auto',
-  scatter: bool = False,
+  shard: Shard,
 ) -> tuple[Params, jax.Array, StepSums]:
   """Gradients of the loss over the global batch, the new idle counters, and sums for the metrics.
 
@@ -212,9 +177,7 @@ def loss_and_grads(
     x_BD: this shard's tokens.
     scale: 1 / mean (x - mean x)^2, once for the run (section 1, "constant in the training loss").
     batch: tokens in the global batch.
-    chunks: parts the tokens are encoded in. With more than one, AuxK encodes again.
-    exchange: how shards agree on winners; see `topk.select`.
-    scatter: leave each data shard its part of the latents' gradients instead of all of them.
+    shard: where and how this runs. In more than one chunk of rows AuxK encodes again.
 
   The decoder's gradient is projected: the component along each unit-norm row is removed (section 4), so that Adam
   does not spend itself on what the renormalisation undoes. Row j of it is sum z g, so <g_j, w_j> is the sum of z dz
@@ -225,14 +188,14 @@ def loss_and_grads(
 
   `sae.selection` is that of the main codes; AuxK, which looks at dead latents only, selects exactly.
   """
+  axes = shard.axes
   recall_target = sae.recall_target if sae.selection == 'approximate' else None
-  product_BF, codes, xc_BD = encode(params, x_BD, sae.k, axes, dtype, chunks, exchange, recall_target)
-  slots = _slots(codes, axes)
-  x_hat_BD = _decode(params, codes, axes) + params['b_pre_D'][None]
+  product_BF, codes, xc_BD = encode(params, x_BD, sae.k, shard, recall_target)
+  slots = codes.slots(axes)
+  x_hat_BD = total(codes.decode(params['w_dec_FD'], slots), axes.latent) + params['b_pre_D'][None]
   error_BD = x_BD - x_hat_BD
 
-  fired_F = jnp.zeros(idle_F.shape, jnp.int8).at[codes.idx_BK].max((codes.z_BK > sae.fired_threshold).astype(jnp.int8))
-  fired_F = largest(fired_F, axes.data)
+  fired_F = largest(codes.fired(len(idle_F), sae.fired_threshold), axes.data)
   # Counted in steps, and held at a ceiling no dead threshold reaches, so that no run is long enough to overflow.
   idle_F = jnp.where(fired_F > 0, 0, jnp.minimum(idle_F, 2**30)) + 1
   dead_F = idle_F > max(1, loss.dead_tokens // batch)
@@ -240,8 +203,8 @@ def loss_and_grads(
 
   if loss.aux_coefficient > 0 and sae.k_aux > 0:
 
-    def select(bias_F):
-      return _codes(params, bias_F, product_BF, xc_BD, sae.k_aux, axes, dtype, chunks, exchange)
+    def select(bias_F: jax.Array) -> Sparse:
+      return _codes(params, bias_F, product_BF, xc_BD, sae.k_aux, shard)
 
     aux = auxk.gradients(
       params,
@@ -253,31 +216,28 @@ def loss_and_grads(
       k_aux=sae.k_aux,
       coefficient=loss.aux_coefficient,
       batch=batch,
-      axes=axes,
-      dtype=dtype,
-      room=len(dead_F) // 2 if chunks == 1 else 0,  # no more than the product already takes
+      shard=shard,
+      room=len(dead_F) // 2 if shard.chunks == 1 else 0,  # no more than the product already takes
     )
   else:
     aux = auxk.none(params)
 
   g_BD = losses.mse_gradient(error_BD, scale, batch)
-  dz_BK = jnp.where(codes.z_BK > 0, sparse.code_gradient(codes.idx_BK, params['w_dec_FD'], g_BD, slots), 0)
-  dw_enc_FD, dw_dec_FD = sparse.add_weight_gradients(
-    aux.w_enc_FD, aux.w_dec_FD, codes.idx_BK, dz_BK, xc_BD, codes.z_BK, g_BD, slots
-  )
-  db_enc_F = sparse.add_at(aux.b_enc_F, codes.idx_BK, dz_BK)
-  along_F = sparse.add_at(aux.along_F, codes.idx_BK, codes.z_BK * dz_BK)
+  dz_BK = codes.gradient(params['w_dec_FD'], g_BD, slots)
+  dw_enc_FD, dw_dec_FD = codes.add_weight_gradients(aux.w_enc_FD, aux.w_dec_FD, dz_BK, xc_BD, g_BD, slots)
+  db_enc_F = codes.add_at(aux.b_enc_F, dz_BK)
+  along_F = codes.add_at(aux.along_F, codes.z_BK * dz_BK)
 
   dw_dec_FD = dw_dec_FD - along_F[:, None] * params['w_dec_FD']
   # Summing over the batch first turns [B, F] x [F, D] into one vector-matrix product.
   through_encoder_D = db_enc_F @ params['w_enc_FD']
-  reduce = scattered if scatter else total
+  reduce = scattered if shard.scatter else total
   dw_enc_FD, dw_dec_FD, db_enc_F = reduce((dw_enc_FD, dw_dec_FD, db_enc_F), axes.data)
   db_pre_D, square_error, active, through_encoder_D = total(
     (
       jnp.sum(g_BD, axis=0),
       jnp.sum(error_BD * error_BD),
-      jnp.sum(codes.z_BK > 0, dtype=jnp.int32),
+      jnp.sum(codes.active()),
       through_encoder_D,
     ),
     axes.data,

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import optim, sae, sharding, sparse
+from sae_jax.axes import Shard
 from sae_jax.config import Config, LossConfig, OptimConfig, SAEConfig
 
 _PROBES = 256
@@ -74,9 +75,10 @@ def _programs(
   mesh: Mesh,
 ) -> tuple[Callable, Callable]:
   """`init(key_data, b_pre_D, scale)` and `step`: what depends on nothing but these."""
-  axes = sharding.axes_of(mesh)
+  shard = Shard(
+    sharding.axes_of(mesh), jnp.bfloat16 if compute_dtype == 'bfloat16' else None, chunks, exchange, scatter
+  )
   tx = optim.make_optimizer(optimizer, batch)
-  dtype = jnp.bfloat16 if compute_dtype == 'bfloat16' else None
   width = size.d_model
 
   def on_shards(f, in_specs, out_specs):
@@ -86,7 +88,7 @@ def _programs(
   param_layouts = sharding.layouts(sae.shapes(size.n_latents, width))
   idle_layout = sharding.layout('idle_F', (size.n_latents,))
   encoder_scale = on_shards(
-    lambda params, probe_BD: sae.encoder_scale(params, probe_BD, size.k, axes),
+    lambda params, probe_BD: sae.encoder_scale(params, probe_BD, size.k, shard.axes),
     (param_layouts, P()),
     P(),
   )
@@ -114,18 +116,7 @@ def _programs(
   state_shardings = sharding.shardings(mesh, abstract)
   loss_and_grads = on_shards(
     lambda params, idle_F, x_BD, scale: sae.loss_and_grads(
-      params,
-      idle_F,
-      x_BD,
-      scale,
-      sae=size,
-      loss=loss,
-      batch=batch,
-      axes=axes,
-      dtype=dtype,
-      chunks=chunks,
-      exchange=exchange,
-      scatter=scatter,
+      params, idle_F, x_BD, scale, sae=size, loss=loss, batch=batch, shard=shard
     ),
     (param_layouts, idle_layout, sharding.BATCH, P()),
     ({name: where.spec for name, where in state_shardings.params.items()}, idle_layout, P()),

@@ -9,6 +9,7 @@ import pytest
 
 from sae_jax import config, evaluate, sae, sharding, topk
 from sae_jax import step as stepping
+from sae_jax.axes import Shard
 from sae_jax.data.source import open_source
 from sae_jax.evaluate import Evaluator
 from sae_jax.member import Member
@@ -100,9 +101,7 @@ def test_training_takes_the_latents_that_the_selection_finds(chunks, lossy):
       sae=config_.sae,
       loss=config_.loss,
       batch=B,
-      axes=sae.Axes(),
-      dtype=None,
-      chunks=chunks,
+      shard=Shard(chunks=chunks),
     )
     return idle_F == 1, sums.active
 

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import sae, sharding, sparse
+from sae_jax.axes import Shard
 from sae_jax.config import LossConfig, SAEConfig
 
 KERNEL = '__gpu$xla.gpu.triton'
@@ -96,7 +97,7 @@ def sharded_step(mesh: Mesh, n_latents: int, width: int, k: int, batch: int, sel
 
   def step(params, idle_F, x_BD, scale):
     return sae.loss_and_grads(
-      params, idle_F, x_BD, scale, sae=config, loss=loss, batch=batch, axes=sharding.axes_of(mesh), dtype=None
+      params, idle_F, x_BD, scale, sae=config, loss=loss, batch=batch, shard=Shard(sharding.axes_of(mesh))
     )
 
   layouts = sharding.layouts(sae.shapes(n_latents, width))

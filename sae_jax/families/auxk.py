@@ -5,16 +5,17 @@ constant: no gradient reaches the main reconstruction.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sae_jax import losses, sparse, topk
-from sae_jax.axes import Axes, largest, total
+from sae_jax.axes import Axes, Shard, largest, total
+from sae_jax.codes import Sparse
 
-# Selects among the pre-activations with this bias [F]: values [B, K], not negative and descending, and indices [B, K].
-Select = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+# Selects among the pre-activations with this bias [F]: values not negative and descending.
+Select = Callable[[jax.Array], Sparse]
 
 
 class Gradients(NamedTuple):
@@ -38,8 +39,7 @@ def gradients(
   k_aux: int,
   coefficient: float,
   batch: int,
-  axes: Axes,
-  dtype,
+  shard: Shard,
   room: int,
 ) -> Gradients:
   """Gradients of coefficient * mean (e_hat - e)^2 / variance of e, all zero when no latent is dead.
@@ -49,7 +49,7 @@ def gradients(
     dead_F: which of them are dead; `n_dead` counts those of all shards.
     error_BD, xc_BD: this shard's e and x - b_pre.
     select: the selection among all latents, for when there are too many dead ones to gather.
-    dtype: of the encoder's inputs, None for that of the parameters.
+    shard: where this runs.
     room: most columns that a dense product over gathered dead latents may have.
 
   While n_dead <= k_aux nothing needs selecting. Beyond that the dead latents are gathered into the least of a few
@@ -57,13 +57,13 @@ def gradients(
   array passes through: each branch makes the accumulators that the main loops then add to.
   """
   args = (params, dead_F, error_BD, xc_BD)
-  given = dict(coefficient=coefficient, batch=batch, axes=axes)
+  given = dict(coefficient=coefficient, batch=batch, axes=shard.axes)
 
-  def of_few(width):
-    return lambda: _of_few(*args, width=width, k_aux=k_aux, dtype=dtype, **given)
+  def of_few(width: int) -> Callable[[], Gradients]:
+    return lambda: _of_few(*args, width=width, k_aux=k_aux, dtype=shard.dtype, **given)
 
   widths = [min(k_aux, len(dead_F)), *(w for w in (4 * k_aux, 16 * k_aux) if w <= room)]
-  here = largest(jnp.sum(dead_F, dtype=jnp.int32), axes.latent)
+  here = largest(jnp.sum(dead_F, dtype=jnp.int32), shard.axes.latent)
   exceeded = [n_dead > 0, n_dead > k_aux, *(here > w for w in widths[1:])]
   branches = [lambda: none(params), *map(of_few, widths), lambda: _of_many(*args, select=select, **given)]
   return jax.lax.switch(sum(e.astype(jnp.int32) for e in exceeded), branches)
@@ -75,22 +75,46 @@ def none(params: dict[str, jax.Array]) -> Gradients:
   return Gradients(zeros_FD, zeros_FD, zeros_F, zeros_F, jnp.zeros((), zeros_FD.dtype))
 
 
-def _of_many(params, dead_F, error_BD, xc_BD, *, select, coefficient, batch, axes) -> Gradients:
+def _of_many(
+  params: dict[str, jax.Array],
+  dead_F: jax.Array,
+  error_BD: jax.Array,
+  xc_BD: jax.Array,
+  *,
+  select: Select,
+  coefficient: float,
+  batch: int,
+  axes: Axes,
+) -> Gradients:
   # -inf, not 0: with fewer than k_aux positive dead latents a 0 would select live ones.
-  y_BK, idx_BK = select(jnp.where(dead_F, params['b_enc_F'], -jnp.inf))
-  slots = sparse.used_slots(y_BK)  # a handful of dead latents must not cost k_aux passes
-  decoded_BD = sparse.decode(y_BK, idx_BK, params['w_dec_FD'], slots)
-  h_BD, loss = _loss(decoded_BD, error_BD, coefficient, batch, axes)
-  dy_BK = jnp.where(y_BK > 0, sparse.code_gradient(idx_BK, params['w_dec_FD'], h_BD, slots), 0)
+  codes = select(jnp.where(dead_F, params['b_enc_F'], -jnp.inf))
+  slots = sparse.used_slots(codes.z_BK)  # a handful of dead latents must not cost k_aux passes
+  h_BD, loss = _loss(codes.decode(params['w_dec_FD'], slots), error_BD, coefficient, batch, axes)
+  dy_BK = codes.gradient(params['w_dec_FD'], h_BD, slots)
   zero = none(params)
-  dw_enc_FD, dw_dec_FD = sparse.add_weight_gradients(
-    zero.w_enc_FD, zero.w_dec_FD, idx_BK, dy_BK, xc_BD, y_BK, h_BD, slots
+  dw_enc_FD, dw_dec_FD = codes.add_weight_gradients(zero.w_enc_FD, zero.w_dec_FD, dy_BK, xc_BD, h_BD, slots)
+  return Gradients(
+    dw_enc_FD,
+    dw_dec_FD,
+    codes.add_at(zero.b_enc_F, dy_BK),
+    codes.add_at(zero.along_F, codes.z_BK * dy_BK),
+    loss,
   )
-  db_enc_F = sparse.add_at(zero.b_enc_F, idx_BK, dy_BK)
-  return Gradients(dw_enc_FD, dw_dec_FD, db_enc_F, sparse.add_at(zero.along_F, idx_BK, y_BK * dy_BK), loss)
 
 
-def _of_few(params, dead_F, error_BD, xc_BD, *, width, k_aux, coefficient, batch, axes, dtype) -> Gradients:
+def _of_few(
+  params: dict[str, jax.Array],
+  dead_F: jax.Array,
+  error_BD: jax.Array,
+  xc_BD: jax.Array,
+  *,
+  width: int,
+  k_aux: int,
+  coefficient: float,
+  batch: int,
+  axes: Axes,
+  dtype: Any,
+) -> Gradients:
   """By dense products with the rows of at most `width` dead latents, gathered.
 
   At (d, n, B, k) = (512, 8192, 2048, 32) on two CPU cores selection and loops of `_of_many` took 51 of 124 ms for eight
@@ -102,7 +126,7 @@ def _of_few(params, dead_F, error_BD, xc_BD, *, width, k_aux, coefficient, batch
   # the writes below are of unique rows: no order of sums, the same bits on every backend.
   dead_W = jnp.where(dead_W < n_latents, dead_W, n_latents + jnp.arange(width))
 
-  def rows(a):
+  def rows(a: jax.Array) -> jax.Array:
     return a.at[dead_W].get(mode='fill', fill_value=0)
 
   w_enc_WD, w_dec_WD, b_enc_W = rows(params['w_enc_FD']), rows(params['w_dec_FD']), rows(params['b_enc_F'])
@@ -114,7 +138,7 @@ def _of_few(params, dead_F, error_BD, xc_BD, *, width, k_aux, coefficient, batch
   h_BD, loss = _loss(y_BW @ w_dec_WD, error_BD, coefficient, batch, axes)
   dy_BW = jnp.where(y_BW > 0, h_BD @ w_dec_WD.T, 0)
 
-  def spread(like, values):
+  def spread(like: jax.Array, values: jax.Array) -> jax.Array:
     zeros = jnp.zeros_like(like)
     return zeros.at[dead_W].set(values, mode='drop', unique_indices=True, indices_are_sorted=True)
 
@@ -137,7 +161,9 @@ def _leading(y_BW: jax.Array, k: int, axes: Axes) -> jax.Array:
   return jax.lax.cond(crowded, lambda: jnp.where(topk.counted(y_BW, k, axes.latent), y_BW, 0), lambda: y_BW)
 
 
-def _loss(decoded_BD, error_BD, coefficient, batch, axes) -> tuple[jax.Array, jax.Array]:
+def _loss(
+  decoded_BD: jax.Array, error_BD: jax.Array, coefficient: float, batch: int, axes: Axes
+) -> tuple[jax.Array, jax.Array]:
   """Gradient [B, D] of AuxK's reconstruction, and AuxK before its coefficient, from this shard's part of the former."""
   difference_BD = total(decoded_BD, axes.latent) - error_BD
   square_sum, sum_D, difference_square_sum = total(
