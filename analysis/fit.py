@@ -219,7 +219,15 @@ def fit_weighted(
   )
 
 
-def _held_out(law, x, u_NQ, v_N, holdout, delta, rng) -> dict[str, Any]:
+def _held_out(
+  law: laws.Law,
+  x: tuple[str, ...],
+  u_NQ: Array,
+  v_N: Array,
+  holdout: tuple[str, Array, Array],
+  delta: float,
+  rng: np.random.Generator,
+) -> dict[str, Any]:
   rule, weight_N, test_N = holdout
   on = weight_N > 0
   if not test_N.any():

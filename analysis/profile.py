@@ -90,7 +90,16 @@ def add(law: Law, params: dict[str, dict[str, float]], ends_2P: Array) -> list[s
   return unbounded
 
 
-def _first(law, u_NQ, v_N, theta_P, covariance_PP, bound, pick_E, sign_E) -> tuple[Array, Array, Array]:
+def _first(
+  law: Law,
+  u_NQ: Array,
+  v_N: Array,
+  theta_P: Array,
+  covariance_PP: Array | None,
+  bound: float,
+  pick_E: Array,
+  sign_E: Array,
+) -> tuple[Array, Array, Array]:
   """Limits, directions (a unit along the constant) and first distances of all ends."""
   limit_P = np.empty(len(theta_P))
   at = 0
@@ -111,7 +120,7 @@ def _first(law, u_NQ, v_N, theta_P, covariance_PP, bound, pick_E, sign_E) -> tup
   return limit_P[pick_E], sign_E[:, None] * along_PP[pick_E], np.maximum(reach_P, 1e-12)[pick_E]
 
 
-def _next(inside, outside, low, high, limit, bound) -> Array:
+def _next(inside: Array, outside: Array, low: Array, high: Array, limit: Array, bound: float) -> Array:
   """Distances to try: further out while no end is known, else between, by the secant but never close to a side."""
   with np.errstate(divide='ignore', invalid='ignore'):
     further = np.minimum(inside * np.clip(bound / low, 1.3, 4.0), limit)

@@ -22,7 +22,9 @@ _TURN = 0.375  # how far a step may turn, as a share of its length; beyond, its 
 _CHUNK = 2_000_000  # numbers in one batch of Jacobians
 
 
-def estimate(law, u_NQ, v_N, weight_N, delta, rng) -> tuple[Array, float, float, Array]:
+def estimate(
+  law: Law, u_NQ: Array, v_N: Array, weight_N: Array, delta: float, rng: np.random.Generator
+) -> tuple[Array, float, float, Array]:
   """Best parameters of many starts, their objective, the share of starts that agree, and how far those lie apart."""
   on = weight_N > 0
   u, v = u_NQ[on], v_N[on]
@@ -35,7 +37,16 @@ def estimate(law, u_NQ, v_N, weight_N, delta, rng) -> tuple[Array, float, float,
   return theta_MP[best], float(value_M[best]), float(agree_M.mean()), spread_P
 
 
-def refit(law, u_NQ, v_N, weight_BN, theta_P, delta, rng, fresh: int = 1) -> Array:
+def refit(
+  law: Law,
+  u_NQ: Array,
+  v_N: Array,
+  weight_BN: Array,
+  theta_P: Array,
+  delta: float,
+  rng: np.random.Generator,
+  fresh: int = 1,
+) -> Array:
   """Best parameters [B, P] for every weighting, from the estimate and fresh starts.
 
   One is enough: from the estimate alone up to 31 % of resamples end 1 % above the best of seven starts, with one fresh
@@ -50,7 +61,7 @@ def refit(law, u_NQ, v_N, weight_BN, theta_P, delta, rng, fresh: int = 1) -> Arr
   return theta_MP.reshape(fresh + 1, count, width)[best_B, np.arange(count)]
 
 
-def constrained(law, u_NQ, v_N, start_MP, free_MP) -> tuple[Array, Array]:
+def constrained(law: Law, u_NQ: Array, v_N: Array, start_MP: Array, free_MP: Array) -> tuple[Array, Array]:
   """Least squares over the parameters that are free (1), the others (0) as in the start: [M, P], objectives [M]."""
   one_1N, every = np.ones((1, len(v_N))), np.zeros(len(start_MP), int)
   return _solve(law, u_NQ, v_N, one_1N, every, start_MP, np.inf, free_MP)
@@ -80,7 +91,16 @@ def at(law: Law, theta_P: Array, u_NQ: Array, v_N: Array) -> tuple[Array, Array]
   return f_MN[0] - v_N, jacobian_MNP[0]
 
 
-def _solve(law, u_NQ, v_N, weight_BN, which_M, theta_MP, delta, free_MP=None) -> tuple[Array, Array]:
+def _solve(
+  law: Law,
+  u_NQ: Array,
+  v_N: Array,
+  weight_BN: Array,
+  which_M: Array,
+  theta_MP: Array,
+  delta: float,
+  free_MP: Array | None = None,
+) -> tuple[Array, Array]:
   """Levenberg-Marquardt on M problems at once: parameters [M, P] and objectives [M] of local optima.
 
   Problem m has the weights `weight_BN[which_M[m]]`, starts at `theta_MP[m]` and keeps what is 0 in `free_MP[m]`.
@@ -96,7 +116,9 @@ def _solve(law, u_NQ, v_N, weight_BN, which_M, theta_MP, delta, free_MP=None) ->
   return theta_MP, value_M
 
 
-def _solve_chunk(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP) -> tuple[Array, Array]:
+def _solve_chunk(
+  law: Law, u_NQ: Array, v_N: Array, weight_MN: Array, theta_MP: Array, delta: float, free_MP: Array
+) -> tuple[Array, Array]:
   found_MP, least_M = theta_MP.copy(), np.full(len(theta_MP), np.nan)
   eye_PP, features = np.eye(theta_MP.shape[1]), law.features(u_NQ)
   now = _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP, features)
@@ -165,7 +187,16 @@ class _Quadratic:
     self.share_JMN[:, some] = other.share_JMN[:, some]
 
 
-def _quadratic(law, u_NQ, v_N, weight_MN, theta_MP, delta, free_MP, features) -> _Quadratic:
+def _quadratic(
+  law: Law,
+  u_NQ: Array,
+  v_N: Array,
+  weight_MN: Array,
+  theta_MP: Array,
+  delta: float,
+  free_MP: Array,
+  features: list[Array],
+) -> _Quadratic:
   with np.errstate(over='ignore', invalid='ignore'):  # a wild trial step becomes NaN and is refused
     f_MN, jacobian_MNP, share_JMN = law.log_prediction(theta_MP, u_NQ, features)
     jacobian_MNP *= free_MP[:, None, :]  # a parameter without a gradient takes no step

@@ -4,7 +4,7 @@ import numpy as np
 from scipy import special
 
 from analysis import table
-from analysis.laws import Array
+from analysis.laws import Array, Law
 
 LEVEL = 0.9  # of every interval
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
@@ -35,7 +35,15 @@ def covariance(residual_N: Array, jacobian_NP: Array, delta: float = np.inf) -> 
   return squares / (count - width) * np.linalg.inv(jacobian_NP.T @ jacobian_NP)
 
 
-def band(law, theta_P, draws_BP, covariance_PP, freedom, u_MQ, residual_N: Array | None = None) -> tuple[Array, Array]:
+def band(
+  law: Law,
+  theta_P: Array,
+  draws_BP: Array,
+  covariance_PP: Array | None,
+  freedom: int,
+  u_MQ: Array,
+  residual_N: Array | None = None,
+) -> tuple[Array, Array]:
   """Ends [M] of the 90 % interval of the log loss at points: of the law, or of one new observation with `residual_N`.
 
   The wider, at each end, of two: resampled laws (with resampled residuals, scaled for the constants that were
@@ -73,7 +81,7 @@ def correlation(jacobian_NP: Array) -> list[list[float]] | None:
 
 
 def params(
-  law, theta_P, draws_BP, covariance_PP, freedom, profile_2P: Array | None = None
+  law: Law, theta_P: Array, draws_BP: Array, covariance_PP: Array | None, freedom: int, profile_2P: Array | None = None
 ) -> tuple[dict[str, dict[str, float]], str]:
   """Estimates with intervals, and how the intervals were made: from resamples, standard errors, both, or 'none'.
 
@@ -116,7 +124,7 @@ def params(
   }, method
 
 
-def _profiled(law, profile_2P: Array | None, estimate_P: Array) -> Array:
+def _profiled(law: Law, profile_2P: Array | None, estimate_P: Array) -> Array:
   """Ends [2, P] of the profile as published constants; the estimate where there is none, 0 where an amplitude may vanish."""
   if profile_2P is None:
     return np.stack([estimate_P, estimate_P])
@@ -150,7 +158,7 @@ def data_warnings(log_range: dict[str, float], settings: int, width: int, agreem
   return out
 
 
-def floor_is_loose(law, low_P) -> bool:
+def floor_is_loose(law: Law, low_P: Array) -> bool:
   """Whether the profile of the irreducible loss has no lower end: the points do not exclude that there is none."""
   if law.floor is None:
     return False
@@ -159,7 +167,9 @@ def floor_is_loose(law, low_P) -> bool:
   return bool(np.isneginf(low_P[first + constant]))
 
 
-def floor_warnings(law, u_NQ, theta_P, draws_BP, covariance_PP, loose: bool = False) -> list[dict[str, str]]:
+def floor_warnings(
+  law: Law, u_NQ: Array, theta_P: Array, draws_BP: Array, covariance_PP: Array | None, loose: bool = False
+) -> list[dict[str, str]]:
   """Says when the irreducible loss is a guess: at the largest point, its interval spans a factor of four, or its
   profile has no lower end (`loose`)."""
   if law.floor is None:

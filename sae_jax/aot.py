@@ -102,7 +102,7 @@ def compile_step(config: Config, mesh: Mesh) -> Compiled:
 
 
 def _state_bytes(state: TrainState) -> dict[str, int]:
-  def total(tree):
+  def total(tree: Any) -> int:
     return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
   parts = {'params': total(state.params), 'moments': total(state.opt_state), 'ema': total(state.ema)}

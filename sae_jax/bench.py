@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from sae_jax import config, files, flops, metrics, optim, sharding, sparse, topk
 from sae_jax.errors import UserError, one_line_errors
-from sae_jax.step import make_step
+from sae_jax.sae import Params
+from sae_jax.step import TrainState, make_step
 
 SHAPES = ((512, 8192, 2048, 32), (768, 32768, 2048, 32), (768, 32768, 8192, 32))  # d, n, B, k
 _COPY_FLOATS = 2**26  # 268 MB: past every cache
@@ -72,18 +73,20 @@ def measure(shape: tuple[int, int, int, int], repeats: int) -> dict[str, Any]:
   }
 
 
-def _parts(cell: config.Config, state, x_BD, options) -> dict[str, tuple[Callable, tuple]]:
+def _parts(
+  cell: config.Config, state: TrainState, x_BD: jax.Array, options: dict[str, str | bool] | None
+) -> dict[str, tuple[Callable, tuple]]:
   """Each part of the step alone, compiled, with arguments on the device."""
   params, k, batch = state.params, cell.sae.k, cell.train.batch_tokens
   pre_BF = jax.jit(lambda x, w: jnp.einsum('bd,fd->bf', x, w))(x_BD, params['w_enc_FD'])
   v_BK, idx_BK = jax.jit(lambda pre: topk.top_k(pre, state.params['b_enc_F'], k))(pre_BF)
   tx = optim.make_optimizer(cell.optim, batch)
 
-  def weight_gradients(idx, z, x):
+  def weight_gradients(idx: jax.Array, z: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     zeros = jnp.zeros_like(params['w_enc_FD'])
     return sparse.add_weight_gradients(zeros, zeros, idx, z, x, z, x)
 
-  def update(params, grads, opt_state, ema):
+  def update(params: Params, grads: Params, opt_state: Any, ema: Params) -> tuple[Params, Any, Params]:
     updates, opt_state = tx.update(grads, opt_state, params)
     params = optim.unit_norm_decoder(jax.tree.map(jnp.add, params, updates))
     return params, opt_state, optim.ema_update(ema, params, cell.optim.ema_decay)
@@ -105,14 +108,14 @@ def _parts(cell: config.Config, state, x_BD, options) -> dict[str, tuple[Callabl
   donating = jax.jit(update, donate_argnums=(0, 2, 3), compiler_options=options)
   held = list(copies['update'][1])
 
-  def run_update():
+  def run_update() -> list[Any]:
     held[0], held[2], held[3] = donating(*held)
     return held
 
   return copies | {'update': (run_update, ())}
 
 
-def _seconds(f: Callable, *args) -> float:
+def _seconds(f: Callable, *args: Any) -> float:
   began = time.perf_counter()
   jax.block_until_ready(f(*args))
   return time.perf_counter() - began

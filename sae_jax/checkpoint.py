@@ -8,8 +8,9 @@ import hashlib
 import json
 import math
 import sys
+import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -229,13 +230,15 @@ def _close_abandoned(folder: str) -> None:
 
 
 class _disk_full_is_user_error:
-  def __init__(self, path):
+  def __init__(self, path: str):
     self._path = path
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, kind, error, trace):
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+  ) -> None:
     if error is not None and faults.is_disk_full(error):
       raise UserError(f'{self._path}: no space left on the device; free some and start again: it resumes') from error
 

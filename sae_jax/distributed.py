@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -220,7 +221,7 @@ def lost_peer(error: BaseException | None) -> bool:
   return isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in words)
 
 
-def _end_at_once(kind, error, trace) -> None:
+def _end_at_once(kind: type[BaseException], error: BaseException | None, trace: types.TracebackType | None) -> None:
   traceback.print_exception(kind, error, trace)
   sys.stdout.flush()
   sys.stderr.flush()

@@ -107,7 +107,7 @@ def _make_token_sums(
   shard = Shard(sharding.axes_of(mesh), jnp.bfloat16 if compute_dtype == 'bfloat16' else None)
 
   @sparse.forced(products)
-  def token_sums(params, x_BD):
+  def token_sums(params: Params, x_BD: jax.Array) -> dict[str, jax.Array]:
     x_hat_BD, codes = reconstruct(params, x_BD, size.k, shard)
     active_B = total(codes.active(), shard.axes.latent)
     sums = {'error': jnp.sum((x_BD - x_hat_BD) ** 2, axis=-1), 'active': active_B}

@@ -144,7 +144,14 @@ def _computations(text: str) -> dict[str, list[str]]:
   return bodies
 
 
-def _follow(bodies, name, times, loop, branch, reached) -> None:
+def _follow(
+  bodies: dict[str, list[str]],
+  name: str,
+  times: int | None,
+  loop: bool,
+  branch: str,
+  reached: dict[str, list[tuple[int | None, bool, str]]],
+) -> None:
   reached.setdefault(name, []).append((times, loop, branch))
   for call in _calls(bodies, name):
     if call.computation in bodies:

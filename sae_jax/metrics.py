@@ -167,7 +167,7 @@ def git_commit() -> str:
   """Commit of the source tree, with '+' when it has uncommitted changes; '' outside a checkout."""
   where = os.path.dirname(os.path.abspath(__file__))
 
-  def git(*args):
+  def git(*args: str) -> str:
     return subprocess.run(('git', '-C', where, *args), capture_output=True, text=True, timeout=10, check=True).stdout
 
   try:

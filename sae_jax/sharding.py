@@ -1,7 +1,7 @@
 """Where arrays live: the (data, latent) mesh, partition specs by array name, and host-to-device placement."""
 
 import concurrent.futures
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,18 +105,18 @@ def row_chunks(config: Config, mesh: Mesh) -> int:
 def shardings(mesh: Mesh, tree: Any) -> Any:
   """A NamedSharding for each leaf, by the last name on its path."""
 
-  def one(path, leaf):
+  def one(path: jax.tree_util.KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
     names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
     return NamedSharding(mesh, at_rest(mesh, names[-1], leaf.shape))
 
   return jax.tree.map_with_path(one, tree)
 
 
-def place_rows(mesh: Mesh, shape: tuple[int, int], rows) -> jax.Array:
+def place_rows(mesh: Mesh, shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> jax.Array:
   """A [B, D] array sharded over tokens; `rows(start, stop)` is asked only for what this process's devices hold."""
   cached: dict[tuple[int, int], np.ndarray] = {}  # devices that differ only in latent shard hold the same rows
 
-  def piece(index):
+  def piece(index: tuple[slice, ...]) -> np.ndarray:
     start, stop, _ = index[0].indices(shape[0])
     if (start, stop) not in cached:
       cached[start, stop] = rows(start, stop)

@@ -19,6 +19,7 @@ from sae_jax.errors import UserError
 from sae_jax.sparse_cpu import Slots
 
 PATHS = ('loops', 'kernels', 'dense')
+_Saved = tuple[jax.Array, jax.Array, jax.Array, Slots]  # the arguments of `decode`
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar('forced', default=None)
 
@@ -123,17 +124,17 @@ def _path(platform: str, batch: int, n_latents: int, d_model: int, k: int) -> tu
   return 'loops', f'as always on {platform}'
 
 
-def _product(by_path: tuple[Callable, Callable, Callable], args: tuple, slots: Slots, sizes) -> Any:
+def _product(by_path: tuple[Callable, Callable, Callable], args: tuple, slots: Slots, sizes: tuple[int, ...]) -> Any:
   if path := _forced.get():
     return by_path[PATHS.index(path)](*args, slots)
   loops, kernels, dense = by_path
   _, n_latents, d_model, k = sizes
 
-  def over_slots(*args):
+  def over_slots(*args: Any) -> Any:
     # Off the CPU k large gathers and scatters, not B small ones.
     return loops(*args[:-1], k if args[-1] is None else args[-1])
 
-  def dense_if_worth_it(*args):
+  def dense_if_worth_it(*args: Any) -> Any:
     enough = sparse_tpu.dense_from(n_latents, d_model, k)
     return dense(*args) if slots is None else jax.lax.cond(args[-1] < enough, over_slots, dense, *args)
 
@@ -142,11 +143,11 @@ def _product(by_path: tuple[Callable, Callable, Callable], args: tuple, slots: S
   return jax.lax.platform_dependent(*args, slots, cuda=cuda, tpu=tpu, default=loops)
 
 
-def _decode_forward(z_BK, idx_BK, w_FD, slots):
+def _decode_forward(z_BK: jax.Array, idx_BK: jax.Array, w_FD: jax.Array, slots: Slots) -> tuple[jax.Array, _Saved]:
   return decode(z_BK, idx_BK, w_FD, slots), (z_BK, idx_BK, w_FD, slots)
 
 
-def _decode_backward(saved, g_BD):
+def _decode_backward(saved: _Saved, g_BD: jax.Array) -> tuple[jax.Array, None, jax.Array, None]:
   z_BK, idx_BK, w_FD, slots = saved
   zeros_FD = jnp.zeros_like(w_FD)
   dz_BK = code_gradient(idx_BK, w_FD, g_BD, slots).astype(z_BK.dtype)

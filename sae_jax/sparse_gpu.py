@@ -6,6 +6,7 @@ are. Slots of value 0 read no weights.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from sae_jax.sparse_cpu import Slots, sum_dtype
 _MAX_ELEMENTS = 2**31  # Pallas computes a Triton pointer's offset in int32
 _RUN = 256  # values that one program of `add_at` sums at a time
 _FEW = 32  # slots that are sorted alone when no others are in use
+
+_Sums = tuple[jax.Array, jax.Array]  # of a block of columns, for the encoder and the decoder
 
 
 def fits(batch: int, n_latents: int, d_model: int) -> bool:
@@ -32,11 +35,11 @@ def decode(
   (rows, _), width = z_BK.shape, w_FD.shape[1]
   block = _block(width)
 
-  def kernel(slots_ref, z_ref, idx_ref, w_ref, x_ref):
+  def kernel(slots_ref: jax.Ref, z_ref: jax.Ref, idx_ref: jax.Ref, w_ref: jax.Ref, x_ref: jax.Ref) -> None:
     row, cols = pl.program_id(0), pl.program_id(1) * block + jnp.arange(block, dtype=jnp.int32)
     inside = cols < width
 
-    def add_slot(j, total):
+    def add_slot(j: jax.Array, total: jax.Array) -> jax.Array:
       z = z_ref[row, j]
       w = plt.load(w_ref.at[idx_ref[row, j], cols], mask=inside & (z != 0), other=0)
       return total + z.astype(total.dtype) * w.astype(total.dtype)
@@ -62,10 +65,10 @@ def code_gradient(
   (rows, k), width = idx_BK.shape, w_FD.shape[1]
   block = _block(width)
 
-  def kernel(slots_ref, idx_ref, w_ref, g_ref, dz_ref):
+  def kernel(slots_ref: jax.Ref, idx_ref: jax.Ref, w_ref: jax.Ref, g_ref: jax.Ref, dz_ref: jax.Ref) -> None:
     row = pl.program_id(0)
 
-    def slot(j, _):
+    def slot(j: jax.Array, _: None) -> None:
       total = jnp.zeros(block, sum_dtype(w_FD))
       for first in range(0, width, block):
         cols = first + jnp.arange(block, dtype=jnp.int32)
@@ -74,7 +77,7 @@ def code_gradient(
         total += w.astype(total.dtype) * g.astype(total.dtype)
       dz_ref[row, j] = jnp.sum(total).astype(g_BD.dtype)
 
-    def nothing(j, _):
+    def nothing(j: jax.Array, _: None) -> None:
       dz_ref[row, j] = jnp.zeros((), g_BD.dtype)
 
     jax.lax.fori_loop(0, slots_ref[0], slot, None)
@@ -112,7 +115,7 @@ def add_weight_gradients(
   """
   run = run or max(16, 1 << (int(idx_BK.shape[0] ** 0.5) - 1).bit_length())
 
-  def add(n_slots):
+  def add(n_slots: int) -> tuple[jax.Array, jax.Array]:
     codes = (a[:, :n_slots] for a in (idx_BK, dz_BK, z_BK))
     return _add_pairs(dw_enc_FD, dw_dec_FD, *codes, x_BD, g_BD, run, interpret)
 
@@ -122,7 +125,17 @@ def add_weight_gradients(
   return jax.lax.cond(slots <= _FEW, lambda: add(_FEW), lambda: add(k))
 
 
-def _add_pairs(dw_enc_FD, dw_dec_FD, idx_BK, dz_BK, z_BK, x_BD, g_BD, run: int, interpret: bool):
+def _add_pairs(
+  dw_enc_FD: jax.Array,
+  dw_dec_FD: jax.Array,
+  idx_BK: jax.Array,
+  dz_BK: jax.Array,
+  z_BK: jax.Array,
+  x_BD: jax.Array,
+  g_BD: jax.Array,
+  run: int,
+  interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
   (rows, k), (n_latents, width) = idx_BK.shape, dw_dec_FD.shape
   n_more = max(1, rows * k // run)
   block, wide = _block(width), sum_dtype(dw_dec_FD)
@@ -136,8 +149,16 @@ def _add_pairs(dw_enc_FD, dw_dec_FD, idx_BK, dz_BK, z_BK, x_BD, g_BD, run: int, 
   # Items past the last further run have owner F, whose start is the end: an empty run.
   last = jnp.minimum(first + run, start_F[jnp.minimum(owner + 1, n_latents)])
 
-  def pairs(row_ref, dz_ref, z_ref, x_ref, g_ref, cols, inside):
-    def add_pair(p, totals):
+  def pairs(
+    row_ref: jax.Ref,
+    dz_ref: jax.Ref,
+    z_ref: jax.Ref,
+    x_ref: jax.Ref,
+    g_ref: jax.Ref,
+    cols: jax.Array,
+    inside: jax.Array,
+  ) -> Callable[[jax.Array, _Sums], _Sums]:
+    def add_pair(p: jax.Array, totals: _Sums) -> _Sums:
       dz, z, b = dz_ref[p], z_ref[p], row_ref[p]
       x = plt.load(x_ref.at[b, cols], mask=inside & (dz != 0), other=0)
       g = plt.load(g_ref.at[b, cols], mask=inside & (z != 0), other=0)
@@ -145,12 +166,22 @@ def _add_pairs(dw_enc_FD, dw_dec_FD, idx_BK, dz_BK, z_BK, x_BD, g_BD, run: int, 
 
     return add_pair
 
-  def further_runs(first_ref, last_ref, row_ref, dz_ref, z_ref, x_ref, g_ref, enc_ref, dec_ref):
+  def further_runs(
+    first_ref: jax.Ref,
+    last_ref: jax.Ref,
+    row_ref: jax.Ref,
+    dz_ref: jax.Ref,
+    z_ref: jax.Ref,
+    x_ref: jax.Ref,
+    g_ref: jax.Ref,
+    enc_ref: jax.Ref,
+    dec_ref: jax.Ref,
+  ) -> None:
     i, cols = pl.program_id(0), pl.program_id(1) * block + jnp.arange(block, dtype=jnp.int32)
     inside = cols < width
 
     @pl.when(first_ref[i] < last_ref[i])
-    def _():
+    def _() -> None:
       enc, dec = jax.lax.fori_loop(
         first_ref[i],
         last_ref[i],
@@ -161,31 +192,31 @@ def _add_pairs(dw_enc_FD, dw_dec_FD, idx_BK, dz_BK, z_BK, x_BD, g_BD, run: int, 
       plt.store(dec_ref.at[i, cols], dec, mask=inside)
 
   def latents(
-    start_ref,
-    more_ref,
-    row_ref,
-    dz_ref,
-    z_ref,
-    x_ref,
-    g_ref,
-    enc_more_ref,
-    dec_more_ref,
-    _,
-    __,
-    enc_ref,
-    dec_ref,
-  ):
+    start_ref: jax.Ref,
+    more_ref: jax.Ref,
+    row_ref: jax.Ref,
+    dz_ref: jax.Ref,
+    z_ref: jax.Ref,
+    x_ref: jax.Ref,
+    g_ref: jax.Ref,
+    enc_more_ref: jax.Ref,
+    dec_more_ref: jax.Ref,
+    _: jax.Ref,
+    __: jax.Ref,
+    enc_ref: jax.Ref,
+    dec_ref: jax.Ref,
+  ) -> None:
     f, cols = pl.program_id(0), pl.program_id(1) * block + jnp.arange(block, dtype=jnp.int32)
     inside = cols < width
     start, end = start_ref[f], start_ref[f + 1]
 
-    def add_run(i, totals):
+    def add_run(i: jax.Array, totals: _Sums) -> _Sums:
       enc = plt.load(enc_more_ref.at[i, cols], mask=inside, other=0)
       dec = plt.load(dec_more_ref.at[i, cols], mask=inside, other=0)
       return totals[0] + enc, totals[1] + dec
 
     @pl.when(start < end)
-    def _():
+    def _() -> None:
       zeros = jnp.zeros(block, wide)
       add_pair = pairs(row_ref, dz_ref, z_ref, x_ref, g_ref, cols, inside)
       totals = jax.lax.fori_loop(start, jnp.minimum(start + run, end), add_pair, (zeros, zeros))
@@ -223,16 +254,16 @@ def add_at(total_F: jax.Array, idx_BK: jax.Array, values_BK: jax.Array, *, inter
   start_F, order = _segments(idx_BK, total_F.size)
   values = values_BK.reshape(-1)[order]
 
-  def kernel(start_ref, values_ref, _, total_ref):
+  def kernel(start_ref: jax.Ref, values_ref: jax.Ref, _: jax.Ref, total_ref: jax.Ref) -> None:
     f = pl.program_id(0)
     start, end = start_ref[f], start_ref[f + 1]
 
-    def add_run(i, sums):
+    def add_run(i: jax.Array, sums: jax.Array) -> jax.Array:
       at = start + i * _RUN + jnp.arange(_RUN, dtype=jnp.int32)
       return sums + plt.load(values_ref.at[at], mask=at < end, other=0).astype(wide)
 
     @pl.when(start < end)
-    def _():
+    def _() -> None:
       sums = jax.lax.fori_loop(0, (end - start + _RUN - 1) // _RUN, add_run, jnp.zeros(_RUN, wide))
       old = total_ref[f]
       total_ref[f] = (old.astype(wide) + jnp.sum(sums)).astype(old.dtype)
@@ -248,7 +279,7 @@ def add_at(total_F: jax.Array, idx_BK: jax.Array, values_BK: jax.Array, *, inter
   )(start_F, values, total_F)
 
 
-def _segments(idx_BK, n_latents: int):
+def _segments(idx_BK: jax.Array, n_latents: int) -> tuple[jax.Array, jax.Array]:
   """Pairs ordered by latent, then by position: start [F + 1] of each latent's, and the order [B K].
 
   The same expression in every caller, so that XLA sorts once for all that share their indices.
@@ -266,10 +297,10 @@ def _block(width: int) -> int:
   return min(sizes, key=lambda size: (-(-width // size) * size, -size))
 
 
-def _warps(block: int):
+def _warps(block: int) -> plt.CompilerParams:
   # Four numbers a thread, one 16-byte read. Not tuned: no GPU was at hand.
   return plt.CompilerParams(num_warps=max(1, block // 128))
 
 
-def _count(codes_BK, slots: Slots):
+def _count(codes_BK: jax.Array, slots: Slots) -> jax.Array:
   return jnp.full(1, codes_BK.shape[1] if slots is None else slots, jnp.int32)

@@ -5,8 +5,11 @@ built by a matmul as well: with f = 128 h + l, codes [B, H, 128] are the product
 XLA fuses into it. Latents go in chunks, so that [B, F] is never whole and each gradient row is written once.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sae_jax.sparse_cpu import Slots, sum_dtype
 
@@ -41,7 +44,7 @@ def decode(z_BK: jax.Array, idx_BK: jax.Array, w_FD: jax.Array, slots: Slots = N
   del slots  # values from there on are 0, and a dense product saves nothing by it
   w_FD = _padded(w_FD)
 
-  def add_chunk(chunk, x_BD):
+  def add_chunk(chunk: _Chunk, x_BD: jax.Array) -> jax.Array:
     codes_BHL = _codes(chunk, idx_BK, z_BK, _operand(w_FD))
     return x_BD + jnp.einsum('bhl,hld->bd', codes_BHL, chunk.rows(w_FD), preferred_element_type=x_BD.dtype)
 
@@ -55,12 +58,12 @@ def code_gradient(idx_BK: jax.Array, w_FD: jax.Array, g_BD: jax.Array, slots: Sl
   n_rows, k = idx_BK.shape
   rows = min(n_rows, max(1, _SCRATCH // (k * _LANES)))
 
-  def some_rows(i, dz_BK):
+  def some_rows(i: jax.Array, dz_BK: jax.Array) -> jax.Array:
     # The last block overlaps the one before it and computes those rows again.
     first = jnp.minimum(i * rows, n_rows - rows)
     idx_RK, g_RD = (jax.lax.dynamic_slice_in_dim(a, first, rows) for a in (idx_BK, g_BD))
 
-    def add_chunk(chunk, dz_RK):
+    def add_chunk(chunk: _Chunk, dz_RK: jax.Array) -> jax.Array:
       high_RKH, low_RKL = _one_hots(chunk, idx_RK)
       p_RHL = jnp.einsum(
         'bd,hld->bhl', g_RD.astype(_operand(w_FD)), chunk.rows(w_FD), preferred_element_type=sum_dtype(w_FD)
@@ -110,16 +113,18 @@ def add_at(total_F: jax.Array, idx_BK: jax.Array, values_BK: jax.Array) -> jax.A
 class _Chunk:
   """Latents first .. first + width, of which those before `done` are another chunk's."""
 
-  def __init__(self, first, done, width: int):
+  def __init__(self, first: int | jax.Array, done: int | jax.Array, width: int):
     self.first, self.done, self.width = first, done, width
 
-  def rows(self, w_FD):
+  def rows(self, w_FD: jax.Array) -> jax.Array:
     """Rows of a weight [H, 128, D], cast for the matrix unit."""
     w_HLD = jax.lax.dynamic_slice_in_dim(w_FD, self.first, self.width).reshape(-1, _LANES, w_FD.shape[1])
     return w_HLD.astype(_operand(w_FD))
 
 
-def _over_latents(add_chunk, n_latents: int, n_rows: int, start):
+def _over_latents(
+  add_chunk: Callable[[_Chunk, jax.Array], jax.Array], n_latents: int, n_rows: int, start: jax.Array
+) -> jax.Array:
   """Folds add_chunk(chunk, carry) over chunks of whole lanes. The last overlaps the one before it."""
   narrow = max(_NARROWEST, _SCRATCH // n_rows)
   even = -(-n_latents // -(-n_latents // narrow))
@@ -128,13 +133,13 @@ def _over_latents(add_chunk, n_latents: int, n_rows: int, start):
   if count == 1:
     return add_chunk(_Chunk(0, 0, width), start)
 
-  def step(i, carry):
+  def step(i: jax.Array, carry: jax.Array) -> jax.Array:
     return add_chunk(_Chunk(jnp.minimum(i * width, n_latents - width), i * width, width), carry)
 
   return jax.lax.fori_loop(0, count, step, start)
 
 
-def _one_hots(chunk: _Chunk, idx_BK):
+def _one_hots(chunk: _Chunk, idx_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Masks [B, K, H] and [B, K, 128] whose product marks each index; empty for an index outside the chunk."""
   local_BK = jnp.where(idx_BK >= chunk.done, idx_BK - chunk.first, -1)
   high_BKH = (local_BK // _LANES)[:, :, None] == jnp.arange(chunk.width // _LANES)[None, None]
@@ -142,17 +147,17 @@ def _one_hots(chunk: _Chunk, idx_BK):
   return high_BKH, low_BKL
 
 
-def _codes(chunk: _Chunk, idx_BK, z_BK, dtype):
+def _codes(chunk: _Chunk, idx_BK: jax.Array, z_BK: jax.Array, dtype: DTypeLike) -> jax.Array:
   high_BKH, low_BKL = _one_hots(chunk, idx_BK)
   z_BKL = jnp.where(low_BKL, z_BK[:, :, None], 0).astype(dtype)
   return jnp.einsum('bkh,bkl->bhl', high_BKH.astype(dtype), z_BKL, preferred_element_type=dtype)
 
 
-def _add_product(dw_FD, idx_BK, z_BK, x_BD):
+def _add_product(dw_FD: jax.Array, idx_BK: jax.Array, z_BK: jax.Array, x_BD: jax.Array) -> jax.Array:
   padded_FD = _padded(dw_FD)
   dtype, wide = _operand(dw_FD), sum_dtype(dw_FD)
 
-  def add_chunk(chunk, dw_FD):
+  def add_chunk(chunk: _Chunk, dw_FD: jax.Array) -> jax.Array:
     codes_BHL = _codes(chunk, idx_BK, z_BK, dtype)
     dw_HLD = jnp.einsum('bhl,bd->hld', codes_BHL, x_BD.astype(dtype), preferred_element_type=wide)
     old_WD = jax.lax.dynamic_slice_in_dim(dw_FD, chunk.first, chunk.width)
@@ -162,12 +167,12 @@ def _add_product(dw_FD, idx_BK, z_BK, x_BD):
   return _over_latents(add_chunk, padded_FD.shape[0], z_BK.shape[0], padded_FD)[: dw_FD.shape[0]]
 
 
-def _padded(w_FD):
+def _padded(w_FD: jax.Array) -> jax.Array:
   """At least one lane's worth of latents; no index names the added ones."""
   return jnp.pad(w_FD, ((0, max(0, _LANES - w_FD.shape[0])), (0, 0)))
 
 
-def _operand(w) -> jnp.dtype:
+def _operand(w: jax.Array) -> jnp.dtype:
   """What the matrix unit is fed: bfloat16, its own default for float32, unless `jax_default_matmul_precision` is set."""
   if jax.config.jax_default_matmul_precision in (None, 'default', 'fastest', 'bfloat16'):
     return jnp.dtype(jnp.bfloat16)

@@ -17,6 +17,7 @@ from sae_jax.config import Config, LossConfig, OptimConfig, SAEConfig
 
 _PROBES = 256
 _KEPT = 8  # compiled steps that a process keeps for later cells of the same sizes
+_Spec = P | dict[str, P]
 
 
 @flax.struct.dataclass
@@ -28,6 +29,9 @@ class TrainState:
   idle_F: jax.Array  # int32, steps since each latent fired
   aux_steps: jax.Array  # int32, steps in which some latent was dead
   scale: jax.Array  # 1 / mean (x - mean x)^2 of the start-up sample
+
+
+_Stepped = tuple[tuple[TrainState, ...], tuple[dict[str, jax.Array], ...]]  # of a group: its states and its metrics
 
 
 def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
@@ -81,7 +85,7 @@ def _programs(
   tx = optim.make_optimizer(optimizer, batch)
   width = size.d_model
 
-  def on_shards(f, in_specs, out_specs):
+  def on_shards(f: Callable, in_specs: tuple[_Spec, ...], out_specs: _Spec | tuple[_Spec, ...]) -> Callable:
     f = sparse.forced(products)(f)
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
@@ -177,7 +181,7 @@ def make_group_step(configs: Sequence[Config], mesh: Mesh) -> Callable:
   if len(configs) == 1:
     _, alone = make_step(configs[0], mesh)
 
-    def step_one(states, x_BD):
+    def step_one(states: tuple[TrainState, ...], x_BD: jax.Array) -> _Stepped:
       state, values = alone(states[0], x_BD)
       return (state,), (values,)
 
@@ -188,7 +192,7 @@ def make_group_step(configs: Sequence[Config], mesh: Mesh) -> Callable:
     for config, (init, _) in zip(configs, made, strict=True)
   )
 
-  def step(states, x_BD):
+  def step(states: tuple[TrainState, ...], x_BD: jax.Array) -> _Stepped:
     stepped = [one.__wrapped__(state, x_BD) for (_, one), state in zip(made, states, strict=True)]
     return tuple(zip(*stepped, strict=True))
 

@@ -92,7 +92,7 @@ def found(product_BF: jax.Array, bias_F: jax.Array, k: int, recall_target: float
   width = bias_F.shape[0]
   m = min(k, width)
 
-  def winners(v_BK, idx_BK):
+  def winners(v_BK: jax.Array, idx_BK: jax.Array) -> jax.Array:
     return jnp.where(select(v_BK, k, width, latent_axis), idx_BK, -1)
 
   exact_BK = winners(*top_k(product_BF, bias_F, m))
@@ -124,7 +124,7 @@ def counted(v_BC: jax.Array, k: int, latent_axis: str | None) -> jax.Array:
   key_BC = _ordered_bits(v_BC)
   bits = 8 * key_BC.dtype.itemsize
 
-  def round_(i, kth_B):
+  def round_(i: jax.Array, kth_B: jax.Array) -> jax.Array:
     trial_B = kth_B | (jnp.ones((), key_BC.dtype) << (bits - 1 - i).astype(key_BC.dtype))
     count_B = total(jnp.sum(key_BC >= trial_B[:, None], axis=1, dtype=jnp.int32), latent_axis)
     return jnp.where(count_B >= k, trial_B, kth_B)
@@ -138,7 +138,7 @@ def counted(v_BC: jax.Array, k: int, latent_axis: str | None) -> jax.Array:
     earlier_S1 = (jnp.arange(ties_SB.shape[0]) < jax.lax.axis_index(latent_axis))[:, None]
     vacancies_B = vacancies_B - jnp.sum(jnp.where(earlier_S1, ties_SB, 0), axis=0)
 
-  def lowest_BC():
+  def lowest_BC() -> jax.Array:
     return tied_BC & (jnp.cumsum(tied_BC, axis=1, dtype=jnp.int32) <= vacancies_B[:, None])
 
   # The running count takes two thirds of the time where it is needed, and ties that do not all fit in are rare.

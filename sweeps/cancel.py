@@ -7,6 +7,7 @@ Undone, a cell goes on from its checkpoint.
 """
 
 import argparse
+from collections.abc import Callable
 
 from sae_jax import files, schema
 from sae_jax.errors import UserError, one_line_errors
@@ -34,7 +35,9 @@ def undo(store: ledger.Ledger, ids: list[str]) -> list[ledger.CellState]:
   return cancelled
 
 
-def _chosen(store, ids, by_default) -> list[ledger.CellState]:
+def _chosen(
+  store: ledger.Ledger, ids: list[str], by_default: Callable[[ledger.CellState], bool]
+) -> list[ledger.CellState]:
   states = {s.cell.id: s for s in store.states()}
   for cell_id in ids:
     if cell_id not in states:

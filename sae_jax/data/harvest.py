@@ -154,7 +154,7 @@ class _Progress:
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self._bar.close()
 
   def update(self, tokens: int) -> None:

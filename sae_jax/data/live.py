@@ -14,13 +14,21 @@ from sae_jax.data import harvest, order, soundness
 from sae_jax.data.normalize import normalize
 from sae_jax.errors import UserError
 from sae_jax.subjects import llama, text
-from sae_jax.subjects.subject import layer_of
+from sae_jax.subjects.subject import Subject, layer_of
 
 _CACHED_BLOCKS = 3
 
 
 @functools.lru_cache(maxsize=1)  # a worker opens one stream for cell after cell; reading all text takes seconds
-def _opened(subject_name, site, text_name, window_tokens, store_tokens, held_out_tokens, seed):
+def _opened(
+  subject_name: str,
+  site: str,
+  text_name: str,
+  window_tokens: int,
+  store_tokens: int,
+  held_out_tokens: int,
+  seed: int,
+) -> tuple[Subject, order.Plan, str]:
   """The subject, its windows and the digest of their text."""
   documents = text.load(text_name)
   subject = subjects.load(subject_name, site)

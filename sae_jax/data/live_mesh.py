@@ -6,7 +6,7 @@ so no thread is used. The rows are those of `live.Live`, up to rounding.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,9 @@ class _Feed:
       block.outputs.append(self._forward(self._params, placed))
 
 
-def _forward(params, ids_WT, *, arch, layer, kind, dtype):
+def _forward(
+  params: dict[str, jax.Array], ids_WT: jax.Array, *, arch: llama.Arch, layer: int, kind: str, dtype: str
+) -> jax.Array:
   """Normalised activations [W, T - 1, D], rounded as a store would."""
   x_WTD = llama.residual(arch, params, ids_WT, layer)[:, 1:]
   if kind == 'center_unit':
@@ -128,13 +130,13 @@ def _forward(params, ids_WT, *, arch, layer, kind, dtype):
   return x_WTD.astype(dtype)
 
 
-def _make_take(mesh: Mesh):
+def _make_take(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """`take(block, rows_B)`: the rows of a block by position in it, float32 [B, D], 0 where a row is -1.
 
   Each device looks up what its windows hold; the sum over devices has one term that is not 0, so it is exact.
   """
 
-  def local(block_CWTD, rows_B):
+  def local(block_CWTD: jax.Array, rows_B: jax.Array) -> jax.Array:
     _, windows, kept, _ = block_CWTD.shape
     device = jax.lax.axis_index('data') * mesh.shape['latent'] + jax.lax.axis_index('latent')
     window_B, position_B = rows_B // kept, rows_B % kept

@@ -5,10 +5,11 @@ constant: no gradient reaches the main reconstruction.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sae_jax import losses, sparse, topk
 from sae_jax.axes import Axes, Shard, largest, total
@@ -113,7 +114,7 @@ def _of_few(
   coefficient: float,
   batch: int,
   axes: Axes,
-  dtype: Any,
+  dtype: DTypeLike | None,
 ) -> Gradients:
   """By dense products with the rows of at most `width` dead latents, gathered.
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import pathlib
+from typing import Any
 
 import gguf
 import numpy as np
@@ -88,7 +89,7 @@ class GGUFLlama:
     with open(self.path, 'rb') as f:
       return hashlib.file_digest(f, 'sha256').hexdigest()
 
-  def _field(self, key: str):
+  def _field(self, key: str) -> Any:
     return self._reader.fields[key].contents()
 
   def _tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
