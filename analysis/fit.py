@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import doubts, laws, profile, resample, seeds, solve, table, uncertainty
+from analysis import doubts, laws, likelihood_profile, resample, seeds, solve, table, uncertainty
 from analysis.fitted import Fit, warning_lines, write_json
 from sae_jax import checks
 from sae_jax.errors import UserError, one_line_errors
@@ -178,9 +178,9 @@ def fit_weighted(
   profiled = objective == 'logls' and count > width
   ends_2P = np.full((2, width), np.nan)
   if profiled:
-    ends_2P = profile.ends(law, u_NQ[used], v_N[used], theta_P, covariance_PP)
+    ends_2P = likelihood_profile.ends(law, u_NQ[used], v_N[used], theta_P, covariance_PP)
   params, method = uncertainty.params(law, theta_P, draws_BP, covariance_PP, count - width, ends_2P)
-  unbounded = profile.add(law, params, ends_2P)
+  unbounded = likelihood_profile.add(law, params, ends_2P)
 
   found = list(points.attrs.get('warnings', []))
   found += [w for w in table.version_warnings(points[used]) if w not in found]

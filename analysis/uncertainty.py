@@ -87,7 +87,7 @@ def params(
 
   Percentiles of resamples are too narrow on the few points a sweep has (measured: a 90 % interval holds the truth in
   74 % of tables of 4 points of a power law, in 80-86 % of 9 or of 24 of the joint law), so the wider end of both is
-  taken. The ends of the profile (`profile_2P`, as from `profile.ends`) stand in for standard errors where there are
+  taken. The ends of the profile (`profile_2P`, as from `likelihood_profile.ends`) stand in for standard errors where there are
   none, and for those of an irreducible loss that is not identified, which would put it above the data: resamples of
   such a loss may all end at nothing, or all at the estimate.
 

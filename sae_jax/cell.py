@@ -265,7 +265,7 @@ class Config:
     return self.mesh.data > 1 and self.sae.n_latents % (self.mesh.data * self.mesh.latent) == 0
 
   @functools.cached_property
-  def stream(self) -> str:
+  def group_key(self) -> str:
     """Equal for cells that can train together: same activations in the same batches, on the same devices."""
     shared = {
       key: value

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sae_jax import sparse
 from sae_jax.axes import Axes
-from sae_jax.sparse_cpu import Slots
+from sae_jax.kernels.loops import Slots
 
 
 class Sparse(NamedTuple):

@@ -12,7 +12,8 @@ import os
 import sys
 from typing import Any
 
-from sae_jax import config_flags, files, flops, hlo
+from sae_jax import config_flags, files, flops
+from sae_jax.ahead import hlo
 from sae_jax.config import Config, resolve
 from sae_jax.errors import UserError, one_line_errors
 
@@ -85,12 +86,13 @@ def plan(config: Config, topology: str, latent_shards: int | None = None) -> Pla
   if kind not in CHIPS:
     raise UserError(f'topology {topology!r} is of no known chip; use {", ".join(CHIPS)}, e.g. v5p:8x8x8')
   _set_environment()
-  from sae_jax import aot, sharding
+  from sae_jax import sharding
+  from sae_jax.ahead import compile
 
-  devices = aot.devices(topology)
+  devices = compile.devices(topology)
   config = with_mesh(config, len(devices), CHIPS[kind], latent_shards)
   mesh = sharding.make_mesh(config.mesh, devices)
-  return account(config, topology, CHIPS[kind], aot.compile_step(config, mesh))
+  return account(config, topology, CHIPS[kind], compile.compile_step(config, mesh))
 
 
 def with_mesh(config: Config, chips: int, chip: Chip, latent_shards: int | None) -> Config:
@@ -114,7 +116,7 @@ def _least_latent_shards(config: Config, chips: int, chip: Chip) -> int:
 
 
 def account(config: Config, topology: str, chip: Chip, compiled: Any) -> Plan:
-  """The plan of a step that `aot.compile_step` compiled."""
+  """The plan of a step that `compile.compile_step` compiled."""
   data, latent, chunks = config.mesh.data, config.mesh.latent, config.mesh.row_chunks
   chips = data * latent
   aux = config.loss.aux_coefficient > 0 and config.sae.k_aux > 0

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sae_jax import sparse_cpu, sparse_gpu, sparse_tpu
 from sae_jax.errors import UserError
-from sae_jax.sparse_cpu import Slots
+from sae_jax.kernels import dense, loops, triton
+from sae_jax.kernels.loops import Slots
 
 PATHS = ('loops', 'kernels', 'dense')
 _Saved = tuple[jax.Array, jax.Array, jax.Array, Slots]  # the arguments of `decode`
@@ -45,7 +45,7 @@ def check(path: str, platform: str, batch: int, n_latents: int, d_model: int) ->
     return
   if platform not in ('gpu', 'cuda'):
     raise UserError(f"mesh.products='kernels' needs a CUDA device and this one is a {platform}; use 'auto'")
-  if not sparse_gpu.fits(batch, n_latents, d_model):
+  if not triton.fits(batch, n_latents, d_model):
     raise UserError(
       f"mesh.products='kernels' cannot address {max(batch, n_latents)} x {d_model} numbers on a device; "
       "use 'auto', or a larger mesh"
@@ -62,13 +62,13 @@ def describe(platform: str, batch: int, n_latents: int, d_model: int, k: int) ->
 @jax.custom_vjp
 def decode(z_BK: jax.Array, idx_BK: jax.Array, w_FD: jax.Array, slots: Slots = None) -> jax.Array:
   """sum_k z[b, k] w[idx[b, k]]: reconstruction [B, D] in the type of w, differentiable in z and w."""
-  by_path = (sparse_cpu.decode, sparse_gpu.decode, sparse_tpu.decode)
+  by_path = (loops.decode, triton.decode, dense.decode)
   return _product(by_path, (z_BK, idx_BK, w_FD), slots, (len(idx_BK), *w_FD.shape, idx_BK.shape[1]))
 
 
 def code_gradient(idx_BK: jax.Array, w_FD: jax.Array, g_BD: jax.Array, slots: Slots = None) -> jax.Array:
   """<w[idx[b, k]], g[b]>: gradient [B, K] of the codes for reconstruction gradient g; 0 from `slots` on."""
-  by_path = (sparse_cpu.code_gradient, sparse_gpu.code_gradient, sparse_tpu.code_gradient)
+  by_path = (loops.code_gradient, triton.code_gradient, dense.code_gradient)
   return _product(by_path, (idx_BK, w_FD, g_BD), slots, (len(idx_BK), *w_FD.shape, idx_BK.shape[1]))
 
 
@@ -84,9 +84,9 @@ def add_weight_gradients(
 ) -> tuple[jax.Array, jax.Array]:
   """Adds sum_b dz[b, k] x[b] to row idx[b, k] of the first and sum_b z[b, k] g[b] to that of the second."""
   by_path = (
-    sparse_cpu.add_weight_gradients,
-    sparse_gpu.add_weight_gradients,
-    sparse_tpu.add_weight_gradients,
+    loops.add_weight_gradients,
+    triton.add_weight_gradients,
+    dense.add_weight_gradients,
   )
   args = (dw_enc_FD, dw_dec_FD, idx_BK, dz_BK, x_BD, z_BK, g_BD)
   return _product(by_path, args, slots, (len(idx_BK), *dw_dec_FD.shape, idx_BK.shape[1]))
@@ -94,13 +94,13 @@ def add_weight_gradients(
 
 def add_at(total_F: jax.Array, idx_BK: jax.Array, values_BK: jax.Array) -> jax.Array:
   """Adds values [B, K] to the entries of total [F] that their indices name."""
-  by_path = (sparse_cpu.add_at, sparse_gpu.add_at, sparse_tpu.add_at)
+  by_path = (loops.add_at, triton.add_at, dense.add_at)
   args = (total_F, idx_BK, values_BK)
   if path := _forced.get():
     return by_path[PATHS.index(path)](*args)
-  loops, kernels, dense = by_path
-  tpu = dense if sparse_tpu.adds_densely(total_F.size) else loops
-  return jax.lax.platform_dependent(*args, cuda=kernels, tpu=tpu, default=loops)
+  by_loops, by_triton, by_matmuls = by_path
+  tpu = by_matmuls if dense.adds_densely(total_F.size) else by_loops
+  return jax.lax.platform_dependent(*args, cuda=by_triton, tpu=tpu, default=by_loops)
 
 
 def used_slots(z_BK: jax.Array) -> jax.Array:
@@ -112,12 +112,12 @@ def _path(platform: str, batch: int, n_latents: int, d_model: int, k: int) -> tu
   if path := _forced.get():
     return path, 'as forced'
   if platform == 'cuda':
-    if sparse_gpu.fits(batch, n_latents, d_model):
+    if triton.fits(batch, n_latents, d_model):
       return 'kernels', 'without atomics'
     size = f'{max(batch, n_latents)} x {d_model}'
     return 'loops', f'as {size} numbers are too many for Triton; sums by atomics, not bit-exact'
   if platform == 'tpu':
-    enough = sparse_tpu.dense_from(n_latents, d_model, k)
+    enough = dense.dense_from(n_latents, d_model, k)
     if k >= enough:
       return 'dense', f'counted to win from {enough} slots a token on (k={k})'
     return 'loops', f'as dense matmuls are counted to win from {enough} slots a token on (k={k})'
@@ -127,20 +127,20 @@ def _path(platform: str, batch: int, n_latents: int, d_model: int, k: int) -> tu
 def _product(by_path: tuple[Callable, Callable, Callable], args: tuple, slots: Slots, sizes: tuple[int, ...]) -> Any:
   if path := _forced.get():
     return by_path[PATHS.index(path)](*args, slots)
-  loops, kernels, dense = by_path
+  by_loops, by_triton, by_matmuls = by_path
   _, n_latents, d_model, k = sizes
 
   def over_slots(*args: Any) -> Any:
     # Off the CPU k large gathers and scatters, not B small ones.
-    return loops(*args[:-1], k if args[-1] is None else args[-1])
+    return by_loops(*args[:-1], k if args[-1] is None else args[-1])
 
   def dense_if_worth_it(*args: Any) -> Any:
-    enough = sparse_tpu.dense_from(n_latents, d_model, k)
-    return dense(*args) if slots is None else jax.lax.cond(args[-1] < enough, over_slots, dense, *args)
+    enough = dense.dense_from(n_latents, d_model, k)
+    return by_matmuls(*args) if slots is None else jax.lax.cond(args[-1] < enough, over_slots, by_matmuls, *args)
 
-  off_cpu = {'loops': over_slots, 'kernels': kernels, 'dense': dense_if_worth_it}
+  off_cpu = {'loops': over_slots, 'kernels': by_triton, 'dense': dense_if_worth_it}
   cuda, tpu = (off_cpu[_path(platform, *sizes)[0]] for platform in ('cuda', 'tpu'))
-  return jax.lax.platform_dependent(*args, slots, cuda=cuda, tpu=tpu, default=loops)
+  return jax.lax.platform_dependent(*args, slots, cuda=cuda, tpu=tpu, default=by_loops)
 
 
 def _decode_forward(z_BK: jax.Array, idx_BK: jax.Array, w_FD: jax.Array, slots: Slots) -> tuple[jax.Array, _Saved]:

@@ -41,7 +41,7 @@ from sae_jax.config import Config, resolve
 from sae_jax.data.source import Source, open_source
 from sae_jax.errors import HOST_BROKEN, PREEMPTED, BrokenFile, UserError, one_line_errors
 from sae_jax.member import Diverged, Member, check_finite, claim_folder
-from sae_jax.sample import start_up_sample
+from sae_jax.startup import start_up_sample
 from sae_jax.step import abstract_state, make_group_step, make_step
 
 
@@ -84,7 +84,7 @@ def train_group(
   before_write: Callable[[], None] | None = None,
   label: str = '',
 ) -> list[str | Diverged]:
-  """Trains or resumes cells of one stream (`Config.stream`) together, each in its own folder.
+  """Trains or resumes cells of one stream (`Config.group_key`) together, each in its own folder.
 
   Every batch is read once for all, and the cells share a compiled step. Each cell ends with the bits, checkpoints and
   files it would have alone. A cell that diverges leaves the group; the others go on. Cells whose checkpoints are at
@@ -96,7 +96,7 @@ def train_group(
   Raises:
     UserError: cells of different streams, or input that cannot be trained on.
   """
-  if len({config.stream for config, _ in cells}) > 1:
+  if len({config.group_key for config, _ in cells}) > 1:
     raise UserError(
       'cells of a group must share data, batch, tokens, width and mesh; train the others in another group'
     )

@@ -29,13 +29,13 @@ def partition(cells: Sequence[ledger.Cell], stated: int | None) -> list[list[led
   last: dict[str, list[ledger.Cell]] = {}  # of each stream; those before it are full
   for cell in cells:
     room = most(cell.config, stated)
-    part = last.get(cell.config.stream) if room > 1 else None
+    part = last.get(cell.config.group_key) if room > 1 else None
     if part is not None and len(part) < room:
       part.append(cell)
       continue
     parts.append([cell])
     if room > 1:
-      last[cell.config.stream] = parts[-1]
+      last[cell.config.group_key] = parts[-1]
   return parts
 
 
@@ -54,7 +54,7 @@ def companions(
     for s in waiting
     if s.cell.id != first.cell.id
     and not s.attempts
-    and s.cell.config.stream == first.cell.config.stream
+    and s.cell.config.group_key == first.cell.config.group_key
     and newest_step(store, s.cell.id) == step
   )
   return [s for s, _ in zip(fitting, range(count), strict=False)]

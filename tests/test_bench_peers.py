@@ -211,7 +211,7 @@ def test_sweep_compares_launches_of_live_cells_that_can_share_a_pass(launched):
   ledgers = launched(lambda cell, size: cell.id)
   row = sweep.measure(tokens=1536, every=5)
   assert {size: len(configs) for size, configs in ledgers.items()} == {1: 4, 4: 4}
-  assert len({config.stream for config in ledgers[4]}) == 1 and len({c.sae.n_latents for c in ledgers[4]}) == 4
+  assert len({config.group_key for config in ledgers[4]}) == 1 and len({c.sae.n_latents for c in ledgers[4]}) == 4
   assert all(c.data.source == 'live' and c.train.tokens == 1536 for c in ledgers[1])
   apart, together = row['runs'].values()
   assert row['share'] == 0.25 and (apart['subject_passes'], together['subject_passes']) == (4, 1)

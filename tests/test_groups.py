@@ -125,7 +125,7 @@ def test_partition_does_not_depend_on_what_is_done(store):
   parts = groups.partition(every, 2)
   assert sorted(c.id for part in parts for c in part) == sorted(c.id for c in every)
   assert sorted(map(len, parts)) == [1, 2, 2]
-  assert all(len({c.config.stream for c in part}) == 1 for part in parts)
+  assert all(len({c.config.group_key for c in part}) == 1 for part in parts)
   for cell in every[:2]:
     finish(cell.config, store.folder(cell.id))
   assert groups.partition(store.cells(), 2) == parts

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from experiments import gpt4_16m, tiny
-from sae_jax import aot, config, flops, hlo, plan, sharding
+from sae_jax import config, flops, plan, sharding
+from sae_jax.ahead import compile, hlo
 from sae_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -36,7 +37,7 @@ def cell(**overrides) -> config.Config:
 @pytest.fixture(scope='module')
 def counted_plan():
   config_ = cell(**{'mesh.row_chunks': 4, 'mesh.exchange': 'count', 'train.compute_dtype': 'bfloat16'})
-  compiled = aot.compile_step(config_, sharding.make_mesh(config_.mesh))
+  compiled = compile.compile_step(config_, sharding.make_mesh(config_.mesh))
   return config_, plan.account(config_, 'v5e:2x4', plan.CHIPS['v5e'], compiled)
 
 
@@ -206,7 +207,7 @@ def test_impossible_topologies_are_refused():
   with pytest.raises(UserError, match=r"'v9:2x2' is of no known chip; use v5e, v5p, v6e, h100"):
     plan.plan(cell(), 'v9:2x2')
   with pytest.raises(UserError, match=r'h100:9.* is not h100:N'):
-    aot.devices('h100:9')
+    compile.devices('h100:9')
 
 
 def test_mesh_follows_the_slice():

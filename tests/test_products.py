@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import config, sharding, sparse, sparse_tpu
+from sae_jax import config, sharding, sparse
 from sae_jax import step as stepping
 from sae_jax.checkpoint import Checkpoints
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
 from sae_jax.evaluate import Evaluator
+from sae_jax.kernels import dense
 from sae_jax.member import Member
 from tests import cells
 
@@ -55,7 +56,7 @@ def test_a_forced_path_is_taken_and_gives_the_same_losses():
 def test_evaluation_takes_the_forced_path(monkeypatch):
   """Without it only the step would: what it measures then is another function than what was trained."""
   asked = []
-  monkeypatch.setattr(sparse_tpu, 'decode', lambda z_BK, idx_BK, w_FD, slots: asked.append(1) or w_FD[:B] * 0)
+  monkeypatch.setattr(dense, 'decode', lambda z_BK, idx_BK, w_FD, slots: asked.append(1) or w_FD[:B] * 0)
   config_ = cell(**{'mesh.products': 'dense'})
   mesh, source = sharding.make_mesh(config_.mesh), open_source(config_)
   Evaluator(config_, mesh, source)(some_params())

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import config, evaluate, hlo, optim, sharding
+from sae_jax import config, evaluate, optim, sharding
 from sae_jax import train as training
+from sae_jax.ahead import hlo
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
 from sae_jax.evaluate import Evaluator
-from sae_jax.sample import start_up_sample
+from sae_jax.startup import start_up_sample
 from tests import cells
 
 SIZES = cells.cell()

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import sparse, sparse_gpu, sparse_tpu
+from sae_jax import sparse
+from sae_jax.kernels import dense, triton
 
 RUN = 2  # pairs that one program sums, so that tiny cases have latents with several runs
 
@@ -16,11 +17,11 @@ RUN = 2  # pairs that one program sums, so that tiny cases have latents with sev
 def path(request, monkeypatch, x64):
   """One path for all products in float64, kernels interpreted, dense products in several small chunks."""
   for name in ('decode', 'code_gradient', 'add_at'):
-    monkeypatch.setattr(sparse_gpu, name, functools.partial(getattr(sparse_gpu, name), interpret=True))
-  gradients = functools.partial(sparse_gpu.add_weight_gradients, interpret=True, run=RUN)
-  monkeypatch.setattr(sparse_gpu, 'add_weight_gradients', gradients)
-  monkeypatch.setattr(sparse_tpu, '_NARROWEST', 128)
-  monkeypatch.setattr(sparse_tpu, '_SCRATCH', 512)
+    monkeypatch.setattr(triton, name, functools.partial(getattr(triton, name), interpret=True))
+  gradients = functools.partial(triton.add_weight_gradients, interpret=True, run=RUN)
+  monkeypatch.setattr(triton, 'add_weight_gradients', gradients)
+  monkeypatch.setattr(dense, '_NARROWEST', 128)
+  monkeypatch.setattr(dense, '_SCRATCH', 512)
   with jax.default_matmul_precision('highest'), sparse.forced(request.param):
     yield request.param
 

@@ -28,7 +28,7 @@ def _opened(
   store_tokens: int,
   held_out_tokens: int,
   seed: int,
-) -> tuple[Subject, order.Plan, str]:
+) -> tuple[Subject, order.Windows, str]:
   """The subject, its windows and the digest of their text."""
   documents = text.load(text_name)
   subject = subjects.load(subject_name, site)

@@ -28,7 +28,7 @@ def permutation(n: int, *label: str | int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Windows:
   """Which windows are trained on and which are held out, in stream order.
 
   Attributes:
@@ -49,7 +49,7 @@ def plan(
   store_tokens: int,
   held_out_tokens: int,
   seed: int,
-) -> Plan:
+) -> Windows:
   """Splits documents (int32 ids each) and orders their windows; holds just enough windows for the tokens asked.
 
   A window is the start token and T - 1 tokens of one document; what remains of a document is dropped. In a fixed
@@ -73,7 +73,7 @@ def plan(
       f'data.store_tokens={store_tokens} but {available} tokens of the text are left to train on after '
       f'{total - available} in the held-out documents; use data.store_tokens={available} or less'
     )
-  return Plan(
+  return Windows(
     train_WT=_windows(documents, train, start_token, kept, -(-store_tokens // kept), ('windows', seed)),
     held_out_WT=_windows(documents, held_out, start_token, kept, need, ('held-out windows',)),
     held_out_documents=tuple(held_out),

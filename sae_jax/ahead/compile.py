@@ -12,7 +12,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from sae_jax import hlo, sharding
+from sae_jax import sharding
+from sae_jax.ahead import hlo
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.step import TrainState, abstract_state, make_step

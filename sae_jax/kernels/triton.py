@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from sae_jax.sparse_cpu import Slots, sum_dtype
+from sae_jax.kernels.loops import Slots, sum_dtype
 
 _MAX_ELEMENTS = 2**31  # Pallas computes a Triton pointer's offset in int32
 _RUN = 256  # values that one program of `add_at` sums at a time

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from sae_jax.sparse_cpu import Slots, sum_dtype
+from sae_jax.kernels.loops import Slots, sum_dtype
 
 _LANES = 128
 _SCRATCH = 2**27  # numbers in a chunk of codes [B, chunk], or in an array [rows, K, 128]

@@ -7,7 +7,7 @@ from sae_jax import sharding
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
 from sae_jax.evaluate import Evaluator
-from sae_jax.sample import geometric_median, start_up_sample
+from sae_jax.startup import geometric_median, start_up_sample
 from tests import cells
 
 
