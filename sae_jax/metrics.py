@@ -1,9 +1,8 @@
-"""What a run leaves behind: metrics.jsonl, result.json, failure.json, and what a person sees meanwhile."""
+"""What a run leaves behind: metrics.jsonl, result.json, failure.json."""
 
 import datetime
 import hashlib
 import importlib.metadata
-import math
 import os
 import pathlib
 import platform
@@ -11,12 +10,9 @@ import re
 import socket
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from typing import Any
-
-from tqdm import tqdm
 
 from sae_jax import faults, files, schema
 from sae_jax.errors import UserError
@@ -175,49 +171,6 @@ def git_commit() -> str:
     return git('rev-parse', '--short=12', 'HEAD').strip() + ('+' if changed else '')
   except (OSError, subprocess.SubprocessError):
     return ''
-
-
-class Progress:
-  """A bar with NMSE, tokens/s and ETA when a person watches, one plain line every ten seconds otherwise."""
-
-  def __init__(self, label: str, steps: int, start: int, batch_tokens: int, visible: bool = True):
-    self._visible = visible
-    self._label, self._steps, self._batch = label, steps, batch_tokens
-    self._step = self._start = start
-    self._begin = self._last_line = time.monotonic()
-    # tqdm counts tokens, so that its rate is one people compare.
-    self._bar = (
-      tqdm(total=steps * batch_tokens, initial=start * batch_tokens, desc=label, unit='tok', unit_scale=True)
-      if visible and sys.stderr.isatty()
-      else None
-    )
-
-  def update(self, step: int, nmse: float) -> None:
-    if self._bar is not None:
-      self._bar.set_postfix_str(f'step {step}/{self._steps}  nmse {nmse:.4f}', refresh=False)
-      self._bar.update((step - self._step) * self._batch)
-    elif self._visible and ((now := time.monotonic()) - self._last_line >= 10 or step == self._steps):
-      self._last_line = now
-      rate = (step - self._start) / max(1e-9, now - self._begin)
-      left = (self._steps - step) / rate if rate > 0 else math.inf
-      print(
-        f'{self._label}: step {step}/{self._steps}  nmse {nmse:.4f}  {rate * self._batch:,.0f} tokens/s  '
-        f'{left:.0f} s left',
-        file=sys.stderr,
-        flush=True,
-      )
-    self._step = step
-
-  def note(self, text: str) -> None:
-    """One line that does not break the bar."""
-    if self._bar is not None:
-      self._bar.write(text, file=sys.stderr)
-    elif self._visible:
-      print(text, file=sys.stderr, flush=True)
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()
 
 
 def _own_version() -> str:

@@ -41,6 +41,7 @@ from sae_jax.config import Config, resolve
 from sae_jax.data.source import Source, open_source
 from sae_jax.errors import HOST_BROKEN, PREEMPTED, BrokenFile, UserError, one_line_errors
 from sae_jax.member import Diverged, Member, check_finite, claim_folder
+from sae_jax.progress import Progress
 from sae_jax.startup import start_up_sample
 from sae_jax.step import abstract_state, make_group_step, make_step
 
@@ -182,7 +183,7 @@ def _train_together(
   first = trainees[0].member.config
   steps, batch = first.train.steps, first.train.batch_tokens
   group = _Group(mesh, list(trainees))
-  progress = metrics.Progress(label, steps, start, batch, visible=jax.process_index() == 0)
+  progress = Progress(label, steps * batch, start * batch, visible=jax.process_index() == 0)
   device = mesh.devices.flat[0].platform
   shard = (batch // mesh.shape['data'], first.sae.n_latents // mesh.shape['latent'])
   with sparse.forced(first.mesh.products):
@@ -200,7 +201,8 @@ def _train_together(
       except Diverged as error:
         leave(i, error)
     if lines:
-      progress.update(at, min(line['train/nmse'] for line in lines.values()))
+      nmse = min(line['train/nmse'] for line in lines.values())
+      progress.update(at * batch, f'step {at}/{steps}  nmse {nmse:.4f}')
     return lines
 
   def leave(index: int, error: Diverged) -> None:

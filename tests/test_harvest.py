@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from sae_jax import config, subjects
+from sae_jax import config, progress, subjects
 from sae_jax.data import harvest, normalize, order, store, store_writer
 from sae_jax.errors import UserError
 from sae_jax.subjects import llama, text
@@ -192,7 +192,7 @@ def test_harvest_defaults_are_whole_and_agree_with_the_cell(toy):
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(toy, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(harvest, '_LINE_EVERY_S', 0)
+  monkeypatch.setattr(progress, 'LINE_EVERY_S', 0)
   harvest.harvest(settings(), str(tmp_path / 'loud'))
   lines = capsys.readouterr().err.splitlines()
   assert 'of 216 tokens' in lines[0]

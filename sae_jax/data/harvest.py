@@ -5,6 +5,7 @@ Killed at any moment, the same command goes on with the next block.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import sys
 import time
@@ -14,27 +15,13 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from tqdm import tqdm
 
-from sae_jax import __version__, config, config_flags, subjects
+from sae_jax import __version__, config, config_flags, schema, subjects
 from sae_jax.data import order, store_writer
 from sae_jax.errors import UserError, one_line_errors
+from sae_jax.progress import Progress
 from sae_jax.subjects import llama, text
 from sae_jax.subjects.subject import Subject, layer_of
-
-_SETTINGS = (
-  'subject',
-  'site',
-  'text',
-  'normalize',
-  'window_tokens',
-  'block_windows',
-  'store_tokens',
-  'held_out_tokens',
-  'dtype',
-  'seed',
-)
-_LINE_EVERY_S = 10
 
 
 def harvest(config_dict: ml_collections.ConfigDict, out: str, progress: bool = True) -> bool:
@@ -82,10 +69,12 @@ def harvest(config_dict: ml_collections.ConfigDict, out: str, progress: bool = T
   ]
   total = sum(stream.tokens for stream in writer.streams.values())
   left = sum(writer.streams[name].size(block) for name, block in todo)
-  with _Progress(total, total - left, progress) as bar:
+  with contextlib.closing(Progress('harvest', total, total - left, progress)) as shown:
     for name, block in todo:
       windows_WT = {'train': plan.train_WT, 'held_out': plan.held_out_WT}[name]
-      x_BD = block_activations(subject, layer, windows_WT, name, block, settings, bar.update)
+      x_BD = block_activations(
+        subject, layer, windows_WT, name, block, settings, lambda tokens: shown.update(shown.done + tokens)
+      )
       writer.write(name, block, x_BD[: writer.streams[name].size(block)])
   writer.finish()
   return True
@@ -99,7 +88,7 @@ def settings_of(config_dict: ml_collections.ConfigDict) -> dict[str, Any]:
   for key, example in (('subject', 'smollm2-135m'), ('site', 'resid_post.12'), ('text', 'sotu')):
     if not getattr(data, key):
       raise UserError(f'data.{key} is not set; give the store one, such as --config.data.{key}={example}')
-  return {key: getattr(data, key) for key in _SETTINGS}
+  return {field.name: getattr(data, field.name) for field in schema.STORE_CONFIG}
 
 
 def windows_per_call(platform: str, window_tokens: int) -> int:
@@ -133,43 +122,6 @@ def block_activations(
     update(count * (window - 1))
   x_BD = x_WTD.reshape(-1, subject.arch.d_model)
   return x_BD[order.tokens_of_block(len(x_BD), stream, settings['seed'], block)]
-
-
-class _Progress:
-  """A bar with tokens/s and time left on a terminal; elsewhere a line at most every ten seconds."""
-
-  def __init__(self, total: int, done: int, visible: bool):
-    self._total, self._first, self._done = total, done, done
-    self._began = self._line_at = time.monotonic()
-    self._bar = tqdm(
-      total=total,
-      initial=done,
-      unit='tok',
-      unit_scale=True,
-      desc='harvest',
-      disable=not (visible and sys.stderr.isatty()),
-    )
-    self._lines = visible and not sys.stderr.isatty()
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self._bar.close()
-
-  def update(self, tokens: int) -> None:
-    self._done = min(self._total, self._done + tokens)
-    self._bar.update(tokens)
-    now = time.monotonic()
-    if self._lines and now - self._line_at >= _LINE_EVERY_S:
-      self._line_at = now
-      rate = (self._done - self._first) / (now - self._began)
-      print(
-        f'harvest: {self._done:,} of {self._total:,} tokens, {rate:,.0f} tokens/s, '
-        f'{(self._total - self._done) / rate:,.0f} s left',
-        file=sys.stderr,
-        flush=True,
-      )
 
 
 @one_line_errors
