@@ -11,6 +11,7 @@ import math
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from sae_jax import schema
@@ -336,19 +337,19 @@ def from_record(record: dict[str, Any], *, verified: bool = False) -> Config:
   return config
 
 
-def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Nested keys joined by dots."""
+def flatten(tree: Any, section: type = dict) -> dict[str, Any]:
+  """The values of nested sections by their keys, joined by dots. A section is of this type, which has `items`."""
   flat: dict[str, Any] = {}
-  _flatten_into(flat, tree, prefix)
+
+  def take(items: Iterable[tuple[str, Any]], prefix: str) -> None:
+    for key, value in items:
+      if isinstance(value, section):
+        take(value.items(), f'{prefix}{key}.')
+      else:
+        flat[prefix + key] = value
+
+  take(tree.items(), '')
   return flat
-
-
-def _flatten_into(flat: dict[str, Any], tree: dict[str, Any], prefix: str) -> None:
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      _flatten_into(flat, value, f'{prefix}{key}.')
-    else:
-      flat[prefix + key] = value
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:

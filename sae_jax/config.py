@@ -6,6 +6,7 @@ dataclasses it builds are those of `sae_jax.cell`, importable from here.
 """
 
 import dataclasses
+import importlib.util
 import traceback
 import types
 from typing import Any
@@ -125,13 +126,23 @@ def override(config: ml_collections.ConfigDict, flat: dict[str, Any]) -> ml_coll
       config.update_from_flattened_dict({key: value})
     except (KeyError, AttributeError):
       section = key.split('.')[0]
-      known = ', '.join(sorted(k for k in cell.flatten(config.to_dict()) if k.split('.')[0] == section))
+      known = ', '.join(sorted(k for k in flatten(config) if k.split('.')[0] == section))
       raise UserError(f'config key {key!r} is not known; {known and f"known keys there: {known}"}') from None
     except (TypeError, ValueError) as error:
       whole = isinstance(value, float) and value.is_integer()
       remedy = f'write {int(value)}' if whole else 'see `template` in sae_jax/config.py'
       raise UserError(f'{key}={value!r} has the wrong type ({error}); {remedy}') from None
   return config
+
+
+def load_file(path: str, name: str) -> types.ModuleType:
+  """The module in a file that the user named, the one dynamic import. Raises `UserError` when it is not Python's."""
+  spec = importlib.util.spec_from_file_location(name, path)
+  if spec is None or spec.loader is None:
+    raise UserError(f'{path} is not a Python file; see experiments/ and sweeps/grids/')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
 def of_file(module: types.ModuleType) -> ml_collections.ConfigDict:
@@ -169,9 +180,8 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Dotted keys of a configuration to their values."""
-  flat: dict[str, Any] = {}
-  _flatten_into(flat, config, '')
-  return flat
+  flat = cell.flatten(config, ml_collections.ConfigDict)
+  return {key: cell.plain(value) for key, value in flat.items()}  # also of a ConfigDict that is not from `template`
 
 
 def resolve_flat(flat: dict[str, Any]) -> Config:
@@ -200,16 +210,6 @@ def resolve_flat(flat: dict[str, Any]) -> Config:
     if flat[key] is None:
       flat[key] = value
   return cell.build(Config, cell.unflatten(flat))
-
-
-def _flatten_into(flat: dict[str, Any], config: ml_collections.ConfigDict, prefix: str) -> None:
-  """Dotted keys to values, without the copy that `to_dict` makes first."""
-  for key in config:
-    value = config[key]
-    if isinstance(value, ml_collections.ConfigDict):
-      _flatten_into(flat, value, f'{prefix}{key}.')
-    else:
-      flat[prefix + key] = cell.plain(value)  # also of a ConfigDict that is not from `template`
 
 
 def read_store_file(path: str) -> dict[str, Any]:

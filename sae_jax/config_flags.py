@@ -1,9 +1,7 @@
 """`--config=FILE --config.sae.k=64` on a command line, with argparse for everything else."""
 
 import argparse
-import importlib.util
 import pathlib
-import types
 
 import ml_collections
 from absl import flags
@@ -27,7 +25,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
   paths = [a.removeprefix('--config=') for a in theirs if a.startswith('--config=')]
   if len(paths) != 1:
     raise UserError(f'{len(paths)} --config=FILE given; give one, for a first try --config=experiments/tiny.py')
-  module = load_file(paths[0])
+  if not pathlib.Path(paths[0]).is_file():
+    raise UserError(f'{paths[0]} is not a file; see experiments/ and sweeps/grids/')
+  module = config.load_file(paths[0], pathlib.Path(paths[0]).stem)
   if not hasattr(module, 'get_config'):
     raise UserError(f'{paths[0]} has no get_config(); see experiments/tiny.py')
   overrides = [a for a in theirs if not a.startswith('--config=') and not _is_retired(a)]
@@ -46,15 +46,3 @@ def _is_retired(argument: str) -> bool:
   if key in cell.RETIRED and text != str(cell.RETIRED[key][0]):
     cell.without_retired({key: text})
   return key in cell.RETIRED
-
-
-def load_file(path: str) -> types.ModuleType:
-  """The module in a file the user named. Raises `UserError` when there is none."""
-  if not pathlib.Path(path).is_file():
-    raise UserError(f'{path} is not a file; see experiments/ and sweeps/grids/')
-  spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-  if spec is None or spec.loader is None:
-    raise UserError(f'{path} is not a Python file; see experiments/ and sweeps/grids/')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module

@@ -4,7 +4,6 @@ product(param('sae.k', [4, 8]), zipped(param('sae.n_latents', [64, 128]), param(
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import pathlib
 import types
@@ -116,9 +115,4 @@ def _is_overrides(item: Any) -> bool:
 def _load(path: str) -> types.ModuleType:
   if not pathlib.Path(path).is_file() or pathlib.Path(path).suffix != '.py':
     raise UserError(f'no grid file at {path!r}; name a Python file such as sweeps/grids/tiny.py')
-  # The one dynamic import: a file that the user named on the command line.
-  spec = importlib.util.spec_from_file_location(f'grid_{pathlib.Path(path).stem}', path)
-  assert spec is not None and spec.loader is not None  # true for every path that ends in .py
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return config.load_file(path, f'grid_{pathlib.Path(path).stem}')
