@@ -7,7 +7,6 @@ from typing import Any
 
 from bench.alternate import warn
 from sae_jax import arguments, files
-from sae_jax.errors import UserError
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
@@ -35,22 +34,14 @@ def add_shapes(made: argparse.ArgumentParser) -> None:
   made.add_argument(
     '--shape',
     metavar='D,N,B,K',
-    type=parse_shape,
+    type=arguments.shape,
     action='append',
     help='instead of the standard ones; may repeat',
   )
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-  """D,N,B,K as four positive numbers. Raises `UserError`."""
-  parts = text.split(',')
-  if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
-    raise UserError(f'--shape={text} is not D,N,B,K; e.g. --shape=512,8192,2048,32')
-  return tuple(int(part) for part in parts)
-
-
 def shape_flag(shape: Sequence[int]) -> str:
-  """For a worker; the inverse of `parse_shape`."""
+  """For a worker; the inverse of `arguments.shape`."""
   return f'--shape={",".join(map(str, shape))}'
 
 

@@ -14,33 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import worker
-from sae_jax import config, distributed, metrics, optim, sae, sharding
+from sae_jax import distributed, metrics, optim, sae, sharding
 from sae_jax import step as stepping
 from sae_jax.axes import Shard
+from sae_jax.bench import paper_cell
 
 Shape = tuple[int, ...]  # d, n, B, k
-
-
-def cell(shape: Shape, mesh: tuple[int, ...] = (1, 1), learning_rate: float = 1e-4) -> config.Config:
-  """The paper's recipe at one size."""
-  d, n, batch, k = shape
-  template = config.template()
-  template.data.source = 'planted'
-  return config.resolve(
-    config.override(
-      template,
-      {
-        'sae.d_model': d,
-        'sae.n_latents': n,
-        'sae.k': k,
-        'train.batch_tokens': batch,
-        'train.tokens': 10_000 * batch,
-        'optim.learning_rate': learning_rate,
-        'mesh.data': mesh[0],
-        'mesh.latent': mesh[1],
-      },
-    )
-  )
 
 
 def just_below(x_BD: np.ndarray, w_FD: np.ndarray, k: int, share: float) -> tuple[np.ndarray, np.ndarray, int]:
@@ -65,7 +44,7 @@ def begin(
   """A state with the given weights, its compiled step, and what they report."""
   k = shape[3]
   # Weights that move would wake the latents planted as dead. At rate 0 the update is computed all the same.
-  conf = cell(shape, mesh, 0.0 if dead else 1e-4)
+  conf = paper_cell(shape, mesh, 0.0 if dead else 1e-4)
   devices = sharding.make_mesh(conf.mesh)
   facts: dict[str, Any] = {'threads': None, 'versions': metrics.versions()}
   given: dict[str, Any] = {'w_enc_FD': w_FD, 'w_dec_FD': w_FD}

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from sae_jax import config, files, flops, metrics, optim, sharding, sparse, topk
-from sae_jax.errors import UserError, one_line_errors
+from sae_jax import arguments, config, files, flops, metrics, optim, sharding, sparse, topk
+from sae_jax.errors import one_line_errors
 from sae_jax.sae import Params
 from sae_jax.step import TrainState, make_step
 
@@ -30,8 +30,8 @@ _COPY_FLOATS = 2**26  # 268 MB: past every cache
 
 def measure(shape: tuple[int, int, int, int], repeats: int) -> dict[str, Any]:
   """One row: medians in ms of the step, its parts and the floor, all taken in turn so that noise hits them alike."""
-  d, n, batch, k = shape
-  cell = _cell(d, n, batch, k)
+  d, n, batch, _ = shape
+  cell = paper_cell(shape)
   mesh = sharding.make_mesh(cell.mesh)
   init, step = make_step(cell, mesh)
   x_BD = jax.random.normal(jax.random.key(1), (batch, d))
@@ -121,7 +121,9 @@ def _seconds(f: Callable, *args: Any) -> float:
   return time.perf_counter() - began
 
 
-def _cell(d: int, n: int, batch: int, k: int) -> config.Config:
+def paper_cell(shape: tuple[int, ...], mesh: tuple[int, ...] = (1, 1), learning_rate: float = 1e-4) -> config.Config:
+  """The paper's recipe at one size: D, N, B, K."""
+  d, n, batch, k = shape
   template = config.template()
   template.data.source = 'planted'
   return config.resolve(
@@ -133,7 +135,9 @@ def _cell(d: int, n: int, batch: int, k: int) -> config.Config:
         'sae.k': k,
         'train.batch_tokens': batch,
         'train.tokens': 10_000 * batch,
-        'optim.learning_rate': 1e-4,
+        'optim.learning_rate': learning_rate,
+        'mesh.data': mesh[0],
+        'mesh.latent': mesh[1],
       },
     )
   )
@@ -162,17 +166,17 @@ def machine() -> dict[str, Any]:
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog='python -m sae_jax.bench', description=__doc__.splitlines()[0])
   parser.add_argument('--json', metavar='OUT', help='write the rows here: a list, one object a shape')
-  parser.add_argument('--shape', metavar='D,N,B,K', action='append', help='instead of the standard shapes; may repeat')
+  parser.add_argument(
+    '--shape',
+    metavar='D,N,B,K',
+    type=arguments.shape,
+    action='append',
+    help='instead of the standard shapes; may repeat',
+  )
   parser.add_argument('--repeats', type=int, default=7, help='rounds a median is taken over (default 7)')
   args = parser.parse_args(argv)
-  try:
-    shapes = [tuple(int(v) for v in s.split(',')) for s in args.shape] if args.shape else SHAPES
-    if any(len(s) != 4 for s in shapes):
-      raise ValueError
-  except ValueError:
-    raise UserError(f'--shape={args.shape} is not D,N,B,K; e.g. --shape=512,8192,2048,32') from None
   rows = []
-  for shape in tqdm(shapes, unit='shape', disable=not sys.stderr.isatty()):
+  for shape in tqdm(args.shape or SHAPES, unit='shape', disable=not sys.stderr.isatty()):
     row = measure(shape, args.repeats) | {'machine': machine()}
     rows.append(row)
     print(

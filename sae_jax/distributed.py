@@ -21,7 +21,9 @@ import jax
 from jax._src import distributed as _jax_distributed
 from jax._src.clusters import cloud_tpu_cluster
 
+from sae_jax import arguments
 from sae_jax.errors import UserError
+from sae_jax.signals import Signalled
 
 _ADDRESS, _COUNT, _RANK = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
 _INDEX = 'JOB_COMPLETION_INDEX'  # what Kubernetes tells the pods of an indexed Job, so of a JobSet
@@ -111,25 +113,6 @@ def stop_flag() -> 'Vote | Signalled':
   return Signalled()
 
 
-class Signalled:
-  """True once this process was sent SIGTERM or SIGINT; `signum` is the last of them."""
-
-  def __init__(self) -> None:
-    self.signum: int | None = None
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._hear)
-
-  def __call__(self) -> bool:
-    return self.signum is not None
-
-  def ask(self) -> None:
-    """Asks this run to stop, as a SIGTERM would."""
-    self.signum = self.signum or signal.SIGTERM
-
-  def _hear(self, signum: int, frame: object) -> None:
-    self.signum = signum
-
-
 class Vote:
   """Asks whether this gang was told to stop; every rank hears yes at the same `polls`.
 
@@ -202,11 +185,8 @@ def _on_tpu_machine() -> bool:
 
 
 def _whole(name: str, value: str | int, at_least: int) -> int:
-  try:
-    number = int(value)
-  except ValueError:
-    number = at_least - 1
-  if number < at_least:
+  number = arguments.whole_or_none(value, at_least)
+  if number is None:
     raise UserError(f'{name}={value!r} is not a whole number of at least {at_least}; give one')
   return number
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from sae_jax import arguments
 from sae_jax.errors import UserError
 
 # 128 + the signal of a timer: engines restart it, as they would a dead node, but count it against the budget of
@@ -94,10 +95,7 @@ def end(why: str, exit_with: Callable[[int], None] | None = None) -> None:
 
 def _floor() -> float:
   stated = os.environ.get(_FLOOR, '600')
-  try:
-    seconds = float(stated)
-  except ValueError:
-    seconds = 0.0
-  if not 0 < seconds < float('inf'):
+  seconds = arguments.positive_or_none(stated)
+  if seconds is None:
     raise UserError(f'{_FLOOR}={stated!r} is not a positive number of seconds; 600 is the default')
   return seconds
