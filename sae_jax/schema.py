@@ -24,6 +24,7 @@ RUNNING, FAILED, INVALID, CANCELLED, WAITING, IMPORTED, DONE = STATES = (
   'done',  # it has a sound result.json
 )
 UNFINISHED = (RUNNING, WAITING)  # what a sweep still has to do something about
+FINISHED = (DONE, IMPORTED)  # what has an autoencoder
 
 # Files and folders of a cell.
 CONFIG, METRICS, RESULT, FAILURE = 'config.json', 'metrics.jsonl', 'result.json', 'failure.json'

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from sae_jax import files, schema
 from sae_jax.errors import UserError, one_line_errors
-from sweeps import grid, ledger
+from sweeps import flags, grid, ledger
 
 
 def cancel(store: ledger.Ledger, ids: list[str]) -> list[ledger.CellState]:
@@ -38,10 +38,8 @@ def undo(store: ledger.Ledger, ids: list[str]) -> list[ledger.CellState]:
 def _chosen(
   store: ledger.Ledger, ids: list[str], by_default: Callable[[ledger.CellState], bool]
 ) -> list[ledger.CellState]:
+  store.check_known(ids)
   states = {s.cell.id: s for s in store.states()}
-  for cell_id in ids:
-    if cell_id not in states:
-      raise UserError(f'no cell {cell_id!r} in {store.path}; python -m sweeps.status lists the ids')
   return [states[i] for i in dict.fromkeys(ids)] if ids else [s for s in states.values() if by_default(s)]
 
 
@@ -50,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     prog='python -m sweeps.cancel',
     description='Have cells saved and left alone, by running workers (within 30 s) and by later ones.',
   )
-  parser.add_argument('--ledger', required=True, help='folder or fsspec URL of the sweep')
+  flags.add_ledger(parser)
   parser.add_argument('ids', nargs='*', metavar='ID', help='cells, as sweeps.status prints them')
   parser.add_argument('--all', action='store_true', help='every cell that is not finished')
   parser.add_argument('--undo', action='store_true', help='take them up again')

@@ -3,14 +3,13 @@
 import dataclasses
 import hashlib
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Protocol
 
 from sae_jax import files, flops, schema
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sweeps import executors, groups, ledger
+from sweeps import executors, groups, ledger, work
 
 
 class Engine(executors.Executor, Protocol):
@@ -83,8 +82,7 @@ def jobs(
   now are left to whoever does. Raises `UserError` when cells of unequal meshes would share a gang.
   """
   waiting = {s.cell.id for s in states if s.state == 'waiting'}
-  work = (sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}', f'--max_failures={max_failures}')
-  work += () if group is None else (f'--group={group}',)
+  command = work.command(store, max_failures, group)
 
   def job(name: str, argv: tuple[str, ...], config: Config) -> executors.Job:
     hosts, processes = cluster.shape(devices_of(config))
@@ -92,7 +90,7 @@ def jobs(
 
   if gangs is None:
     return [
-      job(_name(cells), (*work, f'--cell={",".join(c.id for c in cells)}'), cells[0].config)
+      job(_name(cells), (*command, f'--cell={",".join(c.id for c in cells)}'), cells[0].config)
       for cells in _partition(states, group)
       if any(c.id in waiting for c in cells)
     ]
@@ -101,7 +99,7 @@ def jobs(
     raise UserError(
       f'--gangs={gangs}: cells for {min(meshes)} and for {max(meshes)} devices cannot share a gang; leave --gangs out'
     )
-  return [job(f'gang-{i}', work, config) for config in meshes.values() for i in range(min(gangs, len(waiting)))]
+  return [job(f'gang-{i}', command, config) for config in meshes.values() for i in range(min(gangs, len(waiting)))]
 
 
 def names(states: list[ledger.CellState], gangs: int | None, group: int | None = None) -> list[str]:

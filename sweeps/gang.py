@@ -8,7 +8,6 @@ import contextlib
 import errno
 import json
 import os
-import signal
 import socket
 import sys
 import threading
@@ -60,7 +59,7 @@ class Leader:
 
   def __init__(self, vote: distributed.Vote):
     self._vote, self._words = vote, 0
-    self._breaking, self._voting = threading.Lock(), False
+    self._breaking = threading.Lock()
 
   @contextlib.contextmanager
   def training(self, cells: Sequence[ledger.Cell], label: str, charge: Callable[[Exception], int]) -> Iterator[None]:
@@ -88,10 +87,8 @@ class Leader:
       error.__cause__ = _as_told(trouble)
 
   def call_vote(self) -> None:
-    """Has all ranks stop at one step, as a SIGTERM to this one would."""
-    if not self._voting:
-      self._voting = True
-      os.kill(os.getpid(), signal.SIGTERM)
+    """Has all ranks stop at one step."""
+    self._vote.ask()
 
   def dismiss(self, code: int) -> None:
     """Between cells: the other ranks return with this exit code."""

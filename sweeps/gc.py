@@ -10,7 +10,7 @@ import dataclasses
 
 from sae_jax import files, schema
 from sae_jax.errors import UserError, one_line_errors
-from sweeps import grid, ledger
+from sweeps import flags, grid, ledger
 
 FOLDERS = (schema.CHECKPOINTS, schema.CORRUPT)
 
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     prog='python -m sweeps.gc',
     description='Delete the checkpoints of finished cells; results, metrics and autoencoders stay.',
   )
-  parser.add_argument('--ledger', required=True, help='folder or fsspec URL of the sweep')
+  flags.add_ledger(parser)
   parser.add_argument('--dry_run', action='store_true', help='list what would go; delete nothing')
   return parser
 

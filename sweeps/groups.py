@@ -62,5 +62,10 @@ def companions(
 
 def newest_step(store: ledger.Ledger, cell_id: str) -> int:
   """The step of the newest checkpoint of a cell, 0 without one. It may turn out to be damaged; that is seen later."""
+  return max(saved_steps(store, cell_id), default=0)
+
+
+def saved_steps(store: ledger.Ledger, cell_id: str) -> list[int]:
+  """Of all checkpoints of a cell."""
   names = files.listdir(files.join(store.folder(cell_id), schema.CHECKPOINTS))
-  return max((int(name) for name in names if name.isdecimal()), default=0)
+  return [int(name) for name in names if name.isdecimal()]

@@ -12,9 +12,9 @@ import sys
 import tempfile
 import time
 
-from sae_jax import arguments, cell_state, files, metrics, schema, watchdog
+from sae_jax import arguments, cell_state, files, metrics, schema, signals, watchdog
 from sae_jax.errors import HOST_BROKEN, UserError, one_line_errors
-from sweeps import board, engines, grid, ledger, preview, status, work
+from sweeps import board, engines, flags, grid, groups, ledger, preview, status, work
 from sweeps.executors import Executor, Job, local
 
 GRACE_S = 10.0  # for workers to end once nothing is left to do; a stopped one never hears of it
@@ -118,15 +118,14 @@ def follow(
 
 def _nap(seconds: float, received: list[int]) -> None:
   """Sleeps, but not past a new signal."""
-  until, heard = time.monotonic() + seconds, len(received)
-  while time.monotonic() < until and len(received) == heard:
-    time.sleep(0.1)
+  heard = len(received)
+  work.sleep(seconds, lambda: len(received) != heard)
 
 
 def _catch_signals() -> list[int]:
   """A list that grows by one a SIGINT or SIGTERM from now on."""
   received: list[int] = []
-  for signum in (signal.SIGINT, signal.SIGTERM):
+  for signum in signals.STOP:
     signal.signal(signum, lambda number, _: received.append(number))
   return received
 
@@ -142,7 +141,7 @@ def _verdict(store: ledger.Ledger, ids: set[str], max_failures: int) -> int:
     print(f'{s.state}: {s.cell.id} {grid.label(s.cell.overrides)}: {s.reason}')
   if failed:
     print(f'after the cause is gone: python -m sweeps.retry --ledger={store.path}')
-  done = all(s.state in (schema.DONE, schema.IMPORTED) for s in states)
+  done = all(s.state in schema.FINISHED for s in states)
   return 0 if done and not lost else work.SOME_FAILED
 
 
@@ -152,7 +151,7 @@ class Restarts:
   def __init__(self, store: ledger.Ledger, max_failures: int, logs: pathlib.Path):
     self._store, self._max_failures, self._logs = store, max_failures, logs
     self._strays = self._host_ends = 0
-    self._gained: list[tuple[bool, list[str]]] = []
+    self._gained: list[tuple[bool, list[int]]] = []
 
   @property
   def host_broken(self) -> bool:
@@ -166,7 +165,7 @@ class Restarts:
       return False
     if code == HOST_BROKEN:
       # Whatever it still held: no cell is charged.
-      gained = [(s.state == schema.DONE, self._saved(s.cell.id)) for s in states]
+      gained = [(s.state == schema.DONE, groups.saved_steps(self._store, s.cell.id)) for s in states]
       self._host_ends = self._host_ends + 1 if gained == self._gained else 1
       self._gained = gained
       return not self.host_broken
@@ -181,11 +180,6 @@ class Restarts:
       metrics.record_failure(self._store.folder(cell_id), died, exit_code=exit_code)
     return True
 
-  def _saved(self, cell_id: str) -> list[str]:
-    """The steps of a cell's checkpoints."""
-    names = files.listdir(files.join(self._store.folder(cell_id), schema.CHECKPOINTS))
-    return [name for name in names if name.isdigit()]
-
 
 def _work_here(
   store: ledger.Ledger, workers: int, max_failures: int, logs: pathlib.Path, group: int | None
@@ -193,8 +187,7 @@ def _work_here(
   """Trains with processes of this machine; returns the signals received."""
   received = _catch_signals()
   restarts = Restarts(store, max_failures, logs)
-  argv = (sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}', f'--max_failures={max_failures}')
-  argv += () if group is None else (f'--group={group}',)
+  argv = work.command(store, max_failures, group)
   jobs = [Job(f'worker-{i}', argv, local.device_env(i, workers)) for i in range(workers)]
   drive(store, local.Local(logs, restarts), jobs, received, max_failures)
   if restarts.host_broken:
@@ -246,8 +239,8 @@ def _parser() -> argparse.ArgumentParser:
     type=arguments.positive('--dollars_per_chip_hour', '1.2'),
     help='price for --topology',
   )
-  work.add_max_failures(parser)
-  work.add_group(parser)
+  flags.add_max_failures(parser)
+  flags.add_group(parser)
   return parser
 
 

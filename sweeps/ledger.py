@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sae_jax
@@ -202,6 +202,13 @@ class Ledger:
       }
       self._listed = record, [cell for _, cell in self._parsed.values()]
     return self._listed[1]
+
+  def check_known(self, ids: Iterable[str]) -> None:
+    """Raises `UserError` for the first that is no cell of this ledger."""
+    known = {cell.id for cell in self.cells()}
+    for cell_id in ids:
+      if cell_id not in known:
+        raise UserError(f'no cell {cell_id!r} in {self.path}; python -m sweeps.status lists the ids')
 
   def _cell(self, cell_id: str, entry: dict[str, Any], verified: bool) -> Cell:
     if verified:

@@ -12,7 +12,7 @@ import dataclasses
 
 from sae_jax import cell_state, files, product, schema
 from sae_jax.errors import UserError, one_line_errors
-from sweeps import grid, ledger, work
+from sweeps import flags, grid, ledger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +35,12 @@ def retry(store: ledger.Ledger, ids: list[str], max_failures: int = ledger.MAX_F
 
   Raises `UserError` for an unknown id, and for a named cell that has nothing to clear or is running.
   """
+  store.check_known(ids)
   states = {s.cell.id: s for s in store.states(max_failures)}
   damaged: dict[str, str] = {}
   for cell_id in ids:
-    if cell_id not in states:
-      raise UserError(f'no cell {cell_id!r} in {store.path}; python -m sweeps.status lists the ids')
     state = states[cell_id]
-    finished = state.state in (schema.DONE, schema.IMPORTED)
+    finished = state.state in schema.FINISHED
     if finished and (why := _damaged_artifact(store.folder(cell_id))):
       damaged[cell_id] = why
     elif state.state != schema.INVALID and (finished or state.state == schema.RUNNING or not state.attempts):
@@ -111,11 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     description='Clear the failures of cells and move files aside that cannot be believed, so that the next launch or a '
     'running worker tries these cells again.',
   )
-  parser.add_argument('--ledger', required=True, help='folder or fsspec URL of the sweep')
+  flags.add_ledger(parser)
   parser.add_argument(
     'ids', nargs='*', metavar='ID', help='cells to clear (default: all that failed for good or are invalid)'
   )
-  work.add_max_failures(parser)
+  flags.add_max_failures(parser)
   return parser
 
 

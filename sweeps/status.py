@@ -15,7 +15,7 @@ from typing import Any
 
 from sae_jax import cell_state, files, flops, metrics, schema
 from sae_jax.errors import one_line_errors
-from sweeps import grid, ledger, verify, work
+from sweeps import flags, grid, ledger, verify
 
 # As summaries say them; the first four always.
 _COUNTED = (
@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     description='Show what the cells of a ledger are doing, with reasons.',
     epilog='A lease held on another machine counts as running until --watch has seen it unchanged for 90 s.',
   )
-  parser.add_argument('--ledger', required=True, help='folder or fsspec URL of the sweep')
+  flags.add_ledger(parser)
   how = parser.add_mutually_exclusive_group()
   how.add_argument(
     '--watch',
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     help='read every byte of the finished autoencoders, too; exit code 1 if a cell is invalid',
   )
   parser.add_argument('--json', action='store_true', help='print one JSON object instead of a table')
-  work.add_max_failures(parser)
+  flags.add_max_failures(parser)
   return parser
 
 

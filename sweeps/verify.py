@@ -8,15 +8,13 @@ from tqdm import tqdm
 from sae_jax import cell_state, product, schema
 from sweeps import ledger
 
-_FINISHED = (schema.DONE, schema.IMPORTED)
-
 
 def verify(store: ledger.Ledger, states: list[ledger.CellState]) -> list[ledger.CellState]:
   """The states, with those finished cells invalid whose autoencoders cannot be believed.
 
   Says on standard error how far it is and, at the end, what was read.
   """
-  finished = [s for s in states if s.state in _FINISHED]
+  finished = [s for s in states if s.state in schema.FINISHED]
   sizes = [product.size(store.folder(s.cell.id), s.result or {}) for s in finished]
   broken: dict[str, ledger.CellState] = {}
   unverified = 0

@@ -9,7 +9,7 @@ import argparse
 
 from sae_jax import metrics
 from sae_jax.errors import UserError, one_line_errors
-from sweeps import grid, ledger
+from sweeps import flags, grid, ledger
 
 
 def export(store: ledger.Ledger, project: str, mode: str | None = None) -> int:
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='python -m sweeps.wandb', description='Copy the metrics of every cell to Weights & Biases.'
   )
-  parser.add_argument('--ledger', required=True, help='folder or fsspec URL of the sweep')
+  flags.add_ledger(parser)
   parser.add_argument('--project', required=True, help='of Weights & Biases; the account is that of `wandb login`')
   parser.add_argument('--mode', choices=('online', 'offline'), help='offline writes ./wandb for `wandb sync`')
   return parser

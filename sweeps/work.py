@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from sae_jax import arguments, faults, files, flops, lease, schema
+from sae_jax import arguments, faults, files, flops, lease, schema, signals
 from sae_jax.errors import HOST_BROKEN, PREEMPTED, USER_ERROR_EXIT, UserError, one_line_errors
-from sweeps import groups, ledger
+from sweeps import flags, groups, ledger
 from sweeps.attempt import Held, TrainGroup, attempt, say_host_broken
 
 if TYPE_CHECKING:
@@ -25,17 +25,8 @@ if TYPE_CHECKING:
 SOME_FAILED = 1
 
 
-class Stop:
+class Stop(signals.Signalled):
   """Turns the first SIGTERM or SIGINT into a request to save and leave; the second one kills."""
-
-  def __init__(self) -> None:
-    self.signum: int | None = None
-    self.listen()
-
-  def listen(self) -> None:
-    """Takes the signals (back: `jax.distributed.initialize` has a use for SIGTERM of its own)."""
-    for signum in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(signum, self._handle)
 
   def hand_over(self) -> None:
     """Leaves SIGTERM to the vote of a gang, and passes on what came so far and every Ctrl-C."""
@@ -43,12 +34,9 @@ class Stop:
     if self.signum is not None:
       self._pass_on(self.signum, None)
 
-  def __call__(self) -> bool:
-    return self.signum is not None
-
-  def _handle(self, signum: int, _: object) -> None:
+  def _hear(self, signum: int, frame: object) -> None:
     self.signum = signum
-    for again in (signal.SIGTERM, signal.SIGINT):
+    for again in signals.STOP:
       signal.signal(again, signal.SIG_DFL)
 
   def _pass_on(self, signum: int, _: object) -> None:
@@ -78,8 +66,7 @@ def run(
   is full, which is no fault of the cell, and for an unknown `only`. An error of the machine (`faults.is_host_error`) comes
   out as it is and is no fault of the cell either: this process must end for a fresh start.
   """
-  if unknown := sorted(set(only) - {cell.id for cell in store.cells()}):
-    raise UserError(f'no cell {unknown[0]!r} in {store.path}; python -m sweeps.status lists the ids')
+  store.check_known(sorted(only))
 
   def states() -> list[ledger.CellState]:
     return [s for s in store.states(max_failures) if not only or s.cell.id in only]
@@ -110,13 +97,19 @@ def run(
       print(f'{store.path}: {error}; trying again', file=sys.stderr, flush=True)
       looked, held = True, []
     if not held:
-      _sleep(nap_s if looked else 0.0, stop)
+      sleep(nap_s if looked else 0.0, stop)
       continue
     broken = attempt(store, train_group, held, stop=stop, permanent=permanent, verdict=verdict, leader=leader)
     if broken and leader is not None:
       code = verdict()
       leader.disband(PREEMPTED if code is None else code)
   return PREEMPTED
+
+
+def command(store: ledger.Ledger, max_failures: int, group: int | None) -> tuple[str, ...]:
+  """What starts a worker."""
+  argv = (sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}', f'--max_failures={max_failures}')
+  return argv if group is None else (*argv, f'--group={group}')
 
 
 def _claim(store: ledger.Ledger, waiting: list[ledger.CellState], group: int | None, max_failures: int) -> Held:
@@ -145,7 +138,7 @@ def _verdict(states: list[ledger.CellState]) -> int | None:
   """The exit code once nothing is left to do."""
   if any(s.state in schema.UNFINISHED for s in states):
     return None
-  return 0 if all(s.state in (schema.DONE, schema.IMPORTED) for s in states) else SOME_FAILED
+  return 0 if all(s.state in schema.FINISHED for s in states) else SOME_FAILED
 
 
 def _precedence(state: ledger.CellState) -> tuple[int, float, str]:
@@ -153,8 +146,8 @@ def _precedence(state: ledger.CellState) -> tuple[int, float, str]:
   return state.attempts, -flops.cell_flops(state.cell.config)['dense'], state.cell.id
 
 
-def _sleep(seconds: float, stop: Callable[[], bool]) -> None:
-  # In short naps: Python goes on sleeping after a signal handler has run.
+def sleep(seconds: float, stop: Callable[[], bool]) -> None:
+  """Sleeps until `stop` is true at most. In short naps: Python goes on sleeping after a signal handler has run."""
   until = time.monotonic() + seconds
   while time.monotonic() < until and not stop():
     time.sleep(min(0.2, seconds))
@@ -171,8 +164,8 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--ledger', required=True, help='folder or fsspec URL that sweeps.launch has filled')
   parser.add_argument('--cell', metavar='ID[,ID...]', default='', help='train these cells only')
-  add_group(parser)
-  add_max_failures(parser)
+  flags.add_group(parser)
+  flags.add_max_failures(parser)
   together = parser.add_argument_group(
     'several processes', 'Detected on Slurm and TPU slices; elsewhere stated here or by the variables named.'
   )
@@ -190,24 +183,6 @@ def _parser() -> argparse.ArgumentParser:
     help='of this one, from 0 (JAX_PROCESS_ID)',
   )
   return parser
-
-
-def add_max_failures(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    '--max_failures',
-    type=arguments.whole('--max_failures'),
-    default=ledger.MAX_FAILURES,
-    help='attempts of a cell (default %(default)s)',
-  )
-
-
-def add_group(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    '--group',
-    type=arguments.whole('--group'),
-    metavar='N',
-    help='cells of one stream that a worker trains together (default: 8 with a live subject, else 1)',
-  )
 
 
 @one_line_errors
@@ -237,7 +212,7 @@ def main(argv: list[str]) -> int:
       return gang.follow(training.train_group, store, asked)
     leader = gang.Leader(asked)
   else:
-    stop.listen()
+    stop.listen()  # `jax.distributed.initialize` has a use for SIGTERM of its own
   try:
     code = run(
       store,
