@@ -229,7 +229,4 @@ def _strict(value: Any) -> Any:
 
 def write_json(path: str, record: Any) -> None:
   """Strict JSON with a final newline. Raises `UserError` when `path` cannot be written."""
-  try:
-    files.replace(path, json.dumps(record, indent=1, allow_nan=False).encode() + b'\n')
-  except OSError as error:
-    raise UserError(f'cannot write {path} ({error.strerror}); choose another path') from None
+  files.write_output(path, json.dumps(record, indent=1, allow_nan=False).encode() + b'\n')

@@ -73,15 +73,15 @@ def write(found: Findings, out: str, title: str, facts: str = '') -> str:
       figure.savefig(buffer, format=kind, metadata=said)
       figure.set_layout_engine('none')  # it is laid out now; once more would double the time
       data = buffer.getvalue()
-      _replace(files.join(out, f'{name}.{kind}'), data)
+      files.write_output(files.join(out, f'{name}.{kind}'), data, '--out')
       digests[f'{name}.{kind}'] = hashlib.sha256(data).hexdigest()
       if kind == 'png':
         pictures[name] = data
-  _replace(files.join(out, 'table.csv'), found.done.to_csv(index=False).encode())
+  files.write_output(files.join(out, 'table.csv'), found.done.to_csv(index=False).encode(), '--out')
   write_json(files.join(out, 'laws.json'), found.to_json())
   path = files.join(out, 'index.html')
   _remove_stale(out, path, set(digests))
-  _replace(path, page.render(title, found, pictures, digests, facts).encode())
+  files.write_output(path, page.render(title, found, pictures, digests, facts).encode(), '--out')
   return path
 
 
@@ -97,13 +97,6 @@ def _remove_stale(out: str, path: str, drawn: set[str]) -> None:
     return
   except OSError as error:
     raise UserError(f'cannot tidy {out} ({error.strerror}); choose another --out') from None
-
-
-def _replace(path: str, data: bytes) -> None:
-  try:
-    files.replace(path, data)
-  except OSError as error:
-    raise UserError(f'cannot write {path} ({error.strerror}); choose another --out') from None
 
 
 @one_line_errors

@@ -233,6 +233,14 @@ def replace(path: str, data: bytes, *, parents: bool = True) -> None:
   _via_temporary(local(path), data, os.replace, parents)
 
 
+def write_output(path: str, data: bytes, other: str = 'path') -> None:
+  """`replace` of a file that a user asked for. Raises `UserError`, which names `other` as what to change."""
+  try:
+    replace(path, data)
+  except OSError as error:
+    raise UserError(f'cannot write {path} ({error.strerror}); choose another {other}') from None
+
+
 def append(path: str, data: bytes) -> None:
   """Adds to the end of a local file; the bytes are on the disk when it returns."""
   target = local(path)

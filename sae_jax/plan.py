@@ -264,10 +264,7 @@ def main(argv: list[str]) -> int:
   made = plan(resolve(config_dict), args.topology, args.latent_shards)
   print(report(made))
   if args.json:
-    try:
-      files.replace(args.json, made.to_json())
-    except OSError as error:
-      raise UserError(f'cannot write {args.json} ({error.strerror}); choose another path') from None
+    files.write_output(args.json, made.to_json())
   return 0
 
 
