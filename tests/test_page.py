@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 
+import jinja2
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,8 +16,10 @@ from analysis import fit, page
 from analysis.findings import Findings, OneK
 from tests import full_ledger
 
-HOSTILE = '"><img src=x onerror=alert(1)><script>alert("x")</script>'
-N = [1024, 1024, 64, 1024, 128, 512]
+# Markup, quotes of both kinds, an entity, control characters, and what a template would run.
+HOSTILE = '"><img src=x onerror=alert(1)><script>alert("x")</script>\'</style>&lt;\0\x1b\u2028{{ 7 * 7 }}{% raw %}'
+HARMLESS = 'Lorem'
+N = [1024, 1024, 64, 1024, 128, 2**20]
 NMSE = [0.3, np.nan, 0.25, 9e-7, 0.1, 0.2]
 
 
@@ -29,6 +33,7 @@ def findings(**change):
       'learning_rate': 1e-3,
       'nmse': NMSE,
       'weights': ['ema', 'raw'] * 3,
+      'subject': ['b', '9e999', '10', 'a', '9', '10'],
       'best_learning_rate': [True, False] * 3,
     }
   )
@@ -45,13 +50,65 @@ def findings(**change):
   return Findings(**({'cells': cells, 'done': done, 'not_attempted': []} | empty | change))
 
 
+class Read(HTMLParser):
+  """What a reader of HTML takes a page for: its elements with the names of their attributes, and its texts."""
+
+  def __init__(self, page_text: str):
+    super().__init__()
+    self.elements: list[tuple[str, ...]] = []
+    self.texts: list[str] = []
+    self.feed(page_text)
+    self.close()
+
+  def handle_starttag(self, tag, attrs):
+    self.elements.append((tag, *(name for name, _ in attrs)))
+    self.texts += [value for _, value in attrs if value]
+
+  def handle_data(self, data):
+    self.texts.append(data)
+
+
+def replaced(value, text):
+  """What a template is given, which is plain data, with every text in it replaced; no text is empty, no count zero."""
+  if isinstance(value, dict):
+    return {key: replaced(inside, text) for key, inside in value.items()}
+  if isinstance(value, list | tuple):
+    return [replaced(inside, text) for inside in value]
+  assert type(value) in (str, int, bool)
+  return text if isinstance(value, str) else value if isinstance(value, bool) else value or 1
+
+
+def test_page_escapes_every_text_that_a_template_is_given(monkeypatch):
+  found = full_ledger.findings()
+  some = dataclasses.replace(found, cells=findings().cells, not_attempted=['a'])
+  seen = {}
+  genuine = jinja2.Template.render
+  for text in (HARMLESS, HOSTILE):
+    with monkeypatch.context() as patched:
+      patched.setattr(jinja2.Template, 'render', lambda self, text=text, **data: genuine(self, **replaced(data, text)))
+      seen[text] = Read(
+        page.render('t', some, {'joint': b'1', 'isoflop_k3': b'2', 'isoflop_k7': b'3'}, {'joint.png': 'a'})
+      )
+  harmless, hostile = seen[HARMLESS], seen[HOSTILE]
+  assert hostile.elements == harmless.elements
+  assert hostile.texts == [text.replace(HARMLESS, HOSTILE) for text in harmless.texts]  # and none is lost
+  assert sum(HOSTILE in text for text in hostile.texts) > 1000
+
+
 def test_page_escapes_everything_that_comes_from_data():
-  done = findings().done.assign(id=HOSTILE, site=[HOSTILE, 'b'] * 3, weights=HOSTILE)
-  found = findings(done=done, warnings=[{'code': HOSTILE, 'message': HOSTILE}], not_attempted=[HOSTILE])
-  text = page.render(HOSTILE, found, {})
-  assert '<img' not in text and text.count('<script>') == 1  # our own
-  assert text.count('&lt;script&gt;alert(&quot;x&quot;)') >= 10
-  assert 'data-text="cell=&quot;&gt;' in text  # an attribute cannot be left either
+  def rendered(text):
+    done = findings().done.assign(id=text, site=[text, 'b'] * 3, weights=text)
+    warnings = [{'code': text, 'message': text}]
+    failed = findings().cells.assign(id=text, state=['done'] * 6 + [text], reason=text)
+    found = findings(cells=failed, done=done, warnings=warnings, not_attempted=[text])
+    return page.render(text, found, {}, {text: text}, text)
+
+  html = rendered(HOSTILE)
+  assert '<img' not in html and html.count('<script>') == 1  # our own
+  assert html.count('&lt;script&gt;alert(&#34;x&#34;)') >= 10
+  assert 'data-v="&#34;&gt;' in html  # an attribute cannot be left either
+  assert Read(html).elements == Read(rendered(HARMLESS)).elements
+  assert page.figure_digests(html) == {}
 
 
 def test_page_escapes_subjects_in_laws():
@@ -68,7 +125,9 @@ def test_page_needs_nothing_from_outside_and_puts_warnings_first():
   found = full_ledger.findings()
   text = page.render('full', found, {'joint': b'png', 'isoflop_k3': b'png', 'isoflop_k7': b'png'})
   assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)[^"]*"', text) == []
-  assert 'http://' not in text and 'https://' not in text and "default-src 'none'" in text
+  assert 'http://' not in text and 'https://' not in text
+  policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+  assert re.search(r'<meta http-equiv="Content-Security-Policy"\s+content="([^"]*)">', text)[1] == policy
   assert text.index('<h2>Warnings') < text.index('<h2>Figures') < text.index('<h2>Laws') < text.index('<h2>Finished')
   assert text.count('<figure>') == 3 and text.count('The same at k = 3') == 1
   for line in found.warning_lines():
@@ -77,7 +136,7 @@ def test_page_needs_nothing_from_outside_and_puts_warnings_first():
 
 def test_page_folds_what_was_not_attempted():
   text = page.render('t', findings(not_attempted=['lr(n): one rate']), {})
-  assert re.search(r'<details><summary>Not attempted: 1 laws[^<]*</summary><ul[^>]*><li>lr\(n\): one rate', text)
+  assert re.search(r'<details><summary>Not attempted: 1 law [^<]*</summary>\s*<ul[^>]*><li>lr\(n\): one rate', text)
   assert '<p>None.</p>' in text  # and it is no warning
   assert 'Not attempted' not in page.render('t', findings(), {})
 
@@ -86,7 +145,7 @@ def test_page_of_laws_has_a_row_for_every_k():
   found = full_ledger.findings()
   text = page.render('full', found, {})
   laws = text[text.index('<h2>Laws') : text.index('The compute laws in the FLOPs')]
-  sections = re.findall(r'<section class="law"><h3>(.*?):.*?<tbody>(.*?)</tbody>', laws)
+  sections = re.findall(r'<section class="law"><h3>(.*?):.*?<tbody>(.*?)</tbody>', laws, re.DOTALL)
   assert [name for name, _ in sections] == [
     'L(n, k)',
     'L(n)',
@@ -142,7 +201,7 @@ def browse(tmp_path_factory):
       const ids = () => shown().map(r => r.cells[0].textContent);
       const head = name => Array.from(document.querySelectorAll('#cells th')).find(h => h.textContent === name);
       const click = name => head(name).querySelector('button').click();
-      const type = text => {{ const box = document.getElementById('filter'); box.value = text;
+      const type = text => {{ const box = document.getElementById('cells-filter'); box.value = text;
         box.dispatchEvent(new Event('input')); }};
       {script}
       document.getElementById('seen').textContent = JSON.stringify(seen);
@@ -167,14 +226,16 @@ def browse(tmp_path_factory):
 
 def test_page_sorts_and_filters_in_a_browser(browse):
   seen = browse("""
-    seen.count = document.getElementById('count').textContent;
+    seen.count = document.getElementById('cells-count').textContent;
     click('NMSE'); seen.up = ids(); seen.aria = head('NMSE').getAttribute('aria-sort');
     click('NMSE'); seen.down = ids();
     click('n'); seen.n = shown().map(r => Number(r.cells[1].dataset.v)); seen.old = head('NMSE').getAttribute('aria-sort');
     click('cell'); click('cell'); seen.words = ids();
+    click('subject'); seen.mixed = shown().map(r => r.cells[6].textContent);
     click('cell'); type('k=1'); seen.exact = ids();
     type('K=1 n=1024'); seen.both = ids();
-    type('ell3'); seen.part = ids(); seen.left = document.getElementById('count').textContent;
+    type('n=1048576'); seen.long = ids();
+    type('ell3'); seen.part = ids(); seen.left = document.getElementById('cells-count').textContent;
     type('"><img src=x>'); seen.none = ids();
     type(''); seen.all = ids().length; seen.images = document.images.length;
   """)
@@ -184,6 +245,12 @@ def test_page_sorts_and_filters_in_a_browser(browse):
   assert seen['down'] == [f'cell{i}' for i in (*finite[::-1], 1)]  # what is missing stays last
   assert seen['n'] == sorted(N) and seen['old'] is None  # by number: 64 before 1024
   assert seen['words'] == [f'cell{i}' for i in range(5, -1, -1)]
+  assert seen['mixed'] == ['10', '10', '9', '9e999', 'a', 'b']  # one of them is a word: all are
   assert seen['exact'] == ['cell0', 'cell2', 'cell4', 'cell5']  # k=1 is not k=16
-  assert seen['both'] == ['cell0'] and seen['part'] == ['cell3'] and seen['left'] == '1 of 6 cells'
+  assert (
+    seen['both'] == ['cell0']
+    and seen['long'] == ['cell5']
+    and seen['part'] == ['cell3']
+    and seen['left'] == '1 of 6 cells'
+  )
   assert seen['none'] == [] and seen['all'] == 6 and seen['images'] == 0
