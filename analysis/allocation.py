@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from analysis import uncertainty
-from analysis.fitted import Fit, fits_of
+from analysis.fit_result import Fit, fits_of
 from analysis.laws import Array
 from sae_jax import checks
 from sae_jax.errors import UserError

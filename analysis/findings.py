@@ -9,7 +9,7 @@ import pandas as pd
 from analysis.allocation import Allocation
 from analysis.compare import Comparison
 from analysis.family import Family
-from analysis.fitted import Fit, warning_lines
+from analysis.fit_result import Fit, warning_lines
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import doubts, laws, likelihood_profile, resample, seeds, solve, table, uncertainty
-from analysis.fitted import Fit, warning_lines, write_json
+from analysis.fit_result import Fit, warning_lines, write_json
 from sae_jax import checks
 from sae_jax.errors import UserError, one_line_errors
 

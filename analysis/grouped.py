@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis import frames, laws, solve, table, uncertainty
 from analysis.fit import fit_law, fit_weighted, resamples, with_holdout
-from analysis.fitted import Fit
+from analysis.fit_result import Fit
 from sae_jax import checks
 from sae_jax.errors import UserError
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis.compare import Comparison
 from analysis.findings import Findings
-from analysis.fitted import Fit, nothing_is_zero, warning_lines
+from analysis.fit_result import Fit, nothing_is_zero, warning_lines
 
 # A name that a template uses and is not given raises.
 TEMPLATES = jinja2.Environment(

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from analysis import frames
 from analysis import frontier as frontiers
 from analysis import plots_style as style
-from analysis.fitted import Fit, fits_of
+from analysis.fit_result import Fit, fits_of
 from analysis.plots_family import family
 from analysis.plots_plan import allocation, calibration
 from analysis.plots_valleys import isoflop, learning_rates

@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 from analysis import plots_style as style
 from analysis import table
 from analysis.allocation import allocate
-from analysis.fitted import Fit, fits_of
+from analysis.fit_result import Fit, fits_of
 from sae_jax import checks
 from sae_jax.errors import UserError
 

@@ -17,7 +17,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.fitted import Fit
+from analysis.fit_result import Fit
 from analysis.laws import SYMBOLS, Array
 from sae_jax import checks
 

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from analysis import frames, learning_rate, table
 from analysis import plots_style as style
-from analysis.fitted import Fit, fits_of
+from analysis.fit_result import Fit, fits_of
 from sae_jax import checks
 from sae_jax.errors import UserError
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis import convergence, laws, resample, table, uncertainty
 from analysis.fit import Fit, fit_law, warning_lines, with_holdout, write_json
-from analysis.fitted import fits_of
+from analysis.fit_result import fits_of
 from sae_jax import checks, flops
 from sae_jax.errors import UserError, one_line_errors
 

@@ -17,7 +17,7 @@ from analysis.compare import WITHOUT, Comparison
 from analysis.family import Family, fit_family
 from analysis.findings import Findings, OneK
 from analysis.fit import fit_law, with_holdout
-from analysis.fitted import Fit
+from analysis.fit_result import Fit
 from analysis.frontier import fit_frontier
 from sae_jax import checks
 from sae_jax.errors import UserError

@@ -14,7 +14,7 @@ import time
 
 from sae_jax import arguments, cell_state, files, metrics, schema, signals, watchdog
 from sae_jax.errors import HOST_BROKEN, UserError, one_line_errors
-from sweeps import board, engines, flags, grid, groups, ledger, preview, status, work
+from sweeps import flags, grid, groups, jobs, ledger, preview, progress, status, work
 from sweeps.executors import Executor, Job, local
 
 GRACE_S = 10.0  # for workers to end once nothing is left to do; a stopped one never hears of it
@@ -29,13 +29,13 @@ class WorkerDied(Exception):
 def drive(
   store: ledger.Ledger,
   executor: Executor,
-  jobs: list[Job],
+  todo: list[Job],
   received: list[int],
   max_failures: int,
 ) -> None:
   """Runs jobs until they have all gone. `received` grows by one a signal: the first cancels, the second kills."""
-  names = [executor.submit(job) for job in jobs]
-  shown = board.Board(store, store.states(max_failures))
+  names = [executor.submit(job) for job in todo]
+  shown = progress.Board(store, store.states(max_failures))
   poll_s = 0.5 if files.is_local(store.path) else 15.0
   cancels = 0
   over_since: float | None = None
@@ -71,7 +71,7 @@ def drive(
 
 def follow(
   store: ledger.Ledger,
-  cluster: engines.Cluster,
+  cluster: jobs.Cluster,
   gangs: int | None,
   received: list[int],
   max_failures: int,
@@ -85,10 +85,10 @@ def follow(
   submitted: set[str] = set()
   began = time.process_time()
   states = store.states(max_failures)
-  shown = None if detach else board.Board(store, states)
+  shown = None if detach else progress.Board(store, states)
   try:
     while True:
-      for job in engines.jobs(store, cluster, states, gangs, max_failures, group):
+      for job in jobs.jobs(store, cluster, states, gangs, max_failures, group):
         # Once: a job that has gone with its cell undone is for a person to look at.
         if job.id not in submitted and not received:
           submitted.add(cluster.engine.submit(job))
@@ -96,7 +96,7 @@ def follow(
         print(f'{len(submitted)} jobs are with the engine; the same command, or sweeps.status, watches them')
         return
       # Jobs of an earlier launch too: their cells may be running, or wait between two runs of the job.
-      names = sorted(submitted.union(engines.names(states, gangs, group)))
+      names = sorted(submitted.union(jobs.names(states, gangs, group)))
       alive = {name: s for name, s in cluster.engine.states(names).items() if s != 'gone'}
       queued = sum(s == 'pending' for s in alive.values())
       shown.show(states, f'; jobs: {len(alive) - queued} running, {queued} pending')
@@ -188,8 +188,8 @@ def _work_here(
   received = _catch_signals()
   restarts = Restarts(store, max_failures, logs)
   argv = work.command(store, max_failures, group)
-  jobs = [Job(f'worker-{i}', argv, local.device_env(i, workers)) for i in range(workers)]
-  drive(store, local.Local(logs, restarts), jobs, received, max_failures)
+  todo = [Job(f'worker-{i}', argv, local.device_env(i, workers)) for i in range(workers)]
+  drive(store, local.Local(logs, restarts), todo, received, max_failures)
   if restarts.host_broken:
     print(
       f'error: {MAX_HOST_ENDS} workers in a row ended by errors of this machine and gained nothing; mend it (their '
@@ -258,11 +258,11 @@ def _check(args: argparse.Namespace) -> None:
     raise UserError('--dollars_per_chip_hour needs --topology=NAME, e.g. v5p:2x2x2; add it')
 
 
-def _cluster(args: argparse.Namespace, store: ledger.Ledger) -> engines.Cluster | None:
+def _cluster(args: argparse.Namespace, store: ledger.Ledger) -> jobs.Cluster | None:
   """What the jobs are for; None when this machine trains."""
   if args.executor == 'slurm':
-    return engines.slurm_cluster(args.site, store.path)
-  return engines.jobset_cluster(args.site, store.path) if args.executor == 'jobset' else None
+    return jobs.slurm_cluster(args.site, store.path)
+  return jobs.jobset_cluster(args.site, store.path) if args.executor == 'jobset' else None
 
 
 @one_line_errors
@@ -294,22 +294,20 @@ def main(argv: list[str]) -> int:
   return _run_here(args, store, ids, len(todo))
 
 
-def _dry_run(
-  args: argparse.Namespace, sweep: grid.Sweep, store: ledger.Ledger, cluster: engines.Cluster | None
-) -> None:
+def _dry_run(args: argparse.Namespace, sweep: grid.Sweep, store: ledger.Ledger, cluster: jobs.Cluster | None) -> None:
   store.check_free_for(sweep)
   states = preview.states_of(sweep, store, args.max_failures)
   workers, out = args.workers or 1, sys.stdout
   if cluster is not None:
-    jobs = engines.jobs(store, cluster, states, args.gangs, args.max_failures, args.group)
-    print(cluster.engine.render(jobs))
-    workers, out = max(1, len(jobs)), sys.stderr  # stdout holds what can be given to the engine by hand
+    planned = jobs.jobs(store, cluster, states, args.gangs, args.max_failures, args.group)
+    print(cluster.engine.render(planned))
+    workers, out = max(1, len(planned)), sys.stderr  # stdout holds what can be given to the engine by hand
   print(preview.table(sweep.name, store, states, workers, args.flops_per_second), file=out)
   if args.topology:
     print(preview.cost_table(states, args.topology, args.dollars_per_chip_hour), file=out)
 
 
-def _run_on(cluster: engines.Cluster, args: argparse.Namespace, store: ledger.Ledger, ids: set[str]) -> int:
+def _run_on(cluster: jobs.Cluster, args: argparse.Namespace, store: ledger.Ledger, ids: set[str]) -> int:
   """Trains with jobs of an engine; returns the exit code."""
   received = _catch_signals()
   print(f'output of the jobs: {cluster.logs}', flush=True)

@@ -15,7 +15,7 @@ import pytest
 
 from sae_jax import config, config_flags
 from sae_jax.data import inputs, store
-from sweeps import engines, grid
+from sweeps import grid, jobs
 from tests import fake_bucket
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -224,7 +224,7 @@ def test_forms_in_the_guide_are_those_that_are_read():
     assert f'`{name}`' in guide and inputs.split(name) == split
 
 
-@pytest.mark.parametrize('name, read', [('pod.toml', engines.jobset_cluster), ('slurm.toml', engines.slurm_cluster)])
+@pytest.mark.parametrize('name, read', [('pod.toml', jobs.jobset_cluster), ('slurm.toml', jobs.slurm_cluster)])
 def test_site_files_are_read(guide_folder, name, read):
   assert read(str(guide_folder / name), 'gs://BUCKET/x').limits['max_restarts'] == 100
 

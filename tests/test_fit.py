@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import fit, fitted, laws, table
+from analysis import fit, fit_result, laws, table
 from sae_jax.errors import UserError
 
 GAO = str(pathlib.Path(laws.__file__).parent / 'data' / 'gao2024_gpt4_L_n_k.csv')
@@ -238,7 +238,7 @@ def test_warnings_of_one_kind_are_not_told_of_fits_that_said_something_else():
   first, second = ({'code': 'doubt', 'message': message} for message in ('of one', 'of two'))
   where = [dataclasses.replace(f, warnings=[], where={'k': k}) for k, f in ((1, one), (2, other), (3, one))]
   fits = [f.warned(w) for f, w in zip(where, (first, second, first), strict=True)]
-  (line,) = fitted.warning_lines(fits)
+  (line,) = fit_result.warning_lines(fits)
   assert line == 'doubt: of one [L(n), k = 1; L(n), k = 3]; the like for L(n), k = 2'
 
 

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from sae_jax import schema
-from sweeps import engines, grid, ledger
+from sweeps import grid, jobs, ledger
 from sweeps.executors import Job, slurm
 from tests import loopback_slurm
 
@@ -196,7 +196,7 @@ class Gang:
     assert code == 0, said
     self.store = ledger.Ledger(str(folder / 'ledger'))
     (self.cell,) = self.store.cells()
-    self.engine = engines.slurm_cluster(str(folder / 'site.toml'), self.store.path).engine
+    self.engine = jobs.slurm_cluster(str(folder / 'site.toml'), self.store.path).engine
     until(self.saved, 'a checkpoint')
     assert self.engine.states([self.cell.id]) == {self.cell.id: 'running'}
 

@@ -22,7 +22,7 @@ from analysis import (
   compare,
   convergence,
   family,
-  fitted,
+  fit_result,
   frontier,
   isoflop,
   learning_rate,
@@ -38,7 +38,7 @@ from tests.surface import BAD, CALLS, LEDGER, OTHER, SLOW, Table
 
 # What notebooks call beside the package itself. Classes stand for their methods.
 MODULES = (allocation, convergence, family, frontier, isoflop, learning_rate, plots, predict, survey, table)
-CLASSES = (artifact.Autoencoder, sae.SAE, fitted.Fit)
+CLASSES = (artifact.Autoencoder, sae.SAE, fit_result.Fit)
 # Given by code of this project alone, from its own arrays and words.
 NOT_INPUT = ('table.warning', 'Fit.redrawn', 'Fit.warned')
 
@@ -105,7 +105,7 @@ def is_named(value: Any, message: str) -> bool:
     return checks.shown(value) in message or any(is_named(one, message) for one in value)
   if isinstance(value, str):
     return any(word in message for word in re.findall(r'[\w.]+', value) or [value])
-  if isinstance(value, fitted.Fit):
+  if isinstance(value, fit_result.Fit):
     return value.y in message
   return checks.shown(value) in message or (isinstance(value, float) and f'{value:g}' in message)
 

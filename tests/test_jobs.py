@@ -4,7 +4,7 @@ import pytest
 
 from sae_jax import flops, plan
 from sae_jax.errors import UserError
-from sweeps import engines, grid, launch, ledger, preview
+from sweeps import grid, jobs, launch, ledger, preview
 from tests import cells
 from tests.test_launch import SHORT
 
@@ -32,7 +32,7 @@ class FakeEngine:
 
 
 def fake_cluster(engine):
-  return engines.Cluster(engine, lambda devices: (devices, 1), 0.01, 'nowhere', {'grace_s': 7})
+  return jobs.Cluster(engine, lambda devices: (devices, 1), 0.01, 'nowhere', {'grace_s': 7})
 
 
 @pytest.fixture
@@ -113,16 +113,16 @@ def test_follow_finds_the_running_job_of_an_earlier_launch(registered):
 def test_cells_of_one_stream_are_one_job_when_groups_are_wanted(registered):
   engine = FakeEngine()
   given = registered, fake_cluster(engine)
-  jobs = engines.jobs(*given, registered.states(), None, 3, group=4)
-  assert [len(cells_of(job)) for job in jobs] == [4, 2]
-  assert all(job.id == f'group-{cells_of(job)[0]}' and '--group=4' in job.argv for job in jobs)
-  assert sorted(i for job in jobs for i in cells_of(job)) == sorted(c.id for c in registered.cells())
-  commit(registered, cells_of(jobs[0])[0])  # its job may be alive, and is found again by its name
-  assert engines.jobs(*given, registered.states(), None, 3, group=4) == jobs
-  assert engines.names(registered.states(), None, 4) == [job.id for job in jobs]
-  for cell_id in cells_of(jobs[1]):
+  made = jobs.jobs(*given, registered.states(), None, 3, group=4)
+  assert [len(cells_of(job)) for job in made] == [4, 2]
+  assert all(job.id == f'group-{cells_of(job)[0]}' and '--group=4' in job.argv for job in made)
+  assert sorted(i for job in made for i in cells_of(job)) == sorted(c.id for c in registered.cells())
+  commit(registered, cells_of(made[0])[0])  # its job may be alive, and is found again by its name
+  assert jobs.jobs(*given, registered.states(), None, 3, group=4) == made
+  assert jobs.names(registered.states(), None, 4) == [job.id for job in made]
+  for cell_id in cells_of(made[1]):
     commit(registered, cell_id)
-  assert engines.names(registered.states(), None, 4) == [jobs[0].id]
+  assert jobs.names(registered.states(), None, 4) == [made[0].id]
 
 
 def cells_of(job):
@@ -151,13 +151,13 @@ def test_jobs_are_for_waiting_cells_and_their_meshes(tmp_path):
   cluster = fake_cluster(FakeEngine())
   first, second, *_ = store.cells()
   with store.claim(second.id):
-    jobs = {job.id: job for job in engines.jobs(store, cluster, store.states(), None, 3)}
-  assert len(jobs) == 5 and second.id not in jobs
-  assert {job_id: job.hosts for job_id, job in jobs.items()} == {i: 1 + (i == first.id) for i in jobs}
+    found = {job.id: job for job in jobs.jobs(store, cluster, store.states(), None, 3)}
+  assert len(found) == 5 and second.id not in found
+  assert {job_id: job.hosts for job_id, job in found.items()} == {i: 1 + (i == first.id) for i in found}
   with pytest.raises(UserError, match='for 1 and for 2 devices cannot share a gang'):
-    engines.jobs(store, cluster, store.states(), 2, 3)
+    jobs.jobs(store, cluster, store.states(), 2, 3)
   commit(store, first.id)
-  assert len(engines.jobs(store, cluster, store.states(), 9, 3)) == 5
+  assert len(jobs.jobs(store, cluster, store.states(), 9, 3)) == 5
 
 
 def test_dry_run_prices_each_shape_once(registered, monkeypatch):
