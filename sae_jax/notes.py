@@ -1,7 +1,9 @@
 """What a valid configuration says and does not do: keys that its source does not read, tokens that make no whole batch."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from sae_jax import config
 from sae_jax.config import Config
@@ -32,10 +34,15 @@ _READS = {
 }
 
 
+@functools.cache
+def _usual(source: str) -> dict[str, Any]:
+  return config.defaults(source)
+
+
 def of(cell: Config) -> list[str]:
   """A line for each finding; none for a cell whose every key counts."""
   flat, source = cell.flat(), cell.data.source
-  usual = config.defaults(source)
+  usual = _usual(source)
   found = []
   unread = [key for key in (f'data.{key}' for key in _UNREAD[source]) if flat[key] != usual[key]]
   if unread:

@@ -48,7 +48,7 @@ def table(name: str, store: ledger.Ledger, states: list[ledger.CellState], worke
       f'{name}: {len(states)} cells, {len(todo)} to do, {total["useful"]:.2e} useful and '
       f'{total["dense"]:.2e} dense FLOPs, about {status.duration(max(busy))} on {workers} worker{"s"[: workers > 1]}',
       f'time at {rate:.2e} dense FLOP/s a worker, {source}',
-      *(f'note: {line}' for line in notes.of_all(s.cell.config for s in states)),
+      *(f'note: {line}' for line in notes.of_all(s.cell.config for s in states if s.result is None)),
     ]
   )
 
