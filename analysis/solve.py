@@ -49,8 +49,7 @@ def refit(
 ) -> Array:
   """Best parameters [B, P] for every weighting, from the estimate and fresh starts.
 
-  One is enough: from the estimate alone up to 31 % of resamples end 1 % above the best of seven starts, with one fresh
-  start none of ten thousand.
+  The estimate alone is not enough where a resample has its optimum elsewhere. One fresh start is: see LOG.md.
   """
   count, width = len(weight_BN), len(theta_P)
   start_MP = np.concatenate([np.tile(theta_P, (count, 1)), law.starts(u_NQ, v_N, fresh * count, rng)])

@@ -2,7 +2,7 @@
 
     pre = (x - b_pre) W_enc^T + b_enc,   z = ReLU(TopK_k(pre)),   x_hat = z W_dec + b_pre
 
-Every function takes the names of the mesh axes it runs under; with None it is the one-device mathematics.
+A per-shard function takes a `Shard`, which names the mesh axes it runs under. The default is the one-device mathematics.
 Gao et al. 2024, sections 2.3, 3 and A; gradients as in their appendix D.
 """
 

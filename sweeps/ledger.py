@@ -38,7 +38,7 @@ class Cell:
 
   @functools.cached_property
   def config(self) -> config.Config:
-    """The configuration, made when it is asked for: that was a third of what a status of finished cells cost."""
+    """The configuration, made when it is asked for: a status of finished cells never does."""
     if isinstance(self.source, dict):
       return config.from_record(self.source, verified=True)
     return self.source

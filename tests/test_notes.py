@@ -85,3 +85,11 @@ def test_store_reads_no_planted_dictionary():
   stored = dataclasses.replace(tiny_cell, data=dataclasses.replace(tiny_cell.data, source='store', path='/somewhere'))
   (line,) = notes.of(stored)
   assert line.startswith("data.planted.n_features=64, data.planted.active=3.0: not read, for data.source='store'")
+
+
+def test_notes_of_many_cells_look_the_defaults_up_once(monkeypatch):
+  made, many, template = [], [cells.cell(**{'train.seed': seed}) for seed in range(5)], config.template
+  notes._usual.cache_clear()
+  monkeypatch.setattr(config, 'template', lambda: made.append(1) or template())
+  notes.of_all(many)
+  assert len(made) == 1
