@@ -261,6 +261,8 @@ def main(argv: list[str]) -> int:
   )
   parser.add_argument('--json', metavar='OUT', help='write the plan here')
   args, config_dict = config_flags.parse(parser, argv)
+  # A program for chips that are not here cannot be read back from jax's cache: jax would warn and compile again.
+  os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
   made = plan(resolve(config_dict), args.topology, args.latent_shards)
   print(report(made))
   if args.json:

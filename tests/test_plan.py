@@ -222,6 +222,15 @@ def test_mesh_follows_the_slice():
 
 
 @pytest.mark.tpu
+def test_a_second_plan_does_not_read_programs_of_absent_chips(tmp_path, monkeypatch):
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'kept'))
+  command = [sys.executable, '-m', 'sae_jax.plan', '--config=experiments/tiny.py', '--topology=v5e:2x2']
+  for _ in range(2):
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.tpu
 def test_sixteen_million_latents_fit_a_v5p_pod(tmp_path):
   out = tmp_path / 'plan.json'
   command = [sys.executable, '-m', 'sae_jax.plan', '--config=experiments/gpt4_16m.py', '--topology=v5p:8x8x8']
