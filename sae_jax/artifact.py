@@ -18,11 +18,14 @@ import safetensors.numpy
 
 from sae_jax import arrays, cell_state, checks, files, product, schema
 from sae_jax.arrays import Array
+from sae_jax.config import SAEConfig
 from sae_jax.data.normalize import KINDS, normalize
 from sae_jax.errors import UserError
+from sae_jax.families.family import family
 from sae_jax.sae import SAE, shapes
 
 _WEIGHTS = ('raw', 'ema')
+_EARLIEST = 'topk'  # the family of records that name none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,25 +140,43 @@ def load(cell: str | os.PathLike[str], weights: str | None = None) -> Autoencode
     raise UserError(
       f'{cell_state.printable(cell)} is damaged ({why}); python -m sweeps.retry with its id has it trained again'
     ) from None
-  n, d, k = info['n_latents'], info['d_model'], info['k']
-  expected = shapes(n, d)
+  size = _size(info)
+  expected = shapes(size)
   found = {name: tensor.shape for name, tensor in params.items()}
   if found != expected or not all(np.isfinite(t).all() for t in params.values()):
     raise UserError(
       f'{cell_state.printable(folder)}: tensors {found} are not finite arrays of {expected}; train the cell again'
     )
   facts = schema.content(info) | {'weights': weights, 'verified': schema.verified(info)}
-  return Autoencoder(SAE({name: jnp.asarray(t) for name, t in params.items()}, k=k), facts)
+  return Autoencoder(SAE({name: jnp.asarray(t) for name, t in params.items()}, size), facts)
+
+
+def _size(info: dict[str, Any]) -> SAEConfig:
+  """What of a configuration the use of an autoencoder needs; the rest concerns its training."""
+  return SAEConfig(
+    d_model=info['d_model'],
+    n_latents=info['n_latents'],
+    k=info['k'],
+    activation=info.get('activation', _EARLIEST),
+    k_aux=0,
+    fired_threshold=0.0,
+    latent_bias=True,
+  )
 
 
 def _check_known(info: dict[str, Any]) -> None:
   """Raises for what this version would compute wrongly: another family, another normalisation, one without its number."""
-  for key, known in (('activation', ('topk',)), ('normalize', KINDS)):
-    if info.get(key, known[0]) not in known:
-      raise UserError(
-        f'{key}={checks.shown(info[key])} is none that this version knows ({", ".join(known)}); install the version of '
-        'sae_jax that wrote the autoencoder'
-      )
+  remedy = 'install the version of sae_jax that wrote the autoencoder'
+  try:
+    family(info.get('activation', _EARLIEST))
+  except UserError:
+    raise UserError(
+      f'activation={checks.shown(info["activation"])} is none that this version knows; {remedy}'
+    ) from None
+  if info.get('normalize', KINDS[0]) not in KINDS:
+    raise UserError(
+      f'normalize={checks.shown(info["normalize"])} is none that this version knows ({", ".join(KINDS)}); {remedy}'
+    )
   kind, scale = info.get('normalize'), info.get('scale')
   if (kind == 'scale') != (scale is not None and scale > 0):
     raise schema.Broken(f'scale={scale} does not go with normalize={kind!r}')

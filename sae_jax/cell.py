@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from sae_jax import schema
 from sae_jax.errors import UserError
+from sae_jax.families.family import family
 from sae_jax.recipe import ScalingRecipe
 
 T = TypeVar('T')
@@ -51,8 +52,9 @@ def added(neutral: Any, *of: str) -> Any:
 class SAEConfig:
   d_model: int  # D: width of the activations
   n_latents: int  # F
-  k: int  # K: active latents a token
-  activation: str  # 'topk'
+  # K: active latents a token. None where a penalty decides how many there are, see LossConfig.sparsity.
+  k: int | None
+  activation: str  # a family, see sae_jax.families.family
   k_aux: int  # dead latents that may reconstruct the residual
   fired_threshold: float  # a latent fired when its value exceeds this, in the scale of the inputs
   latent_bias: bool  # b_enc: in the reference code, not in the paper's equation
@@ -66,6 +68,8 @@ class SAEConfig:
 class LossConfig:
   aux_coefficient: float  # alpha of AuxK
   dead_tokens: int  # idle for more than this: dead
+  # Coefficient of the penalty, in units of the NMSE: what is asked for instead of `sae.k`. 0 where there is none.
+  sparsity: float = added(0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +146,6 @@ class MeshConfig:
 
 
 _CHOICES = {
-  'sae.activation': ('topk',),
   'sae.selection': ('exact', 'approximate'),
   'mesh.exchange': ('auto', 'gather', 'count'),
   'mesh.products': ('auto', 'loops', 'kernels', 'dense'),
@@ -160,6 +163,7 @@ _AT_LEAST = {
   'sae.fired_threshold': 0,
   'loss.aux_coefficient': 0,
   'loss.dead_tokens': 1,
+  'loss.sparsity': 0,
   'optim.learning_rate': 0,
   'optim.clip_norm': 0,
   'optim.warmup_tokens': 0,
@@ -223,8 +227,9 @@ class Config:
         f"data.normalize='scale' but data.source={self.data.source!r} records no scalar; use center_unit or none, or "
         'import a store with --normalize=scale'
       )
+    self._check_sparsity()
     n, k = self.sae.n_latents, self.sae.k
-    if k > n:
+    if k is not None and k > n:
       raise UserError(f'sae.k={k} exceeds sae.n_latents={n}; lower k or raise n_latents')
     if self.sae.k_aux > n:
       raise UserError(f'sae.k_aux={self.sae.k_aux} exceeds sae.n_latents={n}; lower k_aux')
@@ -248,6 +253,17 @@ class Config:
       )
     if self.train.tokens < self.train.batch_tokens:
       raise UserError(f'train.tokens={self.train.tokens} is less than one batch of {self.train.batch_tokens}; raise it')
+
+  def _check_sparsity(self) -> None:
+    name, k, sparsity = self.sae.activation, self.sae.k, self.loss.sparsity
+    penalised = family(name).penalised
+    if sparsity and not penalised:
+      raise UserError(f'loss.sparsity={sparsity} but {name} has no penalty; drop it and set sae.k')
+    if penalised and k is not None:
+      raise UserError(f'sae.k={k} but a penalty makes {name} sparse; set sae.k=None and loss.sparsity')
+    if k is None and not sparsity:
+      key = 'loss.sparsity' if penalised else 'sae.k'
+      raise UserError(f'{key} is not set, and {name} needs it; set {key}')
 
   def flat(self) -> dict[str, Any]:
     """Dotted keys to values, in declaration order."""

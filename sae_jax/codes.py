@@ -1,8 +1,12 @@
-"""The codes of a batch on one shard, and what the decoder and every gradient make of them.
+"""The codes of a batch on one shard, what the decoder makes of them, and what a family says about its own.
 
-The skeleton in `sae_jax.sae` asks for nothing else, so it does not know how codes are stored.
+There are two kinds. `Sparse` codes name their latents, K a token; `Dense` codes hold a value for every latent. The
+skeleton in `sae_jax.sae` asks both for the same things, and has one way for each kind to come back from gradients of
+the codes to gradients of the parameters.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,7 +14,10 @@ import jax.numpy as jnp
 
 from sae_jax import sparse
 from sae_jax.axes import Axes
+from sae_jax.config import SAEConfig
 from sae_jax.kernels.loops import Slots
+
+Latents = dict[str, jax.Array]  # parameters with one number a latent, such as b_enc_F
 
 
 class Sparse(NamedTuple):
@@ -55,3 +62,86 @@ class Sparse(NamedTuple):
   def active(self) -> jax.Array:
     """This shard's codes that are not 0, of each token: int32 [B]."""
     return jnp.sum(self.z_BK > 0, axis=-1, dtype=jnp.int32)
+
+  def listed(self) -> 'Sparse':
+    """These."""
+    return self
+
+
+class Dense(NamedTuple):
+  """A value for every latent of the shard."""
+
+  z_BF: jax.Array
+
+  def slots(self, axes: Axes) -> Slots:
+    """None: there are no slots."""
+    del axes
+    return None
+
+  def decode(self, w_dec_FD: jax.Array, slots: Slots = None) -> jax.Array:
+    """This shard's part [B, D] of the reconstruction, without b_pre."""
+    del slots
+    return self.z_BF @ w_dec_FD
+
+  def fired(self, n_latents: int, threshold: float) -> jax.Array:
+    """Which latents of this shard exceed the threshold for some token: int8 [F]."""
+    del n_latents
+    return jnp.max(self.z_BF > threshold, axis=0).astype(jnp.int8)
+
+  def active(self) -> jax.Array:
+    """This shard's codes that are not 0, of each token: int32 [B]."""
+    return jnp.sum(self.z_BF > 0, axis=-1, dtype=jnp.int32)
+
+  def listed(self) -> Sparse:
+    """The same as values, descending along a row, and latents, as many as the fullest row has. Not for use in jit."""
+    k = self.z_BF.shape[1] if isinstance(self.z_BF, jax.core.Tracer) else int(jnp.max(self.active(), initial=0))
+    return Sparse(*jax.lax.top_k(self.z_BF, k))
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """One reconstruction that a family's codes make, and its part in the loss.
+
+  Attributes:
+    weight: of its squared error.
+    frozen: whether decoder and b_pre are constants in it. Its gradient then reaches the encoder alone.
+  """
+
+  weight: float = 1.0
+  frozen: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """A family with `Sparse` codes: it chooses latents by their pre-activations.
+
+  Attributes:
+    select: the codes from the product (None where it was not kept), the way to make it of some rows, x - b_pre, the
+      bias, the sizes, where this runs, and whether the choice is exact.
+    unit_norm: whether decoder rows have norm 1.
+  """
+
+  select: Callable[..., Sparse]
+  unit_norm: bool = True
+  latents: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Elementwise:
+  """A family with `Dense` codes: each code depends on its own pre-activation alone. It sees no mesh and no weight.
+
+  Attributes:
+    codes: from the product x W_enc^T [B, F], the parameters of the latents and the sizes: the codes [B, F] of each
+      head, and the penalty [B] before its coefficient, of this shard's latents.
+    heads: the first is the reconstruction.
+    latents: names of the parameters beside b_enc_F that have one number a latent. They start at 0.
+    unit_norm: whether decoder rows have norm 1.
+  """
+
+  codes: Callable[[jax.Array, Latents, SAEConfig], tuple[tuple[jax.Array, ...], jax.Array]]
+  heads: tuple[Head, ...] = (Head(),)
+  latents: tuple[str, ...] = ()
+  unit_norm: bool = True
+
+
+Kind = Selection | Elementwise

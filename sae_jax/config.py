@@ -54,6 +54,9 @@ __all__ = [
 ]
 
 
+_USUAL_K = 32  # where neither it nor a penalty is set
+
+
 class _Settings(ml_collections.ConfigDict):
   """A ConfigDict in which numpy's numbers are numbers: 2**numpy.arange(8, 12)[0] is no int to ml_collections."""
 
@@ -75,7 +78,7 @@ def template() -> ml_collections.ConfigDict:
   c.sae = dict(
     d_model=unset_int(),
     n_latents=4096,
-    k=32,
+    k=unset_int(),
     activation='topk',
     k_aux=unset_int(),
     fired_threshold=unset_float(),
@@ -83,7 +86,7 @@ def template() -> ml_collections.ConfigDict:
     selection='exact',
     recall_target=0.95,
   )
-  c.loss = dict(aux_coefficient=1 / 32, dead_tokens=unset_int())
+  c.loss = dict(aux_coefficient=1 / 32, dead_tokens=unset_int(), sparsity=0.0)
   c.optim = dict(
     learning_rate=unset_float(),
     beta1=0.9,
@@ -198,10 +201,11 @@ def resolve_flat(flat: dict[str, Any]) -> Config:
       )
   if flat['sae.d_model'] is None:
     raise UserError('sae.d_model is not set and no store gives it; set it to the width of the activations')
+  if flat['sae.k'] is None and not flat['loss.sparsity']:
+    flat['sae.k'] = _USUAL_K
   recipe = cell.build(ScalingRecipe, {k.removeprefix('recipe.'): v for k, v in flat.items() if k.startswith('recipe.')})
   derived = recipe.hyperparameters(
     n_latents=max(1, flat['sae.n_latents']),
-    k=flat['sae.k'],
     d_model=flat['sae.d_model'],
     tokens=flat['train.tokens'],
     batch_tokens=flat['train.batch_tokens'],

@@ -42,8 +42,8 @@ class Evaluator:
     self._tokens, self._batch, self._width = config.eval.tokens, config.eval.batch_tokens, source.d_model
     self._mesh, self._source = mesh, source
     self._token_sums = _make_token_sums(config.sae, config.train.compute_dtype, config.mesh.products, mesh)
-    self._chosen = config.eval.tokens * config.sae.k
-    layouts = sharding.layouts(shapes(config.sae.n_latents, config.sae.d_model))
+    self._k = config.sae.k
+    layouts = sharding.layouts(shapes(config.sae))
     whole = {name: NamedSharding(mesh, spec) for name, spec in layouts.items()}
     self._gather = jax.jit(lambda params: params, out_shardings=whole) if config.state_is_split else None
     total_D, square = np.zeros(source.d_model), 0.0
@@ -83,7 +83,7 @@ class Evaluator:
         nmse=float(summed['error'] / self.total_square),
         mse=float(summed['error'] / (self._tokens * self._width)),
         l0=float(summed['active'] / self._tokens),
-        topk_recall=float(summed['found'] / self._chosen) if 'found' in summed else None,
+        topk_recall=float(summed['found'] / (self._tokens * self._k)) if 'found' in summed else None,
       )
       for summed in sums
     ]
@@ -108,11 +108,11 @@ def _make_token_sums(
 
   @sparse.forced(products)
   def token_sums(params: Params, x_BD: jax.Array) -> dict[str, jax.Array]:
-    x_hat_BD, codes = reconstruct(params, x_BD, size.k, shard)
+    x_hat_BD, codes = reconstruct(params, x_BD, size, shard)
     active_B = total(codes.active(), shard.axes.latent)
     sums = {'error': jnp.sum((x_BD - x_hat_BD) ** 2, axis=-1), 'active': active_B}
     if size.selection == 'approximate':
-      product_BF, _, _ = encode(params, x_BD, size.k, shard)  # compiled once, with the one above
+      product_BF, _, _ = encode(params, x_BD, size, shard)  # compiled once, with the one above
       sums['found'] = topk.found(product_BF, params['b_enc_F'], size.k, size.recall_target, shard.axes.latent)
     return sums
 
@@ -120,7 +120,7 @@ def _make_token_sums(
     jax.shard_map(
       token_sums,
       mesh=mesh,
-      in_specs=(sharding.layouts(shapes(size.n_latents, size.d_model)), sharding.BATCH),
+      in_specs=(sharding.layouts(shapes(size)), sharding.BATCH),
       out_specs=P('data'),
       check_vma=False,
     )

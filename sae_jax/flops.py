@@ -6,16 +6,22 @@ forward pass is dense: 2nd a token), `dense` the six products of a dense impleme
 """
 
 from sae_jax.config import Config
+from sae_jax.families.family import family
 
 FLOAT = 4  # bytes
 
 
-def step_parts(n: float, k: float, d: int, batch: float) -> dict[str, dict[str, float]]:
-  """FLOPs (useful and dense) and least bytes of one step without AuxK, per part, over all devices."""
-  sparse, dense = 2.0 * batch * k * d, 2.0 * batch * n * d
-  weights = FLOAT * n * d
-  codes, rows = FLOAT * batch * k, FLOAT * batch * d
-  gather = FLOAT * batch * k * d
+def step_parts(n: float, k: float | None, d: int, batch: float) -> dict[str, dict[str, float]]:
+  """FLOPs (useful and dense) and least bytes of one step without AuxK, per part, over all devices.
+
+  Without a k the codes are dense: every product is one with all latents, and no row is gathered.
+  """
+  dense, weights = 2.0 * batch * n * d, FLOAT * n * d
+  rows = FLOAT * batch * d
+  if k is None:
+    sparse, codes, gather = dense, FLOAT * batch * n, weights
+  else:
+    sparse, codes, gather = 2.0 * batch * k * d, FLOAT * batch * k, FLOAT * batch * k * d
   return {
     'encode': {'useful': dense, 'dense': dense, 'bytes': rows + weights + FLOAT * batch * n},
     'top_k': {'useful': 0.0, 'dense': 0.0, 'bytes': FLOAT * batch * n + 2 * codes},
@@ -38,7 +44,8 @@ def chip_parts(config: Config, *, aux: bool) -> dict[str, dict[str, float]]:
   """
   mesh, d = config.mesh, config.sae.d_model
   n, rows = config.sae.n_latents / mesh.latent, config.train.batch_tokens / mesh.data
-  parts = step_parts(n, config.sae.k / mesh.latent, d, rows)
+  penalised = family(config.sae.activation).penalised
+  parts = step_parts(n, None if penalised else config.sae.k / mesh.latent, d, rows)
   reread = FLOAT * n * d * (mesh.row_chunks - 1)
   parts['encode']['bytes'] += reread
   parts['optimizer']['bytes'] /= mesh.data if config.state_is_split else 1
@@ -49,7 +56,9 @@ def chip_parts(config: Config, *, aux: bool) -> dict[str, dict[str, float]]:
     else:
       del again['encode']
     parts |= {f'aux_{name}': part for name, part in again.items() if name not in ('pre_bias_gradient', 'optimizer')}
-  dense = ('encode', 'aux_encode', 'pre_bias_gradient')
+  dense = ['encode', 'aux_encode', 'pre_bias_gradient']
+  if penalised:
+    dense += ['decode', 'code_gradient', 'decoder_gradient', 'encoder_gradient']
   return {name: part | {'executed': part['useful'] if name in dense else 0.0} for name, part in parts.items()}
 
 
@@ -59,8 +68,8 @@ def state_pass_bytes(n: float, d: int) -> float:
   return 5 * size + 4 * size
 
 
-def step_flops(n: int, k: int, d: int, batch: int, *, k_aux: int = 0) -> dict[str, float]:
-  """{'useful', 'dense'} FLOPs of one step; `k_aux` > 0 for a step in which AuxK was active.
+def step_flops(n: int, k: float, d: int, batch: int, *, k_aux: int = 0) -> dict[str, float]:
+  """{'useful', 'dense'} FLOPs of one step with k active latents a token; `k_aux` > 0 for one in which AuxK was active.
 
   AuxK shares the encoder's forward pass: four more sparse products, or five dense ones.
   """
@@ -72,9 +81,14 @@ def step_flops(n: int, k: int, d: int, batch: int, *, k_aux: int = 0) -> dict[st
   }
 
 
-def spent(config: Config, steps: int, aux_steps: int) -> dict[str, float]:
-  """{'useful', 'dense'} training FLOPs after `steps`, in `aux_steps` of which some latent was dead."""
-  size = (config.sae.n_latents, config.sae.k, config.sae.d_model, config.train.batch_tokens)
+def spent(config: Config, steps: int, aux_steps: int, mean_l0: float | None = None) -> dict[str, float]:
+  """{'useful', 'dense'} training FLOPs after `steps`, in `aux_steps` of which some latent was dead.
+
+  `mean_l0` is the mean number of active latents a token so far. Without it `sae.k` counts, and where there is none
+  every latent: no useful count of the cell can be larger.
+  """
+  active = mean_l0 if mean_l0 is not None else config.sae.k or config.sae.n_latents
+  size = (config.sae.n_latents, active, config.sae.d_model, config.train.batch_tokens)
   plain, with_aux = step_flops(*size), step_flops(*size, k_aux=config.sae.k_aux)
   return {key: (steps - aux_steps) * plain[key] + aux_steps * with_aux[key] for key in plain}
 

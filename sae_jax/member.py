@@ -95,7 +95,8 @@ class Member:
     """Measures raw and EMA weights on held-out tokens and writes a line. Raises `Diverged`."""
     ema_decay, batch = self.config.optim.ema_decay, self.config.train.batch_tokens
     raw, ema = self._evaluator(state.params, optim.ema_weights(state.ema, state.step, ema_decay))
-    spent = flops.spent(self.config, at, int(state.aux_steps))
+    mean_l0 = state.carried.get('mean_l0')
+    spent = flops.spent(self.config, at, int(state.aux_steps), None if mean_l0 is None else float(mean_l0))
     better = 'ema' if ema.nmse < raw.nmse else 'raw'
     best = {'ema': ema, 'raw': raw}[better]
     line = {

@@ -123,7 +123,7 @@ def account(config: Config, topology: str, chip: Chip, compiled: Any) -> Plan:
   parts = flops.chip_parts(config, aux=aux)
   counted = flops.step_flops(
     config.sae.n_latents,
-    config.sae.k,
+    config.sae.k or config.sae.n_latents,
     config.sae.d_model,
     config.train.batch_tokens,
     k_aux=config.sae.k_aux if aux else 0,

@@ -22,9 +22,8 @@ class ScalingRecipe:
   dead_max_tokens: int  # the paper's 10 million
   warmup_fraction: float  # linear learning-rate warm-up; the paper uses none
 
-  def hyperparameters(self, *, n_latents: int, k: int, d_model: int, tokens: int, batch_tokens: int) -> dict[str, Any]:
+  def hyperparameters(self, *, n_latents: int, d_model: int, tokens: int, batch_tokens: int) -> dict[str, Any]:
     """Flat config keys and values for one size with `n_latents` >= 1; what else is out of range `cell` refuses later."""
-    del k  # the paper's rules do not depend on it
     steps = max(1, tokens // max(1, batch_tokens))
     horizon = min(self.ema_max_steps, max(1.0, self.ema_fraction * steps))
     return {

@@ -1,12 +1,14 @@
-"""The TopK autoencoder: parameters, initialisation, and the per-shard function with hand-written gradients.
+"""The skeleton of every autoencoder: parameters, initialisation, and the per-shard function with hand-written gradients.
 
-    pre = (x - b_pre) W_enc^T + b_enc,   z = ReLU(TopK_k(pre)),   x_hat = z W_dec + b_pre
+    pre = (x - b_pre) W_enc^T + b_enc,   z = the family's codes of pre,   x_hat = z W_dec + b_pre
 
+A family (`sae_jax.families`) says how codes come from pre-activations. All else is here, and knows no family.
 A per-shard function takes a `Shard`, which names the mesh axes it runs under. The default is the one-device mathematics.
 Gao et al. 2024, sections 2.3, 3 and A; gradients as in their appendix D.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,22 +17,26 @@ from flax import nnx
 
 from sae_jax import arrays, losses, sparse
 from sae_jax.axes import Axes, Shard, largest, scattered, total
-from sae_jax.codes import Sparse
+from sae_jax.codes import Dense, Elementwise, Head, Kind, Latents, Selection, Sparse
 from sae_jax.config import LossConfig, SAEConfig
 from sae_jax.families import auxk, topk
+from sae_jax.families.family import family
 
-Params = dict[str, jax.Array]  # w_enc_FD, w_dec_FD, b_enc_F, b_pre_D
+Params = dict[str, jax.Array]  # w_enc_FD, w_dec_FD, b_enc_F, b_pre_D, and the family's own with one number a latent
 
 
 class SAE(nnx.Module):
   """Parameters of one autoencoder. The decoder is stored with latents as rows, so that gathers are contiguous."""
 
-  def __init__(self, params: Params, *, k: int):
-    self.k = k
-    self.w_enc_FD = nnx.Param(params['w_enc_FD'])
-    self.w_dec_FD = nnx.Param(params['w_dec_FD'])
-    self.b_enc_F = nnx.Param(params['b_enc_F'])
-    self.b_pre_D = nnx.Param(params['b_pre_D'])
+  w_enc_FD: nnx.Param
+  w_dec_FD: nnx.Param
+  b_enc_F: nnx.Param
+  b_pre_D: nnx.Param
+
+  def __init__(self, params: Params, size: SAEConfig):
+    self.size = size
+    for name, value in params.items():
+      setattr(self, name, nnx.Param(value))
 
   def params(self) -> Params:
     return nnx.to_pure_dict(nnx.state(self, nnx.Param))
@@ -38,15 +44,18 @@ class SAE(nnx.Module):
   def encode(self, x: Any) -> tuple[jax.Array, jax.Array]:
     """Values [..., K] (not negative, descending) and latent indices [..., K] for normalised inputs [..., D].
 
+    Without a k of its own an autoencoder has as many slots as its fullest token needs, and inside jit one a latent.
     Raises `UserError` as `arrays.activations` says; inside jit it looks at shapes and types alone.
     """
-    n_latents, d_model = self.w_enc_FD.shape
+    d_model = self.size.d_model
     x = jnp.asarray(arrays.activations(x, d_model))
-    shape = (*x.shape[:-1], min(self.k, n_latents))
     if not x.size:
+      shape = (*x.shape[:-1], self.size.k or 0)
       return jnp.zeros(shape, x.dtype), jnp.zeros(shape, jnp.int32)
-    _, codes, _ = encode(self.params(), x.reshape(-1, d_model), self.k, Shard())
-    return codes.z_BK.reshape(shape), codes.idx_BK.reshape(shape)
+    _, codes, _ = encode(self.params(), x.reshape(-1, d_model), self.size, Shard())
+    z_BK, idx_BK = codes.listed()
+    shape = (*x.shape[:-1], z_BK.shape[-1])
+    return z_BK.reshape(shape), idx_BK.reshape(shape)
 
   def decode(self, z: Any, idx: Any) -> jax.Array:
     """Reconstruction [..., D] in the normalised space, from values and latent indices [..., K].
@@ -54,7 +63,7 @@ class SAE(nnx.Module):
     Raises `UserError` as `arrays.codes` says; inside jit it looks at shapes and types alone, and a row with an index
     out of range is NaN.
     """
-    n_latents, d_model = self.w_dec_FD.shape
+    n_latents, d_model = self.size.n_latents, self.size.d_model
     z, idx = (jnp.asarray(a) for a in arrays.codes(z, idx, n_latents))
     shape = (*z.shape[:-1], d_model)
     if not z.size:  # no row, or rows of no latent
@@ -64,57 +73,64 @@ class SAE(nnx.Module):
     return (x_BD + self.b_pre_D[...][None]).reshape(shape)
 
 
-def shapes(n_latents: int, d_model: int) -> dict[str, tuple[int, ...]]:
+def shapes(size: SAEConfig) -> dict[str, tuple[int, ...]]:
   """Of the parameters."""
-  return {
-    'w_enc_FD': (n_latents, d_model),
-    'w_dec_FD': (n_latents, d_model),
-    'b_enc_F': (n_latents,),
-    'b_pre_D': (d_model,),
-  }
+  n_latents, d_model = size.n_latents, size.d_model
+  matrix, latent = (n_latents, d_model), (n_latents,)
+  own = dict.fromkeys(kind_of(size).latents, latent)
+  return {'w_enc_FD': matrix, 'w_dec_FD': matrix, 'b_enc_F': latent, 'b_pre_D': (d_model,)} | own
+
+
+def kind_of(size: SAEConfig) -> Kind:
+  """The mathematics of the family of an autoencoder."""
+  return family(size.activation).mathematics()
 
 
 def init_params(key: jax.Array, b_pre_D: jax.Array, config: SAEConfig) -> Params:
-  """Decoder rows random of unit norm, encoder equal to them, latent bias 0 (section 3, steps 1 to 3).
+  """Decoder rows random of unit norm, encoder equal to them, all else of a latent 0 (section 3, steps 1 to 3).
 
   Under jit with output shardings each device builds only its own rows, with the values of the unsharded call.
   The encoder still wants `encoder_scale`.
   """
   bound = 1 / math.sqrt(config.d_model)
-  shape = (config.n_latents, config.d_model)
-  w_FD = jax.random.uniform(key, shape, b_pre_D.dtype, -bound, bound)
+  made = {'b_pre_D': b_pre_D}
+  for name, shape in shapes(config).items():
+    if name.endswith('_F'):
+      made[name] = jnp.zeros(shape, b_pre_D.dtype)
+  w_FD = jax.random.uniform(key, (config.n_latents, config.d_model), b_pre_D.dtype, -bound, bound)
   w_FD = w_FD / jnp.linalg.norm(w_FD, axis=-1, keepdims=True)
-  return {
-    'w_enc_FD': w_FD,
-    'w_dec_FD': w_FD,
-    'b_enc_F': jnp.zeros(config.n_latents, b_pre_D.dtype),
-    'b_pre_D': b_pre_D,
-  }
+  return {'w_enc_FD': w_FD, 'w_dec_FD': w_FD} | made
 
 
-def encoder_scale(params: Params, probe_BD: jax.Array, k: int, axes: Axes) -> jax.Array:
+def encoder_scale(params: Params, probe_BD: jax.Array, size: SAEConfig, axes: Axes) -> jax.Array:
   """Factor for the encoder that makes reconstructions of unit-norm probes as long as the probes (section 3, 4).
 
   `probe_BD` holds Gaussian vectors scaled to norm 1, the same on every shard. With b_enc = 0 the map is
   homogeneous, so one division is exact.
   """
   x_BD = probe_BD + params['b_pre_D'][None]
-  _, codes, _ = encode(params, x_BD, k, Shard(axes._replace(data=None)))
+  _, codes, _ = encode(params, x_BD, size, Shard(axes._replace(data=None)))
   x_hat_BD = _decode(params, codes, axes)
   return 1 / jnp.mean(jnp.linalg.norm(x_hat_BD, axis=-1))
 
 
 def encode(
-  params: Params, x_BD: jax.Array, k: int, shard: Shard, recall_target: float | None = None
-) -> tuple[jax.Array | None, Sparse, jax.Array]:
+  params: Params, x_BD: jax.Array, size: SAEConfig, shard: Shard, *, exact: bool = True
+) -> tuple[jax.Array | None, Sparse | Dense, jax.Array]:
   """(x - b_pre) W_enc^T [B, F] without the bias, this shard's codes, and x - b_pre [B, D].
 
-  The selection reads the product in the parameters' type: on bfloat16 pre-activations half the rows tie at the k-th
-  value. In more than one chunk of rows None stands in the product's place.
+  A family reads the product in the parameters' type: of bfloat16 pre-activations half the rows tie at the k-th value.
+  In more than one chunk of rows None stands in the product's place. Where `exact` is false a selection may be that of
+  `sae.selection`.
   """
+  kind = kind_of(size)
   xc_BD = x_BD - params['b_pre_D'][None]
   product_BF = _product(params, xc_BD, shard) if shard.chunks == 1 else None
-  return product_BF, _codes(params, params['b_enc_F'], product_BF, xc_BD, k, shard, recall_target), xc_BD
+  if isinstance(kind, Selection):
+    return product_BF, _select(kind, params, product_BF, xc_BD, size, shard, exact), xc_BD
+  kept_BF = _product(params, xc_BD, shard) if product_BF is None else product_BF
+  zs, _ = kind.codes(kept_BF, _latents(params), size)
+  return product_BF, Dense(zs[0]), xc_BD
 
 
 def _product(params: Params, xc_BD: jax.Array, shard: Shard) -> jax.Array:
@@ -127,25 +143,38 @@ def _product(params: Params, xc_BD: jax.Array, shard: Shard) -> jax.Array:
   )
 
 
-def _codes(
+def _latents(params: Params) -> Latents:
+  return {name: value for name, value in params.items() if name.endswith('_F')}
+
+
+def _select(
+  kind: Selection,
   params: Params,
-  bias_F: jax.Array,
   product_BF: jax.Array | None,
   xc_BD: jax.Array,
-  k: int,
+  size: SAEConfig,
   shard: Shard,
-  recall_target: float | None = None,
+  exact: bool,
 ) -> Sparse:
-  return topk.codes(product_BF, lambda xc_RD: _product(params, xc_RD, shard), xc_BD, bias_F, k, shard, recall_target)
+  recall_target = size.recall_target if size.selection == 'approximate' and not exact else None
+  return kind.select(
+    product_BF,
+    lambda xc_RD: _product(params, xc_RD, shard),
+    xc_BD,
+    params['b_enc_F'],
+    size.k,
+    shard,
+    recall_target,
+  )
 
 
-def _decode(params: Params, codes: Sparse, axes: Axes) -> jax.Array:
+def _decode(params: Params, codes: Sparse | Dense, axes: Axes) -> jax.Array:
   return total(codes.decode(params['w_dec_FD'], codes.slots(axes)), axes.latent)
 
 
-def reconstruct(params: Params, x_BD: jax.Array, k: int, shard: Shard) -> tuple[jax.Array, Sparse]:
+def reconstruct(params: Params, x_BD: jax.Array, size: SAEConfig, shard: Shard) -> tuple[jax.Array, Sparse | Dense]:
   """Reconstruction [B, D], summed over shards, and this shard's codes."""
-  _, codes, _ = encode(params, x_BD, k, shard)
+  _, codes, _ = encode(params, x_BD, size, shard)
   return _decode(params, codes, shard.axes) + params['b_pre_D'][None], codes
 
 
@@ -156,6 +185,107 @@ class StepSums(NamedTuple):
   active: jax.Array  # number of non-zero codes
   aux_loss: jax.Array  # AuxK before its coefficient; 0 when nothing is dead
   n_dead: jax.Array  # dead latents
+  penalty: jax.Array  # before its coefficient
+
+
+class _Latent(NamedTuple):
+  """Gradients of this shard's latents before any reduction over tokens."""
+
+  w_enc_FD: jax.Array
+  w_dec_FD: jax.Array  # not projected
+  own: Latents  # of every parameter with one number a latent
+  along_F: jax.Array  # <gradient of w_dec, w_dec>, the part that the projection removes
+  product_F: jax.Array  # of the pre-activations, summed over tokens: what b_pre gets through the encoder
+
+
+class _Pass(NamedTuple):
+  """The forward pass of a batch on one shard, and the way back."""
+
+  decoded_BDs: tuple[jax.Array, ...]  # of each head, this shard's part
+  fired_F: jax.Array  # int8
+  active_B: jax.Array
+  penalty: jax.Array  # summed over this shard's tokens and latents
+  # From the gradients [B, D] of the heads' reconstructions, added to those of AuxK.
+  back: Callable[[Sequence[jax.Array], auxk.Gradients], _Latent]
+
+
+def _selected(
+  kind: Selection, params: Params, product_BF: jax.Array | None, xc_BD: jax.Array, size: SAEConfig, shard: Shard
+) -> _Pass:
+  w_dec_FD = params['w_dec_FD']
+  codes = _select(kind, params, product_BF, xc_BD, size, shard, exact=False)
+  slots = codes.slots(shard.axes)
+
+  def back(g_BDs: Sequence[jax.Array], aux: auxk.Gradients) -> _Latent:
+    (g_BD,) = g_BDs
+    dz_BK = codes.gradient(w_dec_FD, g_BD, slots)
+    dw_enc_FD, dw_dec_FD = codes.add_weight_gradients(aux.w_enc_FD, aux.w_dec_FD, dz_BK, xc_BD, g_BD, slots)
+    db_enc_F = codes.add_at(aux.b_enc_F, dz_BK)
+    along_F = codes.add_at(aux.along_F, codes.z_BK * dz_BK)
+    return _Latent(dw_enc_FD, dw_dec_FD, {'b_enc_F': db_enc_F}, along_F, db_enc_F)
+
+  fired_F = codes.fired(len(w_dec_FD), size.fired_threshold)
+  decoded_BD = codes.decode(w_dec_FD, slots)
+  return _Pass((decoded_BD,), fired_F, codes.active(), jnp.zeros((), decoded_BD.dtype), back)
+
+
+def _elementwise(
+  kind: Elementwise,
+  params: Params,
+  product_BF: jax.Array | None,
+  xc_BD: jax.Array,
+  size: SAEConfig,
+  weight: float,
+  shard: Shard,
+) -> _Pass:
+  """`weight` is that of a token's penalty in the loss. In chunks of rows all is computed again on the way back."""
+  w_dec_FD = params['w_dec_FD']
+  latents = _latents(params)
+
+  def pulled(xc_RD: jax.Array, product_RF: jax.Array | None) -> tuple[tuple[jax.Array, ...], jax.Array, Callable]:
+    # Local mathematics only. Through a sum over shards autodiff would count a gradient once for every shard.
+    made = _product(params, xc_RD, shard) if product_RF is None else product_RF
+    (zs, penalty_R), pull = jax.vjp(lambda product_RF, own: kind.codes(product_RF, own, size), made, latents)
+    return zs, penalty_R, pull
+
+  def ahead(xc_RD: jax.Array, product_RF: jax.Array | None = None) -> tuple[Any, ...]:
+    zs, penalty_R, _ = pulled(xc_RD, product_RF)
+    main = Dense(zs[0])
+    fired_F = main.fired(len(w_dec_FD), size.fired_threshold)
+    return tuple(Dense(z).decode(w_dec_FD) for z in zs), fired_F, main.active(), jnp.sum(penalty_R)
+
+  def behind(so_far: _Latent, xc_RD: jax.Array, g_RDs: Sequence[jax.Array], product_RF: jax.Array | None) -> _Latent:
+    zs, penalty_R, pull = pulled(xc_RD, product_RF)
+    dzs = tuple(g_RD @ w_dec_FD.T for g_RD in g_RDs)
+    dproduct_RF, downs = pull((dzs, jnp.full_like(penalty_R, weight)))
+    learning = [(z, dz, g) for z, dz, g, head in zip(zs, dzs, g_RDs, kind.heads, strict=True) if not head.frozen]
+    return _Latent(
+      so_far.w_enc_FD + dproduct_RF.T @ xc_RD,
+      sum((z.T @ g for z, _, g in learning), so_far.w_dec_FD),
+      {name: so_far.own[name] + down for name, down in downs.items()},
+      sum((jnp.sum(z * dz, axis=0) for z, dz, _ in learning), so_far.along_F),
+      so_far.product_F + jnp.sum(dproduct_RF, axis=0),
+    )
+
+  def back(g_BDs: Sequence[jax.Array], aux: auxk.Gradients) -> _Latent:
+    own = {name: jnp.zeros_like(value) for name, value in latents.items()} | {'b_enc_F': aux.b_enc_F}
+    start = _Latent(aux.w_enc_FD, aux.w_dec_FD, own, aux.along_F, aux.b_enc_F)
+    if shard.chunks == 1:
+      return behind(start, xc_BD, g_BDs, product_BF)
+
+    def one(so_far: _Latent, rows: tuple[jax.Array, ...]) -> tuple[_Latent, None]:
+      return behind(so_far, rows[0], rows[1:], None), None
+
+    return jax.lax.scan(one, start, tuple(map(in_chunks, (xc_BD, *g_BDs))))[0]
+
+  def in_chunks(a_BD: jax.Array) -> jax.Array:
+    return a_BD.reshape(shard.chunks, -1, a_BD.shape[1])
+
+  if shard.chunks == 1:
+    return _Pass(*ahead(xc_BD, product_BF), back)
+  decoded, fired_CF, active_CR, penalty_C = jax.lax.map(ahead, in_chunks(xc_BD))
+  whole = tuple(a_CRD.reshape(xc_BD.shape) for a_CRD in decoded)
+  return _Pass(whole, jnp.max(fired_CF, axis=0), active_CR.reshape(-1), jnp.sum(penalty_C), back)
 
 
 def loss_and_grads(
@@ -188,14 +318,19 @@ def loss_and_grads(
 
   `sae.selection` is that of the main codes; AuxK, which looks at dead latents only, selects exactly.
   """
-  axes = shard.axes
-  recall_target = sae.recall_target if sae.selection == 'approximate' else None
-  product_BF, codes, xc_BD = encode(params, x_BD, sae.k, shard, recall_target)
-  slots = codes.slots(axes)
-  x_hat_BD = total(codes.decode(params['w_dec_FD'], slots), axes.latent) + params['b_pre_D'][None]
-  error_BD = x_BD - x_hat_BD
+  axes, kind = shard.axes, kind_of(sae)
+  xc_BD = x_BD - params['b_pre_D'][None]
+  product_BF = _product(params, xc_BD, shard) if shard.chunks == 1 else None
+  if isinstance(kind, Selection):
+    heads, made = (Head(),), _selected(kind, params, product_BF, xc_BD, sae, shard)
+  else:
+    heads = kind.heads
+    made = _elementwise(kind, params, product_BF, xc_BD, sae, loss.sparsity / batch, shard)
+  decoded_BDs = total(made.decoded_BDs, axes.latent)
+  error_BDs = [x_BD - (decoded_BD + params['b_pre_D'][None]) for decoded_BD in decoded_BDs]
+  error_BD = error_BDs[0]
 
-  fired_F = largest(codes.fired(len(idle_F), sae.fired_threshold), axes.data)
+  fired_F = largest(made.fired_F, axes.data)
   # Counted in steps, and held at a ceiling no dead threshold reaches, so that no run is long enough to overflow.
   idle_F = jnp.where(fired_F > 0, 0, jnp.minimum(idle_F, 2**30)) + 1
   dead_F = idle_F > max(1, loss.dead_tokens // batch)
@@ -204,7 +339,7 @@ def loss_and_grads(
   if loss.aux_coefficient > 0 and sae.k_aux > 0:
 
     def select(bias_F: jax.Array) -> Sparse:
-      return _codes(params, bias_F, product_BF, xc_BD, sae.k_aux, shard)
+      return topk.codes(product_BF, lambda xc_RD: _product(params, xc_RD, shard), xc_BD, bias_F, sae.k_aux, shard)
 
     aux = auxk.gradients(
       params,
@@ -222,31 +357,27 @@ def loss_and_grads(
   else:
     aux = auxk.none(params)
 
-  g_BD = losses.mse_gradient(error_BD, scale, batch)
-  dz_BK = codes.gradient(params['w_dec_FD'], g_BD, slots)
-  dw_enc_FD, dw_dec_FD = codes.add_weight_gradients(aux.w_enc_FD, aux.w_dec_FD, dz_BK, xc_BD, g_BD, slots)
-  db_enc_F = codes.add_at(aux.b_enc_F, dz_BK)
-  along_F = codes.add_at(aux.along_F, codes.z_BK * dz_BK)
-
-  dw_dec_FD = dw_dec_FD - along_F[:, None] * params['w_dec_FD']
+  g_BDs = [
+    losses.mse_gradient(one_BD, scale, batch) * head.weight for one_BD, head in zip(error_BDs, heads, strict=True)
+  ]
+  latent = made.back(g_BDs, aux)
+  dw_dec_FD = latent.w_dec_FD - latent.along_F[:, None] * params['w_dec_FD'] if kind.unit_norm else latent.w_dec_FD
   # Summing over the batch first turns [B, F] x [F, D] into one vector-matrix product.
-  through_encoder_D = db_enc_F @ params['w_enc_FD']
+  through_encoder_D = latent.product_F @ params['w_enc_FD']
   reduce = scattered if shard.scatter else total
-  dw_enc_FD, dw_dec_FD, db_enc_F = reduce((dw_enc_FD, dw_dec_FD, db_enc_F), axes.data)
-  db_pre_D, square_error, active, through_encoder_D = total(
+  dw_enc_FD, dw_dec_FD, own = reduce((latent.w_enc_FD, dw_dec_FD, latent.own), axes.data)
+  db_pre_D, square_error, active, through_encoder_D, penalty = total(
     (
-      jnp.sum(g_BD, axis=0),
+      sum(jnp.sum(g_BD, axis=0) for g_BD, head in zip(g_BDs, heads, strict=True) if not head.frozen),
       jnp.sum(error_BD * error_BD),
-      jnp.sum(codes.active()),
+      jnp.sum(made.active_B),
       through_encoder_D,
+      made.penalty,
     ),
     axes.data,
   )
-  through_encoder_D, active = total((through_encoder_D, active), axes.latent)
-  grads = {
-    'w_enc_FD': dw_enc_FD,
-    'w_dec_FD': dw_dec_FD,
-    'b_enc_F': db_enc_F if sae.latent_bias else jnp.zeros_like(db_enc_F),
-    'b_pre_D': db_pre_D - through_encoder_D,
-  }
-  return grads, idle_F, StepSums(square_error, active, aux.loss, n_dead)
+  through_encoder_D, active, penalty = total((through_encoder_D, active, penalty), axes.latent)
+  if not sae.latent_bias:
+    own['b_enc_F'] = jnp.zeros_like(own['b_enc_F'])
+  grads = {'w_enc_FD': dw_enc_FD, 'w_dec_FD': dw_dec_FD, 'b_pre_D': db_pre_D - through_encoder_D} | own
+  return grads, idle_F, StepSums(square_error, active, aux.loss, n_dead, penalty)

@@ -55,7 +55,7 @@ class Field:
     about: meaning and unit.
     line: its name in a line of metrics.jsonl, where it has one.
     must: a record without it, or where it is not above 0, is of no use whatever its age.
-    may: it may be missing or null.
+    may: it may be missing or null; null alone where it is a must.
   """
 
   name: str
@@ -95,12 +95,19 @@ TRAINING = (
   Field('train_nmse', float, 'NMSE of the batch, about the start-up mean', 'train/nmse'),
   Field('train_aux_loss', float, 'AuxK loss of the batch', 'train/aux_loss'),
   Field('train_l0', float, 'active latents a token of the batch', 'train/l0'),
+  Field(
+    'train_penalty',
+    float,
+    'penalty of the batch before its coefficient; penalised families alone',
+    'train/penalty',
+    may=True,
+  ),
 )
 CURVES = (STEP, *MEASURED, *TRAINING)  # the columns of a curve
 
 _SIZES = (
   Field('n_latents', int, 'F', must=True),
-  Field('k', int, 'active latents a token asked for', must=True),
+  Field('k', int, 'active latents a token asked for; null where a penalty decides', must=True, may=True),
   Field('d_model', int, 'D', must=True),
   Field('activation', str, 'family of the autoencoder'),
 )
@@ -232,6 +239,8 @@ SWEEPS = (
 FROM_CONFIG = {
   'sae.n_latents': 'n_latents',
   'sae.k': 'k',
+  'sae.activation': 'activation',
+  'loss.sparsity': 'sparsity',
   'sae.d_model': 'd_model',
   'optim.learning_rate': 'learning_rate',
   'train.seed': 'seed',
@@ -343,7 +352,8 @@ def check(record: dict[str, Any], fields: Iterable[Field], owner: str = '') -> N
   for field in fields:
     value = record.get(field.name)
     if value is None:
-      if field.must or (numbered and not field.may):
+      absent = field.name not in record
+      if (field.must and (absent or not field.may)) or (numbered and not field.may):
         raise Broken(f'{field.name} is missing')
     elif not is_kind(value, field.kind):
       raise Broken(f'{field.name}={_short(value)} is not of type {field.kind.__name__}')

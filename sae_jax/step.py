@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from sae_jax import optim, sae, sharding, sparse
 from sae_jax.axes import Shard
 from sae_jax.config import Config, LossConfig, OptimConfig, SAEConfig
+from sae_jax.families.family import family
 
 _PROBES = 256
 _KEPT = 8  # compiled steps that a process keeps for later cells of the same sizes
@@ -29,6 +30,7 @@ class TrainState:
   idle_F: jax.Array  # int32, steps since each latent fired
   aux_steps: jax.Array  # int32, steps in which some latent was dead
   scale: jax.Array  # 1 / mean (x - mean x)^2 of the start-up sample
+  carried: dict[str, jax.Array]  # what a penalised family goes on with; empty for the others
 
 
 _Stepped = tuple[tuple[TrainState, ...], tuple[dict[str, jax.Array], ...]]  # of a group: its states and its metrics
@@ -83,16 +85,16 @@ def _programs(
     sharding.axes_of(mesh), jnp.bfloat16 if compute_dtype == 'bfloat16' else None, chunks, exchange, scatter
   )
   tx = optim.make_optimizer(optimizer, batch)
-  width = size.d_model
+  width, penalised = size.d_model, family(size.activation).penalised
 
   def on_shards(f: Callable, in_specs: tuple[_Spec, ...], out_specs: _Spec | tuple[_Spec, ...]) -> Callable:
     f = sparse.forced(products)(f)
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-  param_layouts = sharding.layouts(sae.shapes(size.n_latents, width))
+  param_layouts = sharding.layouts(sae.shapes(size))
   idle_layout = sharding.layout('idle_F', (size.n_latents,))
   encoder_scale = on_shards(
-    lambda params, probe_BD: sae.encoder_scale(params, probe_BD, size.k, shard.axes),
+    lambda params, probe_BD: sae.encoder_scale(params, probe_BD, size, shard.axes),
     (param_layouts, P()),
     P(),
   )
@@ -111,6 +113,7 @@ def _programs(
       idle_F=jnp.zeros(size.n_latents, jnp.int32),
       aux_steps=jnp.zeros((), jnp.int32),
       scale=scale,
+      carried={'mean_l0': jnp.zeros(())} if penalised else {},
     )
 
   some_key = np.asarray(jax.random.key_data(jax.random.key(0)))
@@ -129,8 +132,23 @@ def _programs(
   def step(state: TrainState, x_BD: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
     grads, idle_F, sums = loss_and_grads(state.params, state.idle_F, x_BD, state.scale)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optim.unit_norm_decoder(jax.tree.map(jnp.add, state.params, updates))
+    params = jax.tree.map(jnp.add, state.params, updates)
+    if sae.kind_of(size).unit_norm:
+      params = optim.unit_norm_decoder(params)
     nmse = sums.square_error * state.scale / (batch * width)
+    l0 = sums.active / batch
+    values = {
+      'train/loss': nmse + loss.aux_coefficient * sums.aux_loss,
+      'train/nmse': nmse,
+      'train/aux_loss': sums.aux_loss,
+      'train/l0': l0,
+      'sae/dead_fraction': sums.n_dead / size.n_latents,
+    }
+    carried = state.carried
+    if penalised:
+      penalty = sums.penalty / batch
+      values |= {'train/loss': values['train/loss'] + loss.sparsity * penalty, 'train/penalty': penalty}
+      carried = {'mean_l0': carried['mean_l0'] + (l0 - carried['mean_l0']) / (state.step + 1)}
     state = TrainState(
       step=state.step + 1,
       params=params,
@@ -139,14 +157,9 @@ def _programs(
       idle_F=idle_F,
       aux_steps=state.aux_steps + (sums.n_dead > 0),
       scale=state.scale,
+      carried=carried,
     )
-    return state, {
-      'train/loss': nmse + loss.aux_coefficient * sums.aux_loss,
-      'train/nmse': nmse,
-      'train/aux_loss': sums.aux_loss,
-      'train/l0': sums.active / batch,
-      'sae/dead_fraction': sums.n_dead / size.n_latents,
-    }
+    return state, values
 
   replicated = NamedSharding(mesh, P())
   step = jax.jit(

@@ -186,8 +186,9 @@ def _train_together(
   progress = Progress(label, steps * batch, start * batch, visible=jax.process_index() == 0)
   device = mesh.devices.flat[0].platform
   shard = (batch // mesh.shape['data'], first.sae.n_latents // mesh.shape['latent'])
-  with sparse.forced(first.mesh.products):
-    progress.note(sparse.describe(device, *shard, first.sae.d_model, first.sae.k))
+  if first.sae.k is not None:
+    with sparse.forced(first.mesh.products):
+      progress.note(sparse.describe(device, *shard, first.sae.d_model, first.sae.k))
   for trainee in trainees:
     trainee.member.begin()
 

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 import sae_jax
 from sae_jax import schema
 from sae_jax.artifact import Autoencoder, load, save
+from sae_jax.config import SAEConfig
 from sae_jax.data.normalize import normalize
 from sae_jax.errors import UserError
 from sae_jax.sae import SAE
 
 D, F, K = 5, 11, 2
+SIZE = SAEConfig(D, F, K, 'topk', k_aux=0, fired_threshold=0.0, latent_bias=True)
 
 
 def autoencoder(normalization: str, **info: Any) -> Autoencoder:
@@ -28,7 +30,7 @@ def autoencoder(normalization: str, **info: Any) -> Autoencoder:
     'b_enc_F': np.zeros(F),
     'b_pre_D': rng.standard_normal(D),
   }
-  sae = SAE({name: jnp.asarray(p, jnp.float32) for name, p in params.items()}, k=K)
+  sae = SAE({name: jnp.asarray(p, jnp.float32) for name, p in params.items()}, SIZE)
   return Autoencoder(sae, {'n_latents': F, 'd_model': D, 'k': K, 'normalize': normalization} | info)
 
 

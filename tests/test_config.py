@@ -111,7 +111,11 @@ def test_foreign_bytes_are_a_user_error(data):
     ({'train.tokens': 100}, 'less than one batch'),
     ({'optim.learning_rate': float('inf')}, 'not finite'),
     ({'optim.ema_decay': 1.0}, 'not in'),
-    ({'sae.activation': 'relu'}, "'relu' is not known"),
+    ({'sae.activation': 'rlu'}, "sae.activation='rlu' is not known; use one of topk, relu"),
+    ({'sae.activation': 'relu'}, 'sae.k=4 but a penalty makes relu sparse; set sae.k=None and loss.sparsity'),
+    ({'sae.activation': 'relu', 'sae.k': None}, 'sae.k=32 but a penalty'),
+    ({'loss.sparsity': 0.1}, 'loss.sparsity=0.1 but topk has no penalty; drop it and set sae.k'),
+    ({'loss.sparsity': -0.1}, 'loss.sparsity=-0.1 is below 0'),
     ({'sae.selection': 'random'}, "'random' is not known; use one of exact, approximate"),
     ({'sae.recall_target': 1.0}, "not in .*for 1 use sae.selection='exact'"),
     ({'nonsense': 1}, "config key 'nonsense' is not known"),
@@ -192,7 +196,7 @@ def test_recipe_follows_a_changed_size():
 
 
 def test_recipe_has_the_paper_values_at_the_paper_size():
-  values = GAO2024.hyperparameters(n_latents=2**15, k=32, d_model=768, tokens=51_200_000_000, batch_tokens=131_072)
+  values = GAO2024.hyperparameters(n_latents=2**15, d_model=768, tokens=51_200_000_000, batch_tokens=131_072)
   assert values['optim.learning_rate'] == pytest.approx(1.4e-4, rel=0.02)
   assert values['optim.ema_decay'] == pytest.approx(0.999)
   assert values['loss.dead_tokens'] == 10_000_000 and values['sae.k_aux'] == 512

@@ -34,7 +34,7 @@ def test_bfloat16_inputs_do_not_move_the_final_nmse(tmp_path):
 def test_bfloat16_selection_reads_float32_products():
   params = sae.init_params(jax.random.key(0), jnp.zeros(cell().sae.d_model), cell().sae)
   x_BD = jax.random.normal(jax.random.key(1), (7, cell().sae.d_model))
-  product_BF, codes, _ = sae.encode(params, x_BD, 3, Shard(dtype=jnp.bfloat16))
+  product_BF, codes, _ = sae.encode(params, x_BD, cell().sae, Shard(dtype=jnp.bfloat16))
   assert product_BF.dtype == codes.z_BK.dtype == jnp.float32
   rounded = np.asarray(product_BF.astype(jnp.bfloat16).astype(jnp.float32))
   assert (rounded != np.asarray(product_BF)).mean() > 0.9  # accumulated in float32, not rounded to bfloat16 after

@@ -128,7 +128,7 @@ def test_idle_counts_steps_and_cannot_overflow():
   params = random_params(6, jnp.float32)
   x_BD = jnp.asarray(np.random.default_rng(6).standard_normal((B, D)), jnp.float32)
   _, idle_F, _ = run(params, jnp.full(F, 2**31 - 2, jnp.int32), x_BD)
-  _, codes = sae.reconstruct(params, x_BD, K, Shard())
+  _, codes = sae.reconstruct(params, x_BD, SAE, Shard())
   fired_F = np.isin(np.arange(F), np.asarray(codes.idx_BK)[np.asarray(codes.z_BK) > SAE.fired_threshold])
   assert (np.asarray(idle_F)[fired_F] == 1).all() and (np.asarray(idle_F)[~fired_F] > 2**29).all()
 
@@ -138,7 +138,7 @@ def test_codes_are_never_negative_and_padding_gets_no_gradient(x64):
   params = random_params(7, jnp.float64)
   x_BD = jnp.asarray(np.random.default_rng(7).standard_normal((B, D)))
   full = dataclasses.replace(SAE, k=F, k_aux=0)
-  _, codes = sae.reconstruct(params, x_BD, F, Shard())
+  _, codes = sae.reconstruct(params, x_BD, full, Shard())
   assert (np.asarray(codes.z_BK) >= 0).all() and (np.asarray(codes.z_BK) == 0).any()
   grads, _, _ = run(params, jnp.ones(F, jnp.int32), x_BD, full)
 
@@ -177,6 +177,6 @@ def test_encoder_scale_makes_reconstructions_as_long_as_inputs():
   np.testing.assert_array_equal(params['w_enc_FD'], params['w_dec_FD'])
   probe_BD = jax.random.normal(jax.random.key(1), (256, D))
   probe_BD = probe_BD / jnp.linalg.norm(probe_BD, axis=1, keepdims=True)
-  params['w_enc_FD'] = params['w_enc_FD'] * sae.encoder_scale(params, probe_BD, K, sae.Axes())
-  x_hat_BD, _ = sae.reconstruct(params, probe_BD, K, Shard())
+  params['w_enc_FD'] = params['w_enc_FD'] * sae.encoder_scale(params, probe_BD, SAE, sae.Axes())
+  x_hat_BD, _ = sae.reconstruct(params, probe_BD, SAE, Shard())
   np.testing.assert_allclose(np.mean(np.linalg.norm(x_hat_BD, axis=1)), 1, rtol=1e-5)

@@ -124,6 +124,7 @@ def test_a_cell_records_its_recall_where_it_has_one(tmp_path):
     idle_F=jnp.ones(F, jnp.int32),
     aux_steps=jnp.int32(0),
     scale=jnp.float32(1),
+    carried={},
   )
   line, result = {}, {}
   for selection in ('exact', 'approximate'):

@@ -100,7 +100,7 @@ def sharded_step(mesh: Mesh, n_latents: int, width: int, k: int, batch: int, sel
       params, idle_F, x_BD, scale, sae=config, loss=loss, batch=batch, shard=Shard(sharding.axes_of(mesh))
     )
 
-  layouts = sharding.layouts(sae.shapes(n_latents, width))
+  layouts = sharding.layouts(sae.shapes(config))
   specs = (layouts, P('latent'), sharding.BATCH, P())
   mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(layouts, P('latent'), P()), check_vma=False)
   arrays = (

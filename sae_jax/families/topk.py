@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from sae_jax import topk
 from sae_jax.axes import Shard
-from sae_jax.codes import Sparse
+from sae_jax.codes import Selection, Sparse
 
 
 def codes(
@@ -47,3 +47,6 @@ def codes(
     v_BK, idx_BK = (a_CRK.reshape(-1, m) for a_CRK in chosen)
   kept_BK = topk.select(v_BK, k, width, shard.axes.latent, shard.exchange)
   return Sparse(jax.nn.relu(jnp.where(kept_BK, v_BK, 0)), idx_BK)
+
+
+TOPK = Selection(codes)
