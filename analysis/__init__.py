@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from analysis import plots
+  from analysis.every_law import analyse
   from analysis.fit import fit_law
   from analysis.grouped import fit_by
-  from analysis.survey import analyse
-  from analysis.table import best_learning_rate, load_curves, load_ledger, read_csv
+  from analysis.read_ledger import load_curves, load_ledger
+  from analysis.table import best_learning_rate, read_csv
 
 __all__ = [
   'analyse',
@@ -46,10 +47,14 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one o
 
       return fit_by
     if name == 'analyse':
-      from analysis.survey import analyse
+      from analysis.every_law import analyse
 
       return analyse
-    if name in ('load_ledger', 'load_curves', 'best_learning_rate', 'read_csv'):
+    if name in ('load_ledger', 'load_curves'):
+      from analysis import read_ledger
+
+      return getattr(read_ledger, name)
+    if name in ('best_learning_rate', 'read_csv'):
       from analysis import table
 
       return getattr(table, name)

@@ -8,8 +8,8 @@ import dataclasses
 
 import numpy as np
 
-from analysis import uncertainty
 from analysis.fit_result import Fit, fits_of
+from analysis.fitting import uncertainty
 from analysis.laws import Array
 from sae_jax import checks
 from sae_jax.errors import UserError

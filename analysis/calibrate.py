@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from scipy import special
 from tqdm import tqdm
 
-from analysis import plots, table, uncertainty
+from analysis import plots, read_ledger
 from analysis.fit import write_json
+from analysis.fitting import uncertainty
 from analysis.predict import predict
 from sae_jax import files, schema
 from sae_jax.errors import UserError, one_line_errors
@@ -95,7 +96,7 @@ def write_predictions(
   Raises:
     UserError: the ledger cannot carry the law or a band, already holds one of these sizes, or `out` exists.
   """
-  seen = table.load_ledger(ledger)
+  seen = read_ledger.load_ledger(ledger)
   for n, k in sizes:
     known = seen[(seen['n_latents'] == n) & (seen['k'] == k)]
     if len(known):
@@ -138,7 +139,7 @@ def check(predictions: str, ledger: str) -> Calibration:
       another number of tokens than predicted for.
   """
   record = _read(predictions)
-  done = table.load_ledger(ledger)
+  done = read_ledger.load_ledger(ledger)
   fitted = set(record['fitted_cells'])
   rows, missing = [], []
   for p in record['predictions']:

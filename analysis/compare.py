@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis import uncertainty
 from analysis.fit_result import Fit, fits_of
+from analysis.fitting import uncertainty
 from sae_jax.errors import UserError
 
 WITHOUT = {'power': 'power_no_floor', 'joint_nk': 'joint_nk_no_floor'}

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis import frames, resample, table
+from analysis import frames, table
 from analysis.fit import Fit, fit_law
+from analysis.fitting import resample
 from sae_jax import checks
 from sae_jax.errors import UserError
 
@@ -27,7 +28,7 @@ def tokens_to_convergence(curves: pd.DataFrame, eps: float = EPS) -> pd.DataFram
   is left out too: it converged somewhere before.
 
   Args:
-    curves: as from `table.load_curves`, with columns id, n_latents, k, tokens, nmse.
+    curves: as from `read_ledger.load_curves`, with columns id, n_latents, k, tokens, nmse.
     eps: relative improvement per doubling of tokens below which a run counts as converged.
 
   Raises:

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from analysis import frames, laws, solve, table, uncertainty
+from analysis import frames, laws, table
 from analysis.fit import Fit, fit_weighted
+from analysis.fitting import solve, uncertainty
 from sae_jax import checks
 from sae_jax.errors import UserError
 

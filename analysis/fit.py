@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import doubts, laws, likelihood_profile, resample, seeds, solve, table, uncertainty
+from analysis import doubts, laws, seeds, table
 from analysis.fit_result import Fit, warning_lines, write_json
+from analysis.fitting import likelihood_profile, resample, solve, uncertainty
 from sae_jax import checks
 from sae_jax.errors import UserError, one_line_errors
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import laws, table, uncertainty
+from analysis import laws, table
+from analysis.fitting import uncertainty
 from sae_jax import checks, files
 from sae_jax.errors import UserError
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import fit, laws, resample, table
+from analysis import fit, laws, table
+from analysis.fitting import resample
 from sae_jax import checks
 from sae_jax.errors import UserError
 
@@ -46,7 +47,7 @@ def fit_frontier(
   """The law L(C) through the envelope of finished runs. Its intervals come from resampling runs, not points.
 
   Args:
-    curves: as from `table.load_curves`; compare runs of one k, since a larger k lowers every loss.
+    curves: as from `read_ledger.load_curves`; compare runs of one k, since a larger k lowers every loss.
     x: column of the compute.
     holdout: one comparison on the columns of `curves`, e.g. 'n_latents>=8192': the envelope is built again without
       those measurements and predicts the points they contributed.

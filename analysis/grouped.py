@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import frames, laws, solve, table, uncertainty
+from analysis import frames, laws, table
 from analysis.fit import fit_law, fit_weighted, resamples, with_holdout
 from analysis.fit_result import Fit
+from analysis.fitting import solve, uncertainty
 from sae_jax import checks
 from sae_jax.errors import UserError
 

@@ -9,11 +9,15 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis import resample, table, valley
+from analysis import frames, table, valley
 from analysis.fit import Fit, fit_law
+from analysis.fitting import resample
 from analysis.frontier import BURN_IN
 from sae_jax import checks
 from sae_jax.errors import UserError
+
+_BUDGETS = 6  # of compute, where the sweep was not made for certain ones
+_SAME = 0.02  # relative: cells that spent so nearly the same share a budget
 
 
 def profiles(
@@ -66,6 +70,35 @@ def profiles(
     )
   columns = ['budget', 'sizes', 'n_latents', 'low', 'high', y, 'curvature', 'verdict', 'reason']
   return points, pd.DataFrame(best, columns=pd.Index(columns))
+
+
+def budgets(curves: pd.DataFrame, x: str = 'flops_useful') -> np.ndarray:
+  """Compute at which at least three sizes can be compared: what cells were trained for, else six in equal ratios.
+
+  Args:
+    curves: as from `load_curves`, of finished runs of one k.
+    x: column of the compute.
+
+  Returns:
+    Budgets by rising compute; none where no three sizes overlap.
+  """
+  checks.text('x', x, 'give a column of the curves, e.g. flops_useful')
+  frames.frame('curves', curves, ('id', 'n_latents', 'nmse', x))
+  frames.labels(curves, 'id')
+  for column in ('n_latents', x):
+    frames.measured(curves, column)
+  runs = curves.groupby('id').agg(spent=(x, 'max'), n=('n_latents', 'first')).sort_values('spent')
+  # Neighbours closer than _SAME belong together; the least of them is what all have spent.
+  group = (runs['spent'].pct_change() > _SAME).cumsum()
+  meant = runs.groupby(group).agg(spent=('spent', 'min'), sizes=('n', 'nunique'))
+  meant = meant.loc[meant['sizes'] >= 3, 'spent'].to_numpy(float)
+  if len(meant):
+    return meant
+  seen = curves.loc[curves[x] > 0, x]
+  tried = np.geomspace(seen.min(), seen.max(), 60) if len(seen) else np.array([])
+  _, found = profiles(curves, tried.tolist(), x)
+  shared = found.loc[found['sizes'] >= 3, 'budget'] if len(found) else pd.Series(dtype=float)
+  return np.geomspace(shared.min(), shared.max(), _BUDGETS) if len(shared) else np.array([])
 
 
 def fit_best_size(

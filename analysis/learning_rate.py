@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis import resample, table, valley
+from analysis import table, valley
 from analysis.fit import Fit, fit_law
+from analysis.fitting import resample
 from sae_jax import checks
 from sae_jax.errors import UserError
 
@@ -20,7 +21,7 @@ def valleys(cells: pd.DataFrame, flat: float = valley.FLAT) -> pd.DataFrame:
   `reason`. Only where `verdict` is 'minimum' are the numbers not NaN.
 
   Args:
-    cells: as from `table.load_ledger`.
+    cells: as from `read_ledger.load_ledger`.
     flat: relative rise over all rates below which a valley has no best rate.
   """
   checks.number('flat', flat, 'a number of at least 0', f'the usual choice is {valley.FLAT}', least=0)

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import convergence, laws, resample, table, uncertainty
+from analysis import convergence, laws, read_ledger, table
 from analysis.fit import Fit, fit_law, warning_lines, with_holdout, write_json
 from analysis.fit_result import fits_of
+from analysis.fitting import resample, uncertainty
 from sae_jax import checks, flops
 from sae_jax.errors import UserError, one_line_errors
 
@@ -103,7 +104,7 @@ def predict(ledger: str, at: Mapping[str, int], *, bootstrap: int = 500) -> Pred
   """
   at = _size(at)
   resample.count(bootstrap)
-  done = table.load_ledger(ledger)
+  done = read_ledger.load_ledger(ledger)
   best = table.best_learning_rate(done)
   sizes = sorted(best['n_latents'].unique())
   alone = best['k'].nunique() == 1
@@ -117,7 +118,7 @@ def predict(ledger: str, at: Mapping[str, int], *, bootstrap: int = 500) -> Pred
   low, high = interval(fit, at)
   costs, tokens, notes = _costs(best, at)
   beyond = {column: _beyond(best[column], at[column]) for column in ('n_latents', 'k')}
-  curves = table.load_curves(ledger)
+  curves = read_ledger.load_curves(ledger)
   return Prediction(
     at=at,
     nmse=float(fit.predict(at)[0]),

@@ -14,9 +14,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import heading, page, plots
+from analysis.every_law import analyse
 from analysis.findings import Findings
 from analysis.fit_result import Fit, write_json
-from analysis.survey import analyse
 from sae_jax import files, schema
 from sae_jax.errors import UserError, one_line_errors
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+from analysis.fitting.uncertainty import TAILS
 from analysis.laws import Array
-from analysis.uncertainty import TAILS
 
 FLAT = 0.003  # relative rise over the whole valley below which no choice is better than another
 _NAMED = 6  # reasons given in a message

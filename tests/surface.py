@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 import analysis
-from analysis import family, frontier, isoflop, survey
+from analysis import family, frontier, isoflop
 from tests import test_artifact
 
 N = np.array([100, 200, 400, 800, 1600, 3200])
@@ -113,7 +113,7 @@ def tokens():
 
 @functools.cache
 def budgets():
-  return survey.budgets(RUNS).tolist()
+  return isoflop.budgets(RUNS).tolist()
 
 
 @functools.cache
@@ -253,10 +253,10 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
   'predict.predict': lambda: {'ledger': LEDGER, 'at': AT, 'bootstrap': 0},
   'predict.interval': lambda: {'fit': joint(), 'at': AT},
   'predict.parse_at': lambda: {'text': 'n_latents=8192,k=32'},
-  'survey.budgets': lambda: {'curves': Table(RUNS, ('n_latents', 'flops_useful'), missing=True), 'x': 'flops_useful'},
+  'isoflop.budgets': lambda: {'curves': Table(RUNS, ('n_latents', 'flops_useful'), missing=True), 'x': 'flops_useful'},
   'table.finished_runs': lambda: {'curves': CURVES, 'x': 'flops_useful', 'y': 'nmse'},
   'table.held_out': lambda: {'table': Table(BEST, ()), 'rule': 'n_latents>1600'},
-  'table.load_cells': lambda: {'path': LEDGER},
+  'read_ledger.load_cells': lambda: {'path': LEDGER},
   'table.matching': lambda: {'table': Table(BEST, ()), 'rule': 'n_latents>1600'},
   'table.positive': lambda: {'table': Table(BEST, ('n_latents',)), 'columns': ['n_latents']},
   'table.useful': lambda: {'rows': Table(BEST, ())},

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import compare, fit, report, uncertainty
+from analysis import compare, fit, report
+from analysis.fitting import uncertainty
 from tests import planted_ledger
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import sae_jax
-from analysis import report, table
+from analysis import read_ledger, report
 from sae_jax import files, metrics, schema
 from sae_jax import train as training
 from sae_jax.errors import UserError
@@ -98,7 +98,7 @@ def believed(place: Place, folder: pathlib.Path) -> dict:
   said['status'] = (code, json.loads(out) if out else short(error, place.path))
   code, out, error = ends(launch.main, argv, f'--sweep={grid_of(folder)}', '--dry_run', '--flops_per_second=1e9')
   said['launch'] = (code, out or short(error, place.path))
-  rows = table.load_cells(str(place.path)).set_index('id')[['state', 'reason', 'nmse']]
+  rows = read_ledger.load_cells(str(place.path)).set_index('id')[['state', 'reason', 'nmse']]
   said['report'] = rows.to_dict('index')
   found = report.analyse(str(place.path), bootstrap=0)
   assert found.cells['state'].tolist() == rows['state'].tolist()
@@ -313,7 +313,7 @@ def test_changed_digit_of_the_loss_is_noticed(place, sealed):
   (row, *_) = status.report(ledger.Ledger(str(place.path)), 3)['cells']
   assert row['state'] == schema.INVALID
   assert ('digest' if sealed else 'in the last line of metrics.jsonl') in row['reason']
-  assert table.load_ledger(str(place.path))['id'].tolist() == [place.ids[1]]
+  assert read_ledger.load_ledger(str(place.path))['id'].tolist() == [place.ids[1]]
 
 
 def test_line_of_a_worker_that_came_too_late_makes_no_result_invalid(place):

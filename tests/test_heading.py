@@ -2,7 +2,7 @@
 
 import datetime
 
-from analysis import heading, table
+from analysis import heading, read_ledger
 from sweeps import grid, ledger
 from tests import cells
 
@@ -14,7 +14,7 @@ def write(path, name, *configs):
   ledger.Ledger(str(path)).register(grid.Sweep(name, 'experiments/tiny.py', resolved, dropped=0))
   for c in configs:
     cells.write(str(path), c, git_commit='abc123')
-  return table.load_ledger(str(path))
+  return read_ledger.load_ledger(str(path))
 
 
 def test_title_names_the_sweep_and_what_it_studied(tmp_path):
@@ -31,7 +31,7 @@ def test_title_names_the_sweep_and_what_it_studied(tmp_path):
 
 def test_title_of_a_ledger_without_a_record_is_its_folder(tmp_path):
   cells.write(str(tmp_path / 'mine'), cells.cell())
-  done = table.load_ledger(str(tmp_path / 'mine'))
+  done = read_ledger.load_ledger(str(tmp_path / 'mine'))
   for broken in (None, b'', b'[' * 10_000, b'{"name": 3}'):
     if broken is not None:
       (tmp_path / 'mine' / 'sweep.json').write_bytes(broken)
@@ -40,7 +40,7 @@ def test_title_of_a_ledger_without_a_record_is_its_folder(tmp_path):
 
 def test_title_of_an_empty_ledger(tmp_path):
   (tmp_path / 'cells').mkdir()
-  done = table.load_ledger(str(tmp_path))
+  done = read_ledger.load_ledger(str(tmp_path))
   assert heading.heading(str(tmp_path), done, DAY) == (
     tmp_path.name,
     'Report of 2026-11-28 by sae_jax 0.1.0.',

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import allocation, fit, isoflop, learning_rate, solve, valley
+from analysis import allocation, fit, isoflop, learning_rate, valley
+from analysis.fitting import solve
 from sae_jax.errors import UserError
 
 E, A, ALPHA, B, BETA = 0.1, 4.0, 0.45, 30.0, 0.35

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from scipy import optimize, special
 
-from analysis import fit, solve, table
+from analysis import fit, table
+from analysis.fitting import solve
 
 
 def planted(e, sizes=9, noise=0.01, seed=0):

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import family, fit, frontier, isoflop, learning_rate, plots, plots_style, survey
+from analysis import family, fit, frontier, isoflop, learning_rate, plots
+from analysis.figures import style
 from sae_jax.errors import UserError
 from tests import full_ledger
 
@@ -106,8 +107,8 @@ def test_every_figure_of_a_fit_names_units_law_and_warnings(found):
 def test_warning_codes_say_for_which_k(found):
   first, second = (one.power for one in found.by_k)
   doubt = {'code': 'few_points', 'message': ''}
-  assert plots_style.codes([first.warned(doubt), second]) == [f'few_points (k = {first.where["k"]:g})']
-  assert plots_style.codes([first.warned(doubt), second.warned(doubt)]) == ['few_points']
+  assert style.codes([first.warned(doubt), second]) == [f'few_points (k = {first.where["k"]:g})']
+  assert style.codes([first.warned(doubt), second.warned(doubt)]) == ['few_points']
 
 
 def test_isoflop_figure_marks_minima_and_says_why_budgets_are_refused():
@@ -224,17 +225,17 @@ def test_allocation_figure_is_solid_only_inside_the_data(found):
 
 def test_colours_stay_apart_in_grey():
   for count in (2, 4, 6):
-    rgb = [plots_style.look(i, count)[0] for i in range(count)]
+    rgb = [style.look(i, count)[0] for i in range(count)]
     grey = [0.299 * int(c[1:3], 16) + 0.587 * int(c[3:5], 16) + 0.114 * int(c[5:7], 16) for c in rgb]
     assert min(np.diff(grey)) > 15 and max(grey) < 200  # of 255: apart, and visible on white
-    assert len({plots_style.look(i, count)[1] for i in range(count)}) == count
+    assert len({style.look(i, count)[1] for i in range(count)}) == count
 
 
 @pytest.mark.parametrize(('tokens', 'expected'), [((1e5, 1e5, 1e5), 0), ((1e5, 5e4, 2.5e4), 1)])
 def test_budgets_are_those_the_sweep_was_made_for(tokens, expected):
   frames = [runs((n,), tokens=t) for n, t in zip((100, 200, 400), tokens, strict=True)]
   curves = pd.concat(frames, ignore_index=True)
-  found = survey.budgets(curves)
+  found = isoflop.budgets(curves)
   if expected:
     np.testing.assert_allclose(found, [1e7])  # 100 x 1e5 = 200 x 5e4 = 400 x 2.5e4
   else:
@@ -242,4 +243,4 @@ def test_budgets_are_those_the_sweep_was_made_for(tokens, expected):
 
 
 def test_budgets_are_none_where_no_three_sizes_overlap():
-  assert len(survey.budgets(runs((100, 200)))) == 0
+  assert len(isoflop.budgets(runs((100, 200)))) == 0

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import sae_jax
-from analysis import table
+from analysis import read_ledger
 from sae_jax import files, schema
 from sae_jax.errors import UserError
 from sweeps import launch, ledger, retry, status
@@ -68,7 +68,7 @@ def test_what_sizes_tell_makes_the_cell_invalid_for_everyone(store, harm, capsys
   damage(product_of(store))
   first, second = store.states()
   assert (first.state, second.state) == (schema.INVALID, schema.DONE) and why in first.reason
-  row = table.load_cells(store.path).set_index('id').loc[first.cell.id]
+  row = read_ledger.load_cells(store.path).set_index('id').loc[first.cell.id]
   if harm != 'no folder':  # an analysis may be of a copy without them
     assert (row['state'], row['reason']) == (schema.INVALID, first.reason)
   (tmp_path / 'trained.py').write_text(
@@ -103,7 +103,7 @@ def test_what_only_bytes_tell_is_found_by_a_full_check(store, harm, capsys):
 def test_copy_without_autoencoders_can_be_analysed(store, place):
   shutil.rmtree(product_of(store))
   assert [s.state for s in store.states()].count(schema.INVALID) == 1
-  assert list(table.load_cells(str(place))['state']) == [schema.DONE] * 2
+  assert list(read_ledger.load_cells(str(place))['state']) == [schema.DONE] * 2
 
 
 def test_sound_ledger_is_verified(store, capsys):

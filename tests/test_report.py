@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from analysis import report, table
+from analysis import read_ledger, report, table
 from analysis.fit import fit_law
 from sae_jax import files, metrics
 from sae_jax.cell import log_spaced
@@ -125,7 +125,7 @@ def test_planted_curves_have_the_evaluations_that_were_planned(plain, tmp_path):
     planted_ledger.write(tmp_path / 'planted', ks=(3,)),
     full_ledger.write(tmp_path / 'full', ks=(3,)),
   ):
-    assert table.load_curves(path).attrs['warnings'] == []
+    assert read_ledger.load_curves(path).attrs['warnings'] == []
   assert not [w for w in plain.warnings if w['code'] == 'holes']
 
 
@@ -164,7 +164,7 @@ def test_report_leaves_out_cells_that_are_no_better_than_the_mean(tmp_path, plai
   assert rows['no_better_than_mean'].sum() == 1 and rows.loc[exploded.id, 'no_better_than_mean']
   assert not rows.loc[exploded.id, 'best_learning_rate']
   # A table that somebody fits by hand, from the ledger or from the file, leaves it out too.
-  for points in (table.load_ledger(str(tmp_path)), rows.reset_index()):
+  for points in (read_ledger.load_ledger(str(tmp_path)), rows.reset_index()):
     fit = fit_law(points, 'joint_nk', bootstrap=0)
     assert constants([fit]) == pytest.approx(constants([plain.joint]), rel=1e-6)
     assert 'no_better_than_mean' in {w['code'] for w in fit.warnings}

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import fit, resample, seeds
+from analysis import fit, seeds
+from analysis.fitting import resample
 
 SETTINGS, REPEATS, SD = 11, 3, 0.01
 
@@ -63,7 +64,7 @@ def test_lack_of_fit_is_found_where_the_law_is_wrong():
 
 
 def test_lack_of_fit_of_a_right_law_is_as_rare_as_it_says(monkeypatch):
-  monkeypatch.setattr('analysis.solve._STARTS', 4)
+  monkeypatch.setattr('analysis.fitting.solve._STARTS', 4)
   count = 100
   p = [law(planted(seed=s)).diagnostics['seed_noise']['lack_of_fit_p'] for s in range(count)]
   for level in (0.1, 0.5):
@@ -89,7 +90,7 @@ def test_resamples_draw_settings_and_then_seeds():
 
 def test_resamples_of_settings_hold_noise_that_seeds_share(monkeypatch):
   """Rows are three times as many as settings; counted as independent they make intervals too narrow."""
-  monkeypatch.setattr('analysis.solve._STARTS', 4)
+  monkeypatch.setattr('analysis.fitting.solve._STARTS', 4)
   count, hits, alone = 40, 0, 0
   for s in range(count):
     points = planted(sd=0.002, of_setting=0.02, seed=s)

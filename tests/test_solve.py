@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from analysis import laws, solve, table
+from analysis import laws, table
+from analysis.fitting import solve
 
 GAO = str(pathlib.Path(laws.__file__).parent / 'data' / 'gao2024_gpt4_L_n_k.csv')
 

@@ -4,8 +4,10 @@ The names are walked, so a new one fails until `CALLS` in tests/surface.py says 
 until `BAD` there says what it must refuse. Each call is made once for every bad value of every parameter, the others good.
 """
 
+import importlib
 import inspect
 import pathlib
+import pkgutil
 import re
 import types
 from collections.abc import Callable
@@ -28,7 +30,7 @@ from analysis import (
   learning_rate,
   plots,
   predict,
-  survey,
+  read_ledger,
   table,
 )
 from sae_jax import artifact, checks, sae
@@ -37,7 +39,7 @@ from tests import planted_ledger
 from tests.surface import BAD, CALLS, LEDGER, OTHER, SLOW, Table
 
 # What notebooks call beside the package itself. Classes stand for their methods.
-MODULES = (allocation, convergence, family, frontier, isoflop, learning_rate, plots, predict, survey, table)
+MODULES = (allocation, convergence, family, frontier, isoflop, learning_rate, plots, predict, read_ledger, table)
 CLASSES = (artifact.Autoencoder, sae.SAE, fit_result.Fit)
 # Given by code of this project alone, from its own arrays and words.
 NOT_INPUT = ('table.warning', 'Fit.redrawn', 'Fit.warned')
@@ -75,6 +77,15 @@ def test_every_public_name_says_how_it_is_called():
   missing = sorted(set(PUBLIC) - set(CALLS))
   assert not missing, f'add to CALLS in tests/surface.py a good call of {", ".join(missing)}'
   assert set(CALLS) <= set(PUBLIC), f'these are no public names: {sorted(set(CALLS) - set(PUBLIC))}'
+
+
+def test_no_module_hides_a_public_function():
+  """Importing `analysis.x` puts a module where `analysis.x` was a function, had both the name."""
+  for module in pkgutil.walk_packages(analysis.__path__, 'analysis.'):
+    if '.notebooks' not in module.name:
+      importlib.import_module(module.name)
+  for name in set(analysis.__all__) - {'plots'}:
+    assert inspect.isfunction(getattr(analysis, name)), name
 
 
 def test_notebooks_call_nothing_that_is_not_walked():

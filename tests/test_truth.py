@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import fit, laws, solve
+from analysis import fit, laws
+from analysis.fitting import solve
 from tests.planted_ledger import PLOTTED
 
 POWER = {'e': 0.1, 'a': 3.0, 'b': 0.4}

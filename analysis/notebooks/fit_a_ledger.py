@@ -20,7 +20,7 @@ import os
 import numpy as np
 
 import analysis
-from analysis import convergence, frontier, isoflop, learning_rate, predict, survey
+from analysis import convergence, frontier, isoflop, learning_rate, predict
 from sae_jax.errors import UserError
 
 LEDGER = os.environ.get('SAE_LEDGER', 'runs/demo/ledger')
@@ -104,7 +104,7 @@ envelope and analysis.plots.frontier(envelope, mine[mine['state'] == 'done'])
 
 # %%
 runs = mine[mine['id'].isin(best['id'])]
-budgets = survey.budgets(runs).tolist()
+budgets = isoflop.budgets(runs).tolist()
 measured, profiles = isoflop.profiles(runs, budgets)
 print(profiles[['budget', 'sizes', 'n_latents', 'verdict', 'reason']].to_string(index=False))
 analysis.plots.isoflop(measured, profiles, {'k': k}) if budgets else None

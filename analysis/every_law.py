@@ -8,23 +8,21 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from analysis import convergence, frames, isoflop, learning_rate, resample, table
+from analysis import convergence, isoflop, learning_rate, read_ledger, table
 from analysis.allocation import allocate
-from analysis.compare import WITHOUT, Comparison
 from analysis.family import Family, fit_family
 from analysis.findings import Findings, OneK
-from analysis.fit import fit_law, with_holdout
+from analysis.fit import fit_law
 from analysis.fit_result import Fit
+from analysis.fitting import resample
 from analysis.frontier import fit_frontier
+from analysis.tries import Tries
 from sae_jax import checks
 from sae_jax.errors import UserError
 
 _LEAST_SIZES = 4  # of a power law with three constants
-_BUDGETS = 6  # of compute, where the sweep was not made for certain ones
-_SAME = 0.02  # relative: cells that spent so nearly the same share a budget
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,8 +57,8 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
   resample.count(bootstrap)  # asked here, for a law that refuses it would be named as one the cells cannot carry
   if subject is not None:
     checks.text('subject', subject, 'name a language model of the ledger')
-  cells = table.load_cells(ledger)
-  done, curves = table.load_ledger(ledger, cells), table.load_curves(ledger, cells)
+  cells = read_ledger.load_cells(ledger)
+  done, curves = read_ledger.load_ledger(ledger, cells), read_ledger.load_curves(ledger, cells)
   holes, curves.attrs = curves.attrs['warnings'], {}
   best = table.best_learning_rate(done)
   useful = table.useful(done)
@@ -75,7 +73,7 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
   warnings += holes + notes + _mixed_settings(points) + risen + convergence.unconverged_warnings(curves, points['id'])
 
   asked, not_attempted = _asked(data)
-  tries = _Tries(bootstrap, _largest(points))
+  tries = Tries(bootstrap, _largest(points))
   joint = tries.floored(
     'L(n,k)', 'joint_nk', lambda law, b, h: fit_law(points, law, bootstrap=b, holdout=h).warned(*risen)
   )
@@ -85,99 +83,7 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
   return Findings(cells, done, curves, joint, by_k, cost, tries.comparisons, warnings + tries.warnings(), not_attempted)
 
 
-def budgets(curves: pd.DataFrame, x: str = 'flops_useful') -> np.ndarray:
-  """Compute at which at least three sizes can be compared: what cells were trained for, else six in equal ratios.
-
-  Args:
-    curves: as from `load_curves`, of finished runs of one k.
-    x: column of the compute.
-
-  Returns:
-    Budgets by rising compute; none where no three sizes overlap.
-  """
-  checks.text('x', x, 'give a column of the curves, e.g. flops_useful')
-  frames.frame('curves', curves, ('id', 'n_latents', 'nmse', x))
-  frames.labels(curves, 'id')
-  for column in ('n_latents', x):
-    frames.measured(curves, column)
-  runs = curves.groupby('id').agg(spent=(x, 'max'), n=('n_latents', 'first')).sort_values('spent')
-  # Neighbours closer than _SAME belong together; the least of them is what all have spent.
-  group = (runs['spent'].pct_change() > _SAME).cumsum()
-  meant = runs.groupby(group).agg(spent=('spent', 'min'), sizes=('n', 'nunique'))
-  meant = meant.loc[meant['sizes'] >= 3, 'spent'].to_numpy(float)
-  if len(meant):
-    return meant
-  seen = curves.loc[curves[x] > 0, x]
-  tried = np.geomspace(seen.min(), seen.max(), 60) if len(seen) else np.array([])
-  _, found = isoflop.profiles(curves, tried.tolist(), x)
-  shared = found.loc[found['sizes'] >= 3, 'budget'] if len(found) else pd.Series(dtype=float)
-  return np.geomspace(shared.min(), shared.max(), _BUDGETS) if len(shared) else np.array([])
-
-
-class _Tries:
-  """Tries laws and keeps what was refused, why, and for which k."""
-
-  def __init__(self, bootstrap: int, largest: str | None):
-    self.bootstrap = bootstrap
-    self.largest = largest  # the rule that holds out the largest size
-    self.comparisons: list[Comparison] = []
-    self._refused: dict[str, dict[str, list[int]]] = {}
-
-  def one(self, what: str, fit: Callable[[], Any], k: int | None = None) -> Any:
-    """What `fit` returns, or None when it is refused."""
-    try:
-      return fit()
-    except UserError as error:
-      self._refused.setdefault(what, {}).setdefault(str(error), []).extend([] if k is None else [k])
-      return None
-
-  def plain(self, what: str, fit: Callable[[], Fit], k: int) -> Fit | None:
-    """The fit of one k without a held-out error, refused where it passes through its points whatever they are."""
-
-    def tested() -> Fit:
-      found = fit()
-      if len(found.table) <= len(found.law.names):
-        text = f'{len(found.table)} points for {len(found.law.names)} constants: nothing tests the law; add points'
-        raise UserError(text)
-      return dataclasses.replace(found, where={'k': k})
-
-    return self.one(what, tested, k)
-
-  def law(
-    self, what: str, fit: Callable[[str | None], Fit], k: int | None = None, holdout: str | None = None
-  ) -> Fit | None:
-    """The fit with its held-out error where it has one, of the largest size unless told otherwise."""
-    where = {} if k is None else {'k': k}
-    held = holdout or self.largest
-    return self.one(what, lambda: dataclasses.replace(with_holdout(fit, held), where=where), k)
-
-  def floored(
-    self,
-    what: str,
-    law: str,
-    fit: Callable[[str, int, str | None], Fit],
-    k: int | None = None,
-    holdout: str | None = None,
-  ) -> Fit | None:
-    """The fit of (law, resamples, holdout), compared with the same law without an irreducible loss."""
-    found = self.law(what, lambda h: fit(law, self.bootstrap, h), k, holdout)
-    plain = found and self.law(f'{what} without e', lambda h: fit(WITHOUT[law], 0, h), k, holdout)
-    if found and plain:
-      self.comparisons.append(Comparison(found, plain))
-    return found
-
-  def warnings(self) -> list[dict[str, str]]:
-    """One a law."""
-    out = []
-    for what, reasons in self._refused.items():
-      parts = [(f'k={", ".join(map(str, ks))}: ' if ks else '') + reason for reason, ks in reasons.items()]
-      out.append(
-        table.warning('not_fitted', f'{what}{" at " if parts[0].startswith("k=") else ": "}{"; ".join(parts)}')
-      )
-    return out
-
-
-def _one_k(tries: _Tries, data: _Data, k: int, asked: set[str], cost: float) -> OneK:
+def _one_k(tries: Tries, data: _Data, k: int, asked: set[str], cost: float) -> OneK:
   points, curves, b = data.points, data.curves, tries.bootstrap
   found: dict[str, Any] = {}
 
@@ -222,7 +128,7 @@ def _one_k(tries: _Tries, data: _Data, k: int, asked: set[str], cost: float) -> 
 
 
 def _profiles(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-  spent = budgets(runs)
+  spent = isoflop.budgets(runs)
   if not len(spent):
     raise UserError('at no compute had three sizes been measured; evaluate more often or train small sizes longer')
   return isoflop.profiles(runs, spent.tolist())

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import frames, learning_rate, table
-from analysis import plots_style as style
+from analysis.figures import style
 from analysis.fit_result import Fit, fits_of
 from sae_jax import checks
 from sae_jax.errors import UserError
@@ -40,7 +40,7 @@ def isoflop(
     raise UserError(f'points ends with {y!r} and its last column is the loss; give what isoflop.profiles returns')
   frames.frame('best', best, ('budget', 'n_latents', 'low', 'high', y, 'curvature', 'verdict', 'reason'))
   if points.empty or best.empty:
-    raise UserError('there is no profile to draw; give budgets that several sizes had spent, as survey.budgets finds')
+    raise UserError('there is no profile to draw; give budgets that several sizes had spent, as isoflop.budgets finds')
   table.positive(points, ['budget', 'n_latents', y])
   _check_found(best, ['n_latents', 'low', 'high', y, 'curvature'])
   where, codes = _given_where(where), style.given_codes(codes)
@@ -64,7 +64,7 @@ def learning_rates(cells: pd.DataFrame, fit: Fit | None = None, codes: Sequence[
   """Loss against learning rate for every size, and the law of the best rate when there is one.
 
   Args:
-    cells: as from `table.load_ledger`, of one k.
+    cells: as from `read_ledger.load_ledger`, of one k.
     fit: from `learning_rate.fit_learning_rate` of the same cells.
     codes: of warnings to show.
   """

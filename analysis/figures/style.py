@@ -139,6 +139,16 @@ def warn(fig: Figure, codes: Sequence[str]) -> None:
     fig.supxlabel(text, fontsize=8.5, color=WARNING, x=0.01, ha='left', parse_math=False)
 
 
+def finish(fig: Figure, ax: Axes, x: str, fits: Sequence[Fit], title: str, handles: list[Line2D]) -> Figure:
+  """The figure with labels, a title, ticks, a legend and the warnings of its fits."""
+  label(ax, x, fits[0].y)
+  ax.set_title(title, fontsize=11, pad=10)
+  ticks(ax, x, np.concatenate([fit.table[x].to_numpy(float) for fit in fits]))
+  legend(fig, handles)
+  warn(fig, codes(fits))
+  return fig
+
+
 def given_codes(value: Sequence[str]) -> tuple[str, ...]:
   """Codes of warnings that a caller wants shown; a single text would be shown letter by letter."""
   return checks.texts('codes', value, "codes=['few_points']", least=0)

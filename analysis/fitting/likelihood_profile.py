@@ -7,9 +7,9 @@ profile follows the curve, and says when nothing stops the constant on a side. I
 import numpy as np
 from scipy import special
 
-from analysis import solve
+from analysis.fitting import solve
+from analysis.fitting.uncertainty import LEVEL
 from analysis.laws import Array, Law
-from analysis.uncertainty import LEVEL
 
 _FAR = 30.0  # change of the log of a term, beyond the level of the data, at which the search ends
 _ROUNDS = 80

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis import plots_style as style
 from analysis.family import Family
+from analysis.figures import style
 from sae_jax import checks
 from sae_jax.errors import UserError
 
