@@ -18,6 +18,7 @@ from sae_jax import distributed, metrics, optim, sae, sharding
 from sae_jax import step as stepping
 from sae_jax.axes import Shard
 from sae_jax.bench import paper_cell
+from sae_jax.startup import SAMPLE
 
 Shape = tuple[int, ...]  # d, n, B, k
 
@@ -60,7 +61,7 @@ def begin(
   stepping._programs.cache_clear()  # or a step compiled without this patch would be taken
   with patch:
     init, step = stepping.make_step(conf, devices)
-    state = init(jnp.zeros(shape[0]), jnp.float32(shape[0]))
+    state = init(jnp.zeros(shape[0]), jnp.float32(shape[0]), jnp.zeros((SAMPLE, shape[0])))
     # Copies: a donated array must own its memory.
     state = state.replace(
       params=state.params
@@ -69,7 +70,7 @@ def begin(
     )
     pool = [sharding.place_rows(devices, x_BD.shape, lambda a, b, x_BD=x_BD: x_BD[a:b]) for x_BD in pool_PBD]
     if devices.size == 1:
-      x_hat_BD, _ = jax.jit(sae.reconstruct, static_argnums=(2, 3))(state.params, pool[0], k, Shard())
+      x_hat_BD, _ = jax.jit(sae.reconstruct, static_argnums=(2, 3))(state.params, pool[0], conf.sae, Shard())
       facts['error'] = float(jnp.sum((pool[0] - x_hat_BD) ** 2) / jnp.sum(pool[0] ** 2))
     state, values = step(state, pool[0])  # compiles, with the average as asked
   if not ema and any(jnp.any(a) for a in jax.tree.leaves(state.ema)):

@@ -22,7 +22,7 @@ from sae_jax.config import SAEConfig
 from sae_jax.data.normalize import KINDS, normalize
 from sae_jax.errors import UserError
 from sae_jax.families.family import family
-from sae_jax.sae import SAE, shapes
+from sae_jax.sae import SAE, kept_shapes
 
 _WEIGHTS = ('raw', 'ema')
 _EARLIEST = 'topk'  # the family of records that name none
@@ -101,7 +101,7 @@ def save(workdir: str, weights: dict[str, dict[str, np.ndarray]], info: dict[str
   """
   digests, sizes = {}, {}
   for name, params in weights.items():
-    data = safetensors.numpy.save({key: np.ascontiguousarray(params[key]) for key in params})
+    data = safetensors.numpy.save({key: np.asarray(params[key], order='C') for key in params})
     files.replace(files.join(workdir, schema.ARTIFACT, f'{name}.safetensors'), data)
     digests[name], sizes[name] = hashlib.sha256(data).hexdigest(), len(data)
   record = schema.dump(info | {'sha256': digests})
@@ -141,7 +141,7 @@ def load(cell: str | os.PathLike[str], weights: str | None = None) -> Autoencode
       f'{cell_state.printable(cell)} is damaged ({why}); python -m sweeps.retry with its id has it trained again'
     ) from None
   size = _size(info)
-  expected = shapes(size)
+  expected = kept_shapes(size)
   found = {name: tensor.shape for name, tensor in params.items()}
   if found != expected or not all(np.isfinite(t).all() for t in params.values()):
     raise UserError(

@@ -14,6 +14,11 @@ class Axes(NamedTuple):
   data: str | None = None
   latent: str | None = None
 
+  @property
+  def both(self) -> tuple[str, ...] | None:
+    """Those that there are, as one."""
+    return tuple(axis for axis in self if axis is not None) or None
+
 
 class Shard(NamedTuple):
   """Where a per-shard function runs, and how."""
@@ -27,7 +32,7 @@ class Shard(NamedTuple):
   scatter: bool = False  # whether a data shard keeps its part of the latents' gradients alone
 
 
-def total(values: _Tree, axis: str | None) -> _Tree:
+def total(values: _Tree, axis: str | tuple[str, ...] | None) -> _Tree:
   """Sums over all members of an axis, on each of them."""
   return values if axis is None else jax.lax.psum(values, axis)
 
@@ -35,6 +40,11 @@ def total(values: _Tree, axis: str | None) -> _Tree:
 def scattered(values: _Tree, axis: str | None) -> _Tree:
   """Sums over all members of an axis, of which each keeps its own part of the rows."""
   return values if axis is None else jax.lax.psum_scatter(values, axis, scatter_dimension=0, tiled=True)
+
+
+def smallest(values: _Tree, axis: str | tuple[str, ...] | None) -> _Tree:
+  """Minima over all members of the axes, on each of them."""
+  return values if axis is None else jax.lax.pmin(values, axis)
 
 
 def largest(values: _Tree, axis: str | None) -> _Tree:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from sae_jax import arguments, config, files, flops, metrics, optim, sharding, sparse, topk
 from sae_jax.errors import one_line_errors
 from sae_jax.sae import Params
+from sae_jax.startup import SAMPLE
 from sae_jax.step import TrainState, make_step
 
 SHAPES = ((512, 8192, 2048, 32), (768, 32768, 2048, 32), (768, 32768, 8192, 32))  # d, n, B, k
@@ -36,7 +37,7 @@ def measure(shape: tuple[int, int, int, int], repeats: int) -> dict[str, Any]:
   init, step = make_step(cell, mesh)
   x_BD = jax.random.normal(jax.random.key(1), (batch, d))
   x_BD = x_BD / jnp.linalg.norm(x_BD, axis=-1, keepdims=True)
-  state = init(jnp.zeros(d), jnp.float32(d))
+  state = init(jnp.zeros(d), jnp.float32(d), jnp.zeros((SAMPLE, d)))
   parts = _parts(cell, state, x_BD, sharding.compiler_options(mesh))
   # Donated, so that it reads and writes one buffer as the optimizer does; a fresh output each time would be timed
   # with its page faults (three times slower here) and make a floor too easy to reach.
@@ -89,7 +90,7 @@ def _parts(
   def update(params: Params, grads: Params, opt_state: Any, ema: Params) -> tuple[Params, Any, Params]:
     updates, opt_state = tx.update(grads, opt_state, params)
     params = optim.unit_norm_decoder(jax.tree.map(jnp.add, params, updates))
-    return params, opt_state, optim.ema_update(ema, params, cell.optim.ema_decay)
+    return params, opt_state, optim.ema_update(ema, params, cell.optim, state.step + 1)
 
   grads = jax.tree.map(jnp.ones_like, params)
   jitted = {

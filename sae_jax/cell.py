@@ -18,6 +18,7 @@ from sae_jax import schema
 from sae_jax.errors import UserError
 from sae_jax.families.family import family
 from sae_jax.recipe import ScalingRecipe
+from sae_jax.schema import added
 
 T = TypeVar('T')
 
@@ -31,21 +32,6 @@ _BELOW_OUTSIDE_ID = tuple(f'{key}.' for key in _NOT_IDENTITY)
 RETIRED: dict[str, tuple[Any, str]] = {
   'mesh.member': (1, 'start one worker for each part of the devices, as sweeps.launch --workers=N does'),
 }
-
-
-def added(neutral: Any, *of: str) -> Any:
-  """A field that came after the first version of the records.
-
-  A record without the field means `neutral`. A record leaves the field out while it equals `neutral`. So a new field
-  changes no id, and old records stay readable.
-
-  Args:
-    neutral: what code without the field did. It is a fact about the past. A template or a recipe may choose another
-      default; this value must never follow it, or old records would change their meaning.
-    of: a field of the same section, then the values of it that this field belongs to. A field with an owner is always
-      in the records of those cells, even at `neutral`, and never in the records of others.
-  """
-  return dataclasses.field(default=neutral, metadata={'neutral': neutral, 'of': of})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +48,17 @@ class SAEConfig:
   selection: str = added('exact')
   # Expected recall of the approximate selection. The exact one ignores it.
   recall_target: float = added(0.95, 'selection', 'approximate')
+  # Weight of the reconstruction from 4k latents.
+  multi_weight: float = added(0.125, 'activation', 'multitopk')
+  # Reconstructions from ever more latents, each from twice as many as the one before.
+  levels: int = added(4, 'activation', 'matryoshka')
+  # Steps until k latents a token are left of the 4k at the start.
+  anneal_steps: int = added(200, 'activation', 'ksparse')
+  # Width of the window around a threshold in which pre-activations move it, in the scale of the inputs.
+  bandwidth: float = added(0.02, 'activation', 'jumprelu_step', 'jumprelu_tanh')
+  # Mean activation that the penalty asks of every latent, and the weight of the squares of the weights.
+  rho: float = added(0.05, 'activation', 'cs294a')
+  weight_decay: float = added(1e-4, 'activation', 'cs294a')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +67,8 @@ class LossConfig:
   dead_tokens: int  # idle for more than this: dead
   # Coefficient of the penalty, in units of the NMSE: what is asked for instead of `sae.k`. 0 where there is none.
   sparsity: float = added(0.0)
+  # Idle for more than this share of the steps so far: dead. 0: `dead_tokens` says.
+  dead_share: float = added(0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +80,8 @@ class OptimConfig:
   clip_norm: float  # global gradient norm; 0 = off
   warmup_tokens: int
   ema_decay: float
+  # Relative width of an average over the last steps so far, see optim.ema_update. 0: `ema_decay` says.
+  ema_width: float = added(0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +161,13 @@ _AT_LEAST = {
   'sae.n_latents': 1,
   'sae.k': 1,
   'sae.k_aux': 0,
+  'sae.multi_weight': 0,
+  'sae.bandwidth': 0,
+  'sae.rho': 0,
+  'sae.levels': 1,
+  'sae.anneal_steps': 1,
+  'sae.weight_decay': 0,
+  'optim.ema_width': 0,
   'sae.fired_threshold': 0,
   'loss.aux_coefficient': 0,
   'loss.dead_tokens': 1,
@@ -187,7 +195,7 @@ _AT_LEAST = {
   'data.planted.n_features': 1,
   'data.planted.noise': 0,
 }
-_BELOW_ONE = ('optim.beta1', 'optim.beta2', 'optim.ema_decay')
+_BELOW_ONE = ('optim.beta1', 'optim.beta2', 'optim.ema_decay', 'loss.dead_share')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +228,9 @@ class Config:
     for key in _BELOW_ONE:
       if not 0 <= flat[key] < 1:
         raise UserError(f'{key}={flat[key]} is not in [0, 1); choose a decay below 1')
+    for key, below in (('sae.bandwidth', 1), ('sae.rho', 1), ('optim.ema_width', 0.28)):
+      if flat[key] >= below or (flat[key] == 0 and key != 'optim.ema_width'):
+        raise UserError(f'{key}={flat[key]} is not between 0 and {below}; choose a smaller one above 0')
     if not 0 < self.sae.recall_target < 1:
       raise UserError(f"sae.recall_target={self.sae.recall_target} is not in (0, 1); for 1 use sae.selection='exact'")
     if self.data.normalize == 'scale' and self.data.source != 'store':
@@ -227,7 +238,7 @@ class Config:
         f"data.normalize='scale' but data.source={self.data.source!r} records no scalar; use center_unit or none, or "
         'import a store with --normalize=scale'
       )
-    self._check_sparsity()
+    self._check_family()
     n, k = self.sae.n_latents, self.sae.k
     if k is not None and k > n:
       raise UserError(f'sae.k={k} exceeds sae.n_latents={n}; lower k or raise n_latents')
@@ -254,16 +265,33 @@ class Config:
     if self.train.tokens < self.train.batch_tokens:
       raise UserError(f'train.tokens={self.train.tokens} is less than one batch of {self.train.batch_tokens}; raise it')
 
-  def _check_sparsity(self) -> None:
+  def _check_family(self) -> None:
     name, k, sparsity = self.sae.activation, self.sae.k, self.loss.sparsity
-    penalised = family(name).penalised
-    if sparsity and not penalised:
+    known = family(name)
+    if sparsity and not known.penalised:
       raise UserError(f'loss.sparsity={sparsity} but {name} has no penalty; drop it and set sae.k')
-    if penalised and k is not None:
-      raise UserError(f'sae.k={k} but a penalty makes {name} sparse; set sae.k=None and loss.sparsity')
+    if k is not None and not known.steered:
+      raise UserError(f'sae.k={k} but all latents of {name} are active; set sae.k=None and loss.sparsity')
+    if k is not None and sparsity:
+      raise UserError(
+        f'sae.k={k} and loss.sparsity={sparsity}: the first steers the coefficient and the second fixes it; set one'
+      )
     if k is None and not sparsity:
-      key = 'loss.sparsity' if penalised else 'sae.k'
-      raise UserError(f'{key} is not set, and {name} needs it; set {key}')
+      raise UserError(f'sae.k is not set, and {name} needs it' + ' or loss.sparsity' * known.penalised + '; set it')
+    if self.sae.k_aux and not known.auxk:
+      raise UserError(f'sae.k_aux={self.sae.k_aux} but {name} has no AuxK; set it to 0')
+    if self.sae.selection != 'exact' and known.penalised:
+      raise UserError(f"sae.selection={self.sae.selection!r} but {name} selects nothing; use 'exact'")
+    for field in dataclasses.fields(self.sae):
+      owner, *of = field.metadata.get('of') or ('',)
+      value = getattr(self.sae, field.name)
+      if owner == 'activation' and name not in of and value != field.default:
+        raise UserError(f'sae.{field.name}={value} is of {" and ".join(of)}, and sae.activation={name!r}; drop it')
+      if field.name == 'levels' and name in of and self.sae.n_latents % 2 ** (value - 1):
+        raise UserError(
+          f'sae.n_latents={self.sae.n_latents} is not divisible by {2 ** (value - 1)}, as sae.levels={value} want; use '
+          'fewer levels or another number of latents'
+        )
 
   def flat(self) -> dict[str, Any]:
     """Dotted keys to values, in declaration order."""

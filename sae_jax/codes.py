@@ -6,16 +6,17 @@ the codes to gradients of the parameters.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sae_jax import sparse
-from sae_jax.axes import Axes
+from sae_jax.axes import Axes, Shard
 from sae_jax.config import SAEConfig
 from sae_jax.kernels.loops import Slots
+from sae_jax.topk import Preactivations
 
 Latents = dict[str, jax.Array]  # parameters with one number a latent, such as b_enc_F
 
@@ -23,12 +24,19 @@ Latents = dict[str, jax.Array]  # parameters with one number a latent, such as b
 class Sparse(NamedTuple):
   """K latents a token. Slots that another shard won hold value 0 and gradient 0."""
 
-  z_BK: jax.Array
+  z_BK: jax.Array  # not negative; descending along a row wherever not all slots are passed over
   idx_BK: jax.Array  # local indices
+  uneven: bool = False  # whether rows use far fewer slots than there are
 
   def slots(self, axes: Axes) -> Slots:
     """Slots that any row uses. A shard holds k candidates and wins k / shards of them: the rest are not worth a pass."""
-    return sparse.used_slots(self.z_BK) if axes.latent else None
+    return sparse.used_slots(self.z_BK) if axes.latent or self.uneven else None
+
+  def packed(self) -> 'Sparse':
+    """The same with values descending along each row, so that slots which hold 0 are not passed over."""
+    order_BK = jnp.argsort(-self.z_BK, axis=1)
+    z_BK, idx_BK = (jnp.take_along_axis(a_BK, order_BK, axis=1) for a_BK in (self.z_BK, self.idx_BK))
+    return Sparse(z_BK, idx_BK, uneven=True)
 
   def decode(self, w_dec_FD: jax.Array, slots: Slots) -> jax.Array:
     """This shard's part [B, D] of the reconstruction, without b_pre."""
@@ -111,37 +119,86 @@ class Head:
   frozen: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Kind:
+  """What families of all kinds say.
+
+  Attributes:
+    unit_norm: whether decoder rows have norm 1.
+    tied: whether the encoder is the decoder.
+    threshold: whether training keeps the least value that made a code, to encode single tokens by.
+    latents: parameters beside b_enc_F that have one number a latent, and what that is at first.
+    start: what they are when training starts, from the products [B, F] of a sample, where that differs.
+  """
+
+  unit_norm: bool = True
+  tied: bool = False
+  threshold: bool = False
+  latents: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  start: Callable[[jax.Array, SAEConfig], Latents] | None = None
+
+
+def _one(size: SAEConfig) -> tuple[Head, ...]:
+  del size
+  return (Head(),)
+
+
 @dataclasses.dataclass(frozen=True)
-class Selection:
+class Selection(_Kind):
   """A family with `Sparse` codes: it chooses latents by their pre-activations.
 
   Attributes:
-    select: the codes from the product (None where it was not kept), the way to make it of some rows, x - b_pre, the
-      bias, the sizes, where this runs, and whether the choice is exact.
-    unit_norm: whether decoder rows have norm 1.
+    select: the codes of an autoencoder in use.
+    parts: the codes of a training step, where they are others: what each head adds to the codes of the head before.
+    heads: of an autoencoder of these sizes, in the order of the parts.
+    main: which of them is the reconstruction.
   """
 
-  select: Callable[..., Sparse]
-  unit_norm: bool = True
-  latents: tuple[str, ...] = ()
+  select: Callable[[Preactivations, SAEConfig, Shard], Sparse]
+  parts: Callable[[Preactivations, SAEConfig, Shard, jax.Array], tuple[Sparse, ...]] | None = None
+  heads: Callable[[SAEConfig], tuple[Head, ...]] = _one
+  main: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Elementwise:
+class Elementwise(_Kind):
   """A family with `Dense` codes: each code depends on its own pre-activation alone. It sees no mesh and no weight.
 
   Attributes:
     codes: from the product x W_enc^T [B, F], the parameters of the latents and the sizes: the codes [B, F] of each
       head, and the penalty [B] before its coefficient, of this shard's latents.
     heads: the first is the reconstruction.
-    latents: names of the parameters beside b_enc_F that have one number a latent. They start at 0.
-    unit_norm: whether decoder rows have norm 1.
   """
 
   codes: Callable[[jax.Array, Latents, SAEConfig], tuple[tuple[jax.Array, ...], jax.Array]]
   heads: tuple[Head, ...] = (Head(),)
-  latents: tuple[str, ...] = ()
-  unit_norm: bool = True
 
 
-Kind = Selection | Elementwise
+class OwnSums(NamedTuple):
+  """Of a step of a family with a loss of its own: sums over all tokens of all shards."""
+
+  square_error: jax.Array
+  penalty: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(_Kind):
+  """A family with `Dense` codes and a loss of its own.
+
+  Attributes:
+    input: what the encoder multiplies, from x [B, D].
+    codes: from the product and the parameters of the latents.
+    output: the reconstruction, from codes times decoder plus b_pre.
+    init: the two matrices.
+    gradients: from parameters, x [B, D] of this shard, sizes, coefficient, global batch and shard: reduced gradients
+      and sums.
+  """
+
+  input: Callable[[jax.Array, SAEConfig], jax.Array]
+  codes: Callable[[jax.Array, Latents, SAEConfig], jax.Array]
+  output: Callable[[jax.Array, SAEConfig], jax.Array]
+  init: Callable[[jax.Array, SAEConfig], Latents]
+  gradients: Callable[..., tuple[Latents, OwnSums]]
+
+
+Kind = Selection | Elementwise | Own

@@ -29,6 +29,7 @@ from sae_jax.cell import (
   from_record,
 )
 from sae_jax.errors import UserError
+from sae_jax.families.family import family
 from sae_jax.recipe import GAO2024, ScalingRecipe
 
 __all__ = [
@@ -85,8 +86,14 @@ def template() -> ml_collections.ConfigDict:
     latent_bias=True,
     selection='exact',
     recall_target=0.95,
+    multi_weight=0.125,
+    levels=4,
+    anneal_steps=200,
+    bandwidth=0.02,
+    rho=0.05,
+    weight_decay=1e-4,
   )
-  c.loss = dict(aux_coefficient=1 / 32, dead_tokens=unset_int(), sparsity=0.0)
+  c.loss = dict(aux_coefficient=1 / 32, dead_tokens=unset_int(), sparsity=0.0, dead_share=unset_float())
   c.optim = dict(
     learning_rate=unset_float(),
     beta1=0.9,
@@ -95,6 +102,7 @@ def template() -> ml_collections.ConfigDict:
     clip_norm=0.0,
     warmup_tokens=unset_int(),
     ema_decay=unset_float(),
+    ema_width=unset_float(),
   )
   c.train = dict(batch_tokens=131_072, tokens=1_000_000_000, seed=0, checkpoint_every=500, compute_dtype='float32')
   c.eval = dict(tokens=16_384, per_decade=4, batch_tokens=4096)
@@ -210,6 +218,8 @@ def resolve_flat(flat: dict[str, Any]) -> Config:
     tokens=flat['train.tokens'],
     batch_tokens=flat['train.batch_tokens'],
   )
+  if not family(flat['sae.activation']).auxk:
+    derived['sae.k_aux'] = 0
   for key, value in derived.items():
     if flat[key] is None:
       flat[key] = value

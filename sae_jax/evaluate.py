@@ -22,7 +22,7 @@ from sae_jax.axes import Shard, total
 from sae_jax.config import Config, SAEConfig
 from sae_jax.data import soundness
 from sae_jax.data.source import Source
-from sae_jax.sae import Params, encode, reconstruct, shapes
+from sae_jax.sae import Params, encode, kept_shapes, reconstruct
 
 _KEPT = 8  # compiled programs that a process keeps for later cells of the same sizes
 
@@ -43,7 +43,7 @@ class Evaluator:
     self._mesh, self._source = mesh, source
     self._token_sums = _make_token_sums(config.sae, config.train.compute_dtype, config.mesh.products, mesh)
     self._k = config.sae.k
-    layouts = sharding.layouts(shapes(config.sae))
+    layouts = sharding.layouts(kept_shapes(config.sae))
     whole = {name: NamedSharding(mesh, spec) for name, spec in layouts.items()}
     self._gather = jax.jit(lambda params: params, out_shardings=whole) if config.state_is_split else None
     total_D, square = np.zeros(source.d_model), 0.0
@@ -120,7 +120,7 @@ def _make_token_sums(
     jax.shard_map(
       token_sums,
       mesh=mesh,
-      in_specs=(sharding.layouts(shapes(size)), sharding.BATCH),
+      in_specs=(sharding.layouts(kept_shapes(size)), sharding.BATCH),
       out_specs=P('data'),
       check_vma=False,
     )

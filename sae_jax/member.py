@@ -22,6 +22,7 @@ from sae_jax.data import soundness
 from sae_jax.data.source import Source
 from sae_jax.errors import BrokenFile, UserError
 from sae_jax.evaluate import Evaluator
+from sae_jax.sae import kept
 
 
 class Diverged(Exception):
@@ -93,8 +94,8 @@ class Member:
 
   def evaluate(self, at: int, state: Any, train_metrics: dict[str, float]) -> None:
     """Measures raw and EMA weights on held-out tokens and writes a line. Raises `Diverged`."""
-    ema_decay, batch = self.config.optim.ema_decay, self.config.train.batch_tokens
-    raw, ema = self._evaluator(state.params, optim.ema_weights(state.ema, state.step, ema_decay))
+    batch = self.config.train.batch_tokens
+    raw, ema = self._evaluator(*self._weights(state).values())
     mean_l0 = state.carried.get('mean_l0')
     spent = flops.spent(self.config, at, int(state.aux_steps), None if mean_l0 is None else float(mean_l0))
     better = 'ema' if ema.nmse < raw.nmse else 'raw'
@@ -132,10 +133,9 @@ class Member:
     """Writes the autoencoder and then result.json, the commit point, after an evaluation at the last step."""
     config, line = self.config, self._line
     digest = combined_digest(state.params)
-    ema = optim.ema_weights(state.ema, state.step, config.optim.ema_decay)
     weights = {
       name: {key: np.asarray(multihost_utils.process_allgather(a, tiled=True)) for key, a in params.items()}
-      for name, params in (('raw', state.params), ('ema', ema))
+      for name, params in self._weights(state).items()
     }
     if jax.process_index() == 0:
       sizes = {
@@ -187,6 +187,11 @@ class Member:
         )
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('result.json')
+
+  def _weights(self, state: Any) -> dict[str, Any]:
+    """What an autoencoder in use needs, by the name of the weights."""
+    ema = optim.ema_weights(state.ema, state.step, self.config.optim)
+    return {name: kept(params, state.carried) for name, params in (('raw', state.params), ('ema', ema))}
 
   def _wall_s(self) -> float:
     return self._facts['wall_s'] + self._share * (time.monotonic() - self._began)

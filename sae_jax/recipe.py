@@ -4,10 +4,16 @@ import dataclasses
 import math
 from typing import Any
 
+from sae_jax.errors import UserError
+from sae_jax.schema import added
+
 
 @dataclasses.dataclass(frozen=True)
 class ScalingRecipe:
-  """The rules of Gao et al. 2024 (sections 2.4, 3, A), with horizons tied to the length of the run.
+  """The rules of Gao et al. 2024 (sections 2.4, 3, A), with horizons tied to the length of the run, or to the steps so far.
+
+  A horizon tied to the length makes every budget a curve of its own: a long run is worse in its middle than a short run
+  at its end. Tied to the steps so far, the curve of a long run passes through the ends of all shorter ones.
 
   The paper's EMA horizon (1,000 steps) and dead-latent threshold (10 million tokens) are caps here: in a run of
   a few hundred steps the first makes the averaged weights far worse than the raw ones (measured: NMSE .653
@@ -21,19 +27,32 @@ class ScalingRecipe:
   dead_fraction: float  # a latent is dead after this fraction of the run's tokens without firing
   dead_max_tokens: int  # the paper's 10 million
   warmup_fraction: float  # linear learning-rate warm-up; the paper uses none
+  horizon: str = added('budget')  # of which the fractions are: 'budget', or 'so far'
 
   def hyperparameters(self, *, n_latents: int, d_model: int, tokens: int, batch_tokens: int) -> dict[str, Any]:
     """Flat config keys and values for one size with `n_latents` >= 1; what else is out of range `cell` refuses later."""
     steps = max(1, tokens // max(1, batch_tokens))
     horizon = min(self.ema_max_steps, max(1.0, self.ema_fraction * steps))
+    so_far = self.horizon == 'so far'
+    if not so_far and self.horizon != 'budget':
+      raise UserError(f"recipe.horizon={self.horizon!r} is not known; use 'budget' or 'so far'")
+    if so_far and self.warmup_fraction:
+      raise UserError(
+        f"recipe.warmup_fraction={self.warmup_fraction} is a share of the budget, and recipe.horizon='so far' wants none "
+        'of it; set it to 0'
+      )
     return {
       'sae.k_aux': min(n_latents, 2 ** round(math.log2(max(2, d_model) / 2))),
       # 1e-3 for inputs of standard deviation 1 (the reference code), rescaled to inputs of norm 1.
       'sae.fired_threshold': 1e-3 / math.sqrt(max(1, d_model - 1)),
       'optim.learning_rate': self.learning_rate_at_16k / math.sqrt(n_latents / 2**14),
-      'optim.ema_decay': 1 - 1 / horizon,
+      'optim.ema_decay': 0.0 if so_far else 1 - 1 / horizon,
+      'optim.ema_width': self.ema_fraction if so_far else 0.0,
       'optim.warmup_tokens': int(self.warmup_fraction * tokens),
-      'loss.dead_tokens': min(self.dead_max_tokens, max(batch_tokens, int(self.dead_fraction * tokens))),
+      'loss.dead_share': self.dead_fraction if so_far else 0.0,
+      'loss.dead_tokens': self.dead_max_tokens
+      if so_far
+      else min(self.dead_max_tokens, max(batch_tokens, int(self.dead_fraction * tokens))),
     }
 
 
@@ -46,3 +65,5 @@ GAO2024 = ScalingRecipe(
   dead_max_tokens=10_000_000,
   warmup_fraction=0.0,
 )
+
+ONE_CURVE = dataclasses.replace(GAO2024, name='one_curve', horizon='so far')

@@ -267,6 +267,21 @@ def line_names(fields: Iterable[Field]) -> dict[str, str]:
   return {field.line: field.name for field in fields if field.line}
 
 
+def added(neutral: Any, *of: str) -> Any:
+  """A field that came after the first version of the records.
+
+  A record without the field means `neutral`. A record leaves the field out while it equals `neutral`. So a new field
+  changes no id, and old records stay readable.
+
+  Args:
+    neutral: what code without the field did. It is a fact about the past. A template or a recipe may choose another
+      default; this value must never follow it, or old records would change their meaning.
+    of: a field of the same section, then the values of it that this field belongs to. A field with an owner is always
+      in the records of those cells, even at `neutral`, and never in the records of others.
+  """
+  return dataclasses.field(default=neutral, metadata={'neutral': neutral, 'of': of})
+
+
 def seal(record: dict[str, Any], owner: str = '') -> dict[str, Any]:
   """A record with its `schema` number first and a digest over everything last.
 

@@ -8,12 +8,13 @@ from sae_jax.data import soundness
 from sae_jax.data.source import Source
 from sae_jax.errors import UserError
 
+SAMPLE = 256  # rows that stand for the start-up sample where its products with latents are wanted
 _SAMPLE_TOKENS = 32_768  # as in the reference code
 _LEAST_VARIANCE = 1e-30  # of a component
 
 
-def start_up_sample(source: Source, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-  """b_pre [D], the geometric median of the first tokens, and the loss scale 1 / mean (x - mean x)^2, float32.
+def start_up_sample(source: Source, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """b_pre [D], the geometric median of the first tokens, the loss scale 1 / mean (x - mean x)^2, and `SAMPLE` rows; float32.
 
   `tokens` is what the run may read; at most 32,768 are. Raises `UserError` when they do not vary or are not finite,
   and warns on stderr when their norms are far from 1.
@@ -30,7 +31,8 @@ def start_up_sample(source: Source, tokens: int) -> tuple[np.ndarray, np.ndarray
     )
   if warning := soundness.norm_warning(float(np.mean(np.linalg.norm(x_TD, axis=1)))):
     print(warning, file=sys.stderr, flush=True)
-  return geometric_median(x_TD).astype(np.float32), np.float32(1 / variance)
+  rows_BD = np.resize(x_TD, (SAMPLE, x_TD.shape[1])).astype(np.float32)  # repeated where there are fewer
+  return geometric_median(x_TD).astype(np.float32), np.float32(1 / variance), rows_BD
 
 
 def geometric_median(x_TD: np.ndarray, iterations: int = 50) -> np.ndarray:

@@ -11,12 +11,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import optim, sae, sharding, sparse
+from sae_jax import optim, sae, sharding, sparse, steering
 from sae_jax.axes import Shard
 from sae_jax.config import Config, LossConfig, OptimConfig, SAEConfig
 from sae_jax.families.family import family
+from sae_jax.startup import SAMPLE
 
 _PROBES = 256
+_THRESHOLD_WEIGHT = 1e-3  # of a step in the running mean of the least values
 _KEPT = 8  # compiled steps that a process keeps for later cells of the same sizes
 _Spec = P | dict[str, P]
 
@@ -30,14 +32,14 @@ class TrainState:
   idle_F: jax.Array  # int32, steps since each latent fired
   aux_steps: jax.Array  # int32, steps in which some latent was dead
   scale: jax.Array  # 1 / mean (x - mean x)^2 of the start-up sample
-  carried: dict[str, jax.Array]  # what a penalised family goes on with; empty for the others
+  carried: dict[str, jax.Array]  # what else the family goes on with, see _start_carried; empty for most
 
 
 _Stepped = tuple[tuple[TrainState, ...], tuple[dict[str, jax.Array], ...]]  # of a group: its states and its metrics
 
 
 def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
-  """Compiled `init(b_pre_D, scale) -> state` and `step(state, x_BD) -> (state, metrics)`; step donates its state.
+  """Compiled `init(b_pre_D, scale, sample_BD) -> state` and `step(state, x_BD) -> (state, metrics)`; step donates its state.
 
   Cells that differ in seed, budget or data share their programs in this process.
   Raises `UserError` when the configuration forces a path of the sparse products that these devices do not have.
@@ -61,8 +63,8 @@ def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
   # The seed goes in as a value, so that cells which differ in it share one compiled program.
   key_data = np.asarray(jax.random.key_data(jax.random.key(train.seed)))
 
-  def init(b_pre_D: jax.Array, scale: jax.Array) -> TrainState:
-    return compiled_init(key_data, b_pre_D, scale)
+  def init(b_pre_D: jax.Array, scale: jax.Array, sample_BD: jax.Array) -> TrainState:
+    return compiled_init(key_data, b_pre_D, scale, sample_BD)
 
   return init, step
 
@@ -80,12 +82,13 @@ def _programs(
   scatter: bool,
   mesh: Mesh,
 ) -> tuple[Callable, Callable]:
-  """`init(key_data, b_pre_D, scale)` and `step`: what depends on nothing but these."""
+  """`init(key_data, b_pre_D, scale, sample_BD)` and `step`: what depends on nothing but these."""
   shard = Shard(
     sharding.axes_of(mesh), jnp.bfloat16 if compute_dtype == 'bfloat16' else None, chunks, exchange, scatter
   )
   tx = optim.make_optimizer(optimizer, batch)
-  width, penalised = size.d_model, family(size.activation).penalised
+  width, known, kind = size.d_model, family(size.activation), sae.kind_of(size)
+  steered = known.penalised and size.k is not None
 
   def on_shards(f: Callable, in_specs: tuple[_Spec, ...], out_specs: _Spec | tuple[_Spec, ...]) -> Callable:
     f = sparse.forced(products)(f)
@@ -99,12 +102,12 @@ def _programs(
     P(),
   )
 
-  def init(key_data: jax.Array, b_pre_D: jax.Array, scale: jax.Array) -> TrainState:
+  def init(key_data: jax.Array, b_pre_D: jax.Array, scale: jax.Array, sample_BD: jax.Array) -> TrainState:
     key, probe_key = jax.random.split(jax.random.wrap_key_data(key_data))
     params = sae.init_params(key, b_pre_D, size)
     probe_BD = jax.random.normal(probe_key, (_PROBES, width), b_pre_D.dtype)
     probe_BD = probe_BD / jnp.linalg.norm(probe_BD, axis=-1, keepdims=True)
-    params['w_enc_FD'] = params['w_enc_FD'] * encoder_scale(params, probe_BD)
+    params = sae.started(sae.scaled_to_probes(params, encoder_scale(params, probe_BD), size), sample_BD, size)
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
@@ -113,30 +116,42 @@ def _programs(
       idle_F=jnp.zeros(size.n_latents, jnp.int32),
       aux_steps=jnp.zeros((), jnp.int32),
       scale=scale,
-      carried={'mean_l0': jnp.zeros(())} if penalised else {},
+      carried=_start_carried(known.penalised, steered, kind.threshold),
     )
 
   some_key = np.asarray(jax.random.key_data(jax.random.key(0)))
   abstract = jax.eval_shape(
-    init, some_key, jax.ShapeDtypeStruct((width,), np.float32), jax.ShapeDtypeStruct((), np.float32)
+    init,
+    some_key,
+    *(jax.ShapeDtypeStruct(shape, np.float32) for shape in ((width,), (), (SAMPLE, width))),
   )
   state_shardings = sharding.shardings(mesh, abstract)
   loss_and_grads = on_shards(
-    lambda params, idle_F, x_BD, scale: sae.loss_and_grads(
-      params, idle_F, x_BD, scale, sae=size, loss=loss, batch=batch, shard=shard
+    lambda params, idle_F, x_BD, scale, at, coefficient: sae.loss_and_grads(
+      params,
+      idle_F,
+      x_BD,
+      scale,
+      sae=size,
+      loss=loss,
+      batch=batch,
+      shard=shard,
+      step=at,
+      coefficient=coefficient,
     ),
-    (param_layouts, idle_layout, sharding.BATCH, P()),
+    (param_layouts, idle_layout, sharding.BATCH, P(), P(), P()),
     ({name: where.spec for name, where in state_shardings.params.items()}, idle_layout, P()),
   )
 
   def step(state: TrainState, x_BD: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-    grads, idle_F, sums = loss_and_grads(state.params, state.idle_F, x_BD, state.scale)
+    carried = state.carried
+    coefficient = jnp.exp(carried['log_coefficient']) if steered else jnp.asarray(loss.sparsity, x_BD.dtype)
+    grads, idle_F, sums = loss_and_grads(state.params, state.idle_F, x_BD, state.scale, state.step, coefficient)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
-    if sae.kind_of(size).unit_norm:
+    if kind.unit_norm:
       params = optim.unit_norm_decoder(params)
-    nmse = sums.square_error * state.scale / (batch * width)
-    l0 = sums.active / batch
+    nmse, l0 = sums.square_error * state.scale / (batch * width), sums.active / batch
     values = {
       'train/loss': nmse + loss.aux_coefficient * sums.aux_loss,
       'train/nmse': nmse,
@@ -144,15 +159,22 @@ def _programs(
       'train/l0': l0,
       'sae/dead_fraction': sums.n_dead / size.n_latents,
     }
-    carried = state.carried
-    if penalised:
+    if known.penalised:
       penalty = sums.penalty / batch
-      values |= {'train/loss': values['train/loss'] + loss.sparsity * penalty, 'train/penalty': penalty}
-      carried = {'mean_l0': carried['mean_l0'] + (l0 - carried['mean_l0']) / (state.step + 1)}
+      values |= {'train/loss': values['train/loss'] + coefficient * penalty, 'train/penalty': penalty}
+      carried = carried | {'mean_l0': carried['mean_l0'] + (l0 - carried['mean_l0']) / (state.step + 1)}
+    if steered:
+      values['train/coefficient'] = coefficient
+      carried = carried | steering.steer(carried, l0, size.k, state.step)
+    if kind.threshold:
+      old, weight = carried['threshold'], jnp.where(state.step == 0, 1, _THRESHOLD_WEIGHT)
+      # A batch without a code has no least value.
+      least = jnp.where(jnp.isfinite(sums.least), sums.least, old)
+      carried = carried | {'threshold': old + weight * (least - old)}
     state = TrainState(
       step=state.step + 1,
       params=params,
-      ema=optim.ema_update(state.ema, params, optimizer.ema_decay),
+      ema=optim.ema_update(state.ema, params, optimizer, state.step + 1),
       opt_state=opt_state,
       idle_F=idle_F,
       aux_steps=state.aux_steps + (sums.n_dead > 0),
@@ -169,14 +191,19 @@ def _programs(
     donate_argnames='state',
     compiler_options=sharding.compiler_options(mesh),
   )
-  return jax.jit(init, in_shardings=(replicated,) * 3, out_shardings=state_shardings), step
+  return jax.jit(init, in_shardings=(replicated,) * 4, out_shardings=state_shardings), step
+
+
+def _start_carried(penalised: bool, steered: bool, threshold: bool) -> dict[str, jax.Array]:
+  """The mean L0 so far where a penalty decides it, what steering knows, and the threshold of a family that keeps one."""
+  names = ['mean_l0'] * penalised + ['threshold'] * threshold
+  return {name: jnp.zeros(()) for name in names} | (steering.start() if steered else {})
 
 
 def abstract_state(init: Callable, mesh: Mesh, config: Config) -> Any:
   """Shapes, dtypes and shardings of the state that `init` makes."""
-  shapes = jax.eval_shape(
-    init, jax.ShapeDtypeStruct((config.sae.d_model,), np.float32), jax.ShapeDtypeStruct((), np.float32)
-  )
+  width = config.sae.d_model
+  shapes = jax.eval_shape(init, *(jax.ShapeDtypeStruct(shape, np.float32) for shape in ((width,), (), (SAMPLE, width))))
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
     shapes,

@@ -156,7 +156,7 @@ def test_ids_of_selections_are_pinned(name):
 class _GrownSAE(cells_schema.SAEConfig):
   """As a later version might have it."""
 
-  bandwidth: float = cells_schema.added(0.001, 'activation', 'jumprelu', 'prolu')  # a knob of two families
+  softness: float = cells_schema.added(0.001, 'activation', 'jumprelu', 'prolu')  # a knob of two families
   slope: float = cells_schema.added(0.5)
   levels: int | None = cells_schema.added(None)
 
@@ -197,11 +197,11 @@ def test_new_default_of_a_recipe_changes_no_old_record():
 
 def test_knob_of_a_family_is_in_the_record_of_its_cells_alone(monkeypatch):
   monkeypatch.setattr(cells_schema, 'family', lambda name: family.Family(lambda: None))
-  assert 'bandwidth' not in json.loads(grown(bandwidth=0.7).to_json())['sae']
-  assert grown(bandwidth=0.7).id == cells.cell().id
+  assert 'softness' not in json.loads(grown(softness=0.7).to_json())['sae']
+  assert grown(softness=0.7).id == cells.cell().id
   of_family = grown(activation='jumprelu')
-  assert json.loads(of_family.to_json())['sae']['bandwidth'] == 0.001  # though it is neutral
-  assert of_family.id != grown(activation='jumprelu', bandwidth=0.002).id
+  assert json.loads(of_family.to_json())['sae']['softness'] == 0.001  # though it is neutral
+  assert of_family.id != grown(activation='jumprelu', softness=0.002).id
 
 
 def test_optional_field_takes_its_type_or_nothing():

@@ -58,8 +58,8 @@ def test_update_equals_reference(x64, changes):
   for grads in gradients:
     updates, state = tx.update(jax.tree.map(jnp.asarray, grads), state, got)
     got = optim.unit_norm_decoder(optax.apply_updates(got, updates))
-    ema = optim.ema_update(ema, got, c.ema_decay)
-  ema = optim.ema_weights(ema, jnp.asarray(STEPS), c.ema_decay)
+    ema = optim.ema_update(ema, got, c, jnp.asarray(1))
+  ema = optim.ema_weights(ema, jnp.asarray(STEPS), c)
   tolerance = 1e-7 if c.warmup_tokens else 1e-9  # optax evaluates a schedule in float32
   for name in expected:
     np.testing.assert_allclose(got[name], expected[name], rtol=tolerance, err_msg=name)

@@ -15,7 +15,7 @@ from sae_jax.ahead import hlo
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
 from sae_jax.evaluate import Evaluator
-from sae_jax.startup import start_up_sample
+from sae_jax.startup import SAMPLE, start_up_sample
 from tests import cells
 
 SIZES = cells.cell()
@@ -36,8 +36,8 @@ def dying(data=1, latent=1, **overrides) -> config.Config:
 def first_state(one_device: config.Config, dtype):
   """The fresh state, made on one device: `init` on a mesh gives the same, as a test says, and takes a compilation."""
   init, _ = training.make_step(one_device, sharding.make_mesh(one_device.mesh))
-  b_pre_D, scale = start_up_sample(open_source(one_device), one_device.train.tokens)
-  return jax.device_get(init(b_pre_D.astype(dtype), scale.astype(dtype)))
+  sample = start_up_sample(open_source(one_device), one_device.train.tokens)
+  return jax.device_get(init(*(a.astype(dtype) for a in sample)))
 
 
 def run(config_: config.Config, steps: int, dtype):
@@ -197,7 +197,7 @@ def test_step_keeps_state_types_and_traces_once():
   config_ = cell(2, 4)
   mesh = sharding.make_mesh(config_.mesh)
   init, step = training.make_step(config_, mesh)
-  state = init(jnp.zeros(D), jnp.float32(1))
+  state = init(jnp.zeros(D), jnp.float32(1), jnp.zeros((SAMPLE, D)))
   before = jax.tree.map(lambda a: (jax.typeof(a), a.sharding), state)
   x_BD = sharding.place_rows(mesh, (B, D), lambda a, b: np.ones((b - a, D), np.float32))
   with jax.log_compiles(False):
@@ -218,7 +218,8 @@ def test_sharded_init_builds_each_shard_on_its_device(mesh):
   config_ = cell(*mesh)
   init, _ = training.make_step(config_, sharding.make_mesh(config_.mesh))
   one, _ = training.make_step(cell(), sharding.make_mesh(cell().mesh))
-  sharded, plain = init(jnp.zeros(D), jnp.float32(1)), one(jnp.zeros(D), jnp.float32(1))
+  given = jnp.zeros(D), jnp.float32(1), jnp.zeros((SAMPLE, D))
+  sharded, plain = init(*given), one(*given)
   shapes = {s.data.shape for s in sharded.params['w_enc_FD'].addressable_shards}
   assert shapes == {(F // 8, D)}
   sharded, plain = jax.device_get((sharded, plain))

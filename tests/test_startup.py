@@ -30,7 +30,7 @@ def test_geometric_median_is_where_no_step_helps_and_outliers_do_not():
 
 def test_loss_scale_makes_the_mean_cost_one():
   x_TD = np.random.default_rng(1).standard_normal((211, 5)).astype(np.float32) * 3 + 1
-  _, scale = start_up_sample(Rows(x_TD), 211)
+  _, scale, _ = start_up_sample(Rows(x_TD), 211)
   assert scale * np.mean((x_TD - x_TD.mean(axis=0)) ** 2) == pytest.approx(1, rel=1e-5)
 
 

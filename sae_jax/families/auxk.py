@@ -72,7 +72,7 @@ def gradients(
 
 def none(params: dict[str, jax.Array]) -> Gradients:
   """Those of a step without AuxK."""
-  zeros_FD, zeros_F = jnp.zeros_like(params['w_enc_FD']), jnp.zeros_like(params['b_enc_F'])
+  zeros_FD, zeros_F = jnp.zeros_like(params['w_dec_FD']), jnp.zeros_like(params['b_enc_F'])
   return Gradients(zeros_FD, zeros_FD, zeros_F, zeros_F, jnp.zeros((), zeros_FD.dtype))
 
 

@@ -1,0 +1,37 @@
+"""Multi-TopK: two reconstructions of the same pre-activations, from the k and from the 4k largest, so that the code stays
+good beyond k (Gao et al. 2024, section 4 and appendix A).
+
+    loss = MSE(k) + multi_weight * MSE(4k),   multi_weight = 1/8
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sae_jax import topk
+from sae_jax.axes import Shard
+from sae_jax.codes import Head, Selection, Sparse
+from sae_jax.config import SAEConfig
+from sae_jax.families.topk import select
+
+_MORE = 4
+
+
+def parts(pre: topk.Preactivations, size: SAEConfig, shard: Shard, step: jax.Array) -> tuple[Sparse, Sparse]:
+  """The k largest, and those from there to the 4k-th."""
+  del step
+  many = min(_MORE * size.k, size.n_latents)
+  v_BK, idx_BK, kept_BK = pre.best(many, shard)
+  z_BK = jax.nn.relu(jnp.where(kept_BK, v_BK, 0))
+  m = min(size.k, v_BK.shape[1])
+  if shard.axes.latent is None:
+    return Sparse(z_BK[:, :m], idx_BK[:, :m]), Sparse(z_BK[:, m:], idx_BK[:, m:])
+  first_Bm = topk.select(v_BK[:, :m], size.k, len(pre.bias_F), shard.axes.latent, shard.exchange)
+  rest_BK = z_BK.at[:, :m].set(jnp.where(first_Bm, 0, z_BK[:, :m]))
+  return Sparse(jnp.where(first_Bm, z_BK[:, :m], 0), idx_BK[:, :m]), Sparse(rest_BK, idx_BK).packed()
+
+
+def heads(size: SAEConfig) -> tuple[Head, ...]:
+  return Head(), Head(weight=size.multi_weight)
+
+
+MULTITOPK = Selection(select, parts=parts, heads=heads)
