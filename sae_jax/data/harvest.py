@@ -20,8 +20,8 @@ from sae_jax import __version__, config, config_flags, schema, subjects
 from sae_jax.data import order, store_writer
 from sae_jax.errors import UserError, one_line_errors
 from sae_jax.progress import Progress
-from sae_jax.subjects import llama, text
-from sae_jax.subjects.subject import Subject, layer_of
+from sae_jax.subjects import text
+from sae_jax.subjects.subject import Subject
 
 
 def harvest(config_dict: ml_collections.ConfigDict, out: str, progress: bool = True) -> bool:
@@ -36,7 +36,8 @@ def harvest(config_dict: ml_collections.ConfigDict, out: str, progress: bool = T
     return False
   documents = text.load(settings['text'])
   subject = subjects.load(settings['subject'], settings['site'])
-  layer, window = layer_of(settings['site'], subject.arch.n_layers), settings['window_tokens']
+  site, window = settings['site'], settings['window_tokens']
+  width = subject.width(site)
   if window > subject.arch.context:
     raise UserError(f'data.window_tokens={window} exceeds the context of {subject.arch.context}; lower it')
   plan = order.plan(
@@ -49,7 +50,7 @@ def harvest(config_dict: ml_collections.ConfigDict, out: str, progress: bool = T
   )
   writer = store_writer.StoreWriter(
     out,
-    d_model=subject.arch.d_model,
+    d_model=width,
     settings=settings,
     provenance=subject.provenance
     | {
@@ -59,7 +60,7 @@ def harvest(config_dict: ml_collections.ConfigDict, out: str, progress: bool = T
       'versions': {'sae_jax': __version__}
       | {name: importlib.metadata.version(name) for name in ('jax', 'numpy', 'tensorstore')},
     },
-    flops_per_token=llama.flops_per_token(subject.arch, layer, window),
+    flops_per_token=subject.flops(site, window) * window / (window - 1),
   )
   todo = [
     (name, block)
@@ -73,7 +74,7 @@ def harvest(config_dict: ml_collections.ConfigDict, out: str, progress: bool = T
     for name, block in todo:
       windows_WT = {'train': plan.train_WT, 'held_out': plan.held_out_WT}[name]
       x_BD = block_activations(
-        subject, layer, windows_WT, name, block, settings, lambda tokens: shown.update(shown.done + tokens)
+        subject, site, windows_WT, name, block, settings, lambda tokens: shown.update(shown.done + tokens)
       )
       writer.write(name, block, x_BD[: writer.streams[name].size(block)])
   writer.finish()
@@ -98,7 +99,7 @@ def windows_per_call(platform: str, window_tokens: int) -> int:
 
 def block_activations(
   subject: Subject,
-  layer: int,
+  site: str,
   windows_WT: np.ndarray,
   stream: str,
   block: int,
@@ -115,12 +116,12 @@ def block_activations(
   step = windows_per_call(jax.default_backend(), window)
   # Padding the last call to the same shape saves a compilation.
   padded_WT = np.concatenate([windows_WT, np.repeat(windows_WT[-1:], -n % step, axis=0)])
-  x_WTD = np.empty((n, window - 1, subject.arch.d_model), np.float32)
+  x_WTD = np.empty((n, window - 1, subject.width(site)), np.float32)
   for i in range(0, n, step):
     count = min(step, n - i)
-    x_WTD[i : i + count] = np.asarray(subject.residual(padded_WT[i : i + step], layer))[:count, 1:]
+    x_WTD[i : i + count] = np.asarray(subject.residual(padded_WT[i : i + step], site))[:count, 1:]
     update(count * (window - 1))
-  x_BD = x_WTD.reshape(-1, subject.arch.d_model)
+  x_BD = x_WTD.reshape(-1, x_WTD.shape[-1])
   return x_BD[order.tokens_of_block(len(x_BD), stream, settings['seed'], block)]
 
 

@@ -13,8 +13,8 @@ from sae_jax.config import Config
 from sae_jax.data import harvest, order, soundness
 from sae_jax.data.normalize import normalize
 from sae_jax.errors import UserError
-from sae_jax.subjects import llama, text
-from sae_jax.subjects.subject import Subject, layer_of
+from sae_jax.subjects import text
+from sae_jax.subjects.subject import Subject
 
 _CACHED_BLOCKS = 3
 
@@ -76,11 +76,12 @@ class Live:
       data.held_out_tokens,
       data.seed,
     )
-    self.d_model = self.subject.arch.d_model
+    self.site = data.site
+    self.d_model = self.subject.width(data.site)
     if self.d_model != config.sae.d_model:
       raise UserError(f'sae.d_model={config.sae.d_model} but {data.subject} has width {self.d_model}; use that')
-    self.layer = layer_of(data.site, self.subject.arch.n_layers)
-    self.flops_per_token = llama.flops_per_token(self.subject.arch, self.layer, data.window_tokens)
+    window = data.window_tokens
+    self.flops_per_token = self.subject.flops(data.site, window) * window / (window - 1)
     self.provenance = self.subject.provenance | {
       'subject': data.subject,
       'site': data.site,
@@ -122,7 +123,7 @@ class Live:
 
   def _run_block(self, name: str, block: int) -> np.ndarray:
     windows_WT = {'train': self.plan.train_WT, 'held_out': self.plan.held_out_WT}[name]
-    x_BD = harvest.block_activations(self.subject, self.layer, windows_WT, name, block, self.settings)
+    x_BD = harvest.block_activations(self.subject, self.site, windows_WT, name, block, self.settings)
     x_BD = normalize(x_BD[: self.streams[name].size(block)], self.normalization)[0]
     with np.errstate(over='ignore'):
       rounded_BD = x_BD.astype(self.dtype).astype(np.float32)  # as a store would

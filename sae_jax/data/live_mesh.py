@@ -5,6 +5,7 @@ a function of the step alone: processes that launched collectives in different o
 so no thread is used. The rows are those of `live.Live`, up to rounding.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from sae_jax import sharding
 from sae_jax.data import harvest, order
 from sae_jax.data.live import Live
-from sae_jax.subjects import llama
+from sae_jax.subjects.subject import Subject
 
 _ALL = ('data', 'latent')  # windows need no neighbour, so every device takes some
 
@@ -61,7 +62,7 @@ class _Feed:
     spread = NamedSharding(mesh, P(_ALL))
     self._forward = jax.jit(
       functools.partial(
-        _forward, arch=source.subject.arch, layer=source.layer, kind=source.normalization, dtype=source.dtype
+        _forward, subject=source.subject, site=source.site, kind=source.normalization, dtype=source.dtype
       ),
       in_shardings=(everywhere, spread),
       out_shardings=spread,
@@ -119,10 +120,10 @@ class _Feed:
 
 
 def _forward(
-  params: dict[str, jax.Array], ids_WT: jax.Array, *, arch: llama.Arch, layer: int, kind: str, dtype: str
+  params: dict[str, jax.Array], ids_WT: jax.Array, *, subject: Subject, site: str, kind: str, dtype: str
 ) -> jax.Array:
   """Normalised activations [W, T - 1, D], rounded as a store would."""
-  x_WTD = llama.residual(arch, params, ids_WT, layer)[:, 1:]
+  x_WTD = dataclasses.replace(subject, params=params).residual(ids_WT, site)[:, 1:]
   if kind == 'center_unit':
     x_WTD = x_WTD - x_WTD.mean(axis=-1, keepdims=True)
     norm = jnp.linalg.norm(x_WTD, axis=-1, keepdims=True)

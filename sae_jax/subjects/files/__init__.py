@@ -1,0 +1,1 @@
+"""File formats that hold the weights of language models, one file each."""
