@@ -76,22 +76,8 @@ class Autoencoder:
     """Checked activations as the autoencoder wants them [..., D], and the mean and norm [..., 1] that undo it."""
     x = arrays.activations(x, self.info['d_model'])
     flat_BD = x.reshape(-1, x.shape[-1])
-    apply = normalize if isinstance(x, np.ndarray) else _traced_normalize
-    parts = apply(flat_BD, self.info['normalize'], self.info.get('scale'))
+    parts = normalize(flat_BD, self.info['normalize'], self.info.get('scale'))
     return tuple(part.reshape(*x.shape[:-1], part.shape[1]) for part in parts)
-
-
-def _traced_normalize(x_BD: jax.Array, kind: str, scale: float | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`normalize` inside jit, where there may be no float64: the mean of what is left corrects the mean."""
-  if kind == 'none':
-    return x_BD, jnp.zeros_like(x_BD[:, :1]), jnp.ones_like(x_BD[:, :1])
-  if kind == 'scale':
-    return x_BD * scale, jnp.zeros_like(x_BD[:, :1]), jnp.full_like(x_BD[:, :1], 1 / scale)
-  mean_B1 = x_BD.mean(axis=-1, keepdims=True)
-  mean_B1 = mean_B1 + (x_BD - mean_B1).mean(axis=-1, keepdims=True)
-  centred_BD = x_BD - mean_B1
-  norm_B1 = jnp.linalg.norm(centred_BD, axis=-1, keepdims=True)
-  return centred_BD / jnp.where(norm_B1 > 0, norm_B1, 1), mean_B1, norm_B1
 
 
 def save(workdir: str, weights: dict[str, dict[str, np.ndarray]], info: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The input normalisation: a rule for each token (section 1 of the paper), one scalar for all of them, or none."""
 
+from typing import Any
+
 import numpy as np
 
 from sae_jax.errors import UserError
@@ -7,11 +9,14 @@ from sae_jax.errors import UserError
 KINDS = ('center_unit', 'scale', 'none')
 
 
-def normalize(x_BD: np.ndarray, kind: str, scale: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Normalised activations [B, D], and the mean [B, 1] and norm [B, 1] that undo it: x = out * norm + mean.
+def normalize(x: Any, kind: str, scale: float | None = None) -> tuple[Any, Any, Any]:
+  """Normalised activations [..., D], and the mean and norm [..., 1] that undo it: x = out * norm + mean.
+
+  Arrays of numpy are computed in float64 and returned in their own type. Those of jax are computed in their own type,
+  because inside jit there may be no float64; there the mean of what is left corrects the mean.
 
   Args:
-    x_BD: raw activations.
+    x: raw activations.
     kind: 'center_unit' subtracts a token's mean over D and divides by its Euclidean norm. A constant token has norm 0
       and becomes 0, not NaN. Normalising twice changes nothing beyond rounding. 'scale' multiplies every token by
       `scale`. 'none' changes nothing.
@@ -21,16 +26,19 @@ def normalize(x_BD: np.ndarray, kind: str, scale: float | None = None) -> tuple[
   """
   if kind not in KINDS:
     raise UserError(f'normalize={kind!r} is not known; use one of {", ".join(KINDS)}')
+  xp, on_host = x.__array_namespace__(), isinstance(x, np.ndarray)
   if kind == 'none':
-    return x_BD, np.zeros_like(x_BD[:, :1]), np.ones_like(x_BD[:, :1])
+    return x, xp.zeros_like(x[..., :1]), xp.ones_like(x[..., :1])
   if kind == 'scale':
     if scale is None or not 0 < scale < np.inf:
       raise UserError(f"normalize='scale' with scale={scale}; give the number that the store or sae.json records")
     # In float64: a scale beyond 1e38 is no float32, and the rows it belongs to are.
-    out_BD = (x_BD * np.float64(scale)).astype(x_BD.dtype)
-    return out_BD, np.zeros_like(x_BD[:, :1]), np.full_like(x_BD[:, :1], 1 / scale)
-  mean_B1 = x_BD.mean(axis=-1, keepdims=True, dtype=np.float64)
-  centred_BD = x_BD - mean_B1
-  norm_B1 = np.linalg.norm(centred_BD, axis=-1, keepdims=True)
-  out_BD = centred_BD / np.where(norm_B1 > 0, norm_B1, 1)
-  return out_BD.astype(x_BD.dtype), mean_B1.astype(x_BD.dtype), norm_B1.astype(x_BD.dtype)
+    out = (x * np.float64(scale)).astype(x.dtype) if on_host else x * scale
+    return out, xp.zeros_like(x[..., :1]), xp.full_like(x[..., :1], 1 / scale)
+  mean = x.mean(axis=-1, keepdims=True, dtype=np.float64 if on_host else None)
+  if not on_host:
+    mean = mean + (x - mean).mean(axis=-1, keepdims=True)
+  centred = x - mean
+  norm = xp.linalg.norm(centred, axis=-1, keepdims=True)
+  out = centred / xp.where(norm > 0, norm, 1)
+  return out.astype(x.dtype), mean.astype(x.dtype), norm.astype(x.dtype)
