@@ -216,28 +216,12 @@ class Config:
 
   def __post_init__(self) -> None:
     flat = self.flat()
-    for key, value in flat.items():
-      if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f'{key}={value} is not finite; give a finite number')
-    for key, choices in _CHOICES.items():
-      if flat[key] not in choices:
-        raise UserError(f'{key}={flat[key]!r} is not known; use one of {", ".join(choices)}')
-    for key, least in _AT_LEAST.items():
-      if flat[key] is not None and flat[key] < least:
-        raise UserError(f'{key}={flat[key]} is below {least}; raise it')
-    for key in _BELOW_ONE:
-      if not 0 <= flat[key] < 1:
-        raise UserError(f'{key}={flat[key]} is not in [0, 1); choose a decay below 1')
+    check_values(flat)
     for key, below in (('sae.bandwidth', 1), ('sae.rho', 1), ('optim.ema_width', 0.28)):
       if flat[key] >= below or (flat[key] == 0 and key != 'optim.ema_width'):
         raise UserError(f'{key}={flat[key]} is not between 0 and {below}; choose a smaller one above 0')
     if not 0 < self.sae.recall_target < 1:
       raise UserError(f"sae.recall_target={self.sae.recall_target} is not in (0, 1); for 1 use sae.selection='exact'")
-    if self.data.normalize == 'scale' and self.data.source != 'store':
-      raise UserError(
-        f"data.normalize='scale' but data.source={self.data.source!r} records no scalar; use center_unit or none, or "
-        'import a store with --normalize=scale'
-      )
     self._check_family()
     n, k = self.sae.n_latents, self.sae.k
     if k is not None and k > n:
@@ -325,6 +309,24 @@ class Config:
 
   def to_json(self) -> bytes:
     return schema.dump_sealed(self.to_record())
+
+
+def check_values(flat: dict[str, Any]) -> None:
+  """Raises `UserError` for a value outside its own rule. Of sections that are not there nothing is asked."""
+  for key, value in flat.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f'{key}={value} is not finite; give a finite number')
+    if key in _CHOICES and value not in _CHOICES[key]:
+      raise UserError(f'{key}={value!r} is not known; use one of {", ".join(_CHOICES[key])}')
+    if key in _AT_LEAST and value is not None and value < _AT_LEAST[key]:
+      raise UserError(f'{key}={value} is below {_AT_LEAST[key]}; raise it')
+    if key in _BELOW_ONE and not 0 <= value < 1:
+      raise UserError(f'{key}={value} is not in [0, 1); choose a decay below 1')
+  if flat['data.normalize'] == 'scale' and flat['data.source'] != 'store':
+    raise UserError(
+      f"data.normalize='scale' but data.source={flat['data.source']!r} records no scalar; use center_unit or none, or "
+      'import a store with --normalize=scale'
+    )
 
 
 def log_spaced(steps: int, per_decade: int) -> set[int]:

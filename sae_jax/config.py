@@ -50,6 +50,7 @@ __all__ = [
   'override',
   'read_store_file',
   'resolve',
+  'resolve_data',
   'resolve_flat',
   'template',
 ]
@@ -224,6 +225,18 @@ def resolve_flat(flat: dict[str, Any]) -> Config:
     if flat[key] is None:
       flat[key] = value
   return cell.build(Config, cell.unflatten(flat))
+
+
+def resolve_data(config: ml_collections.ConfigDict) -> DataConfig:
+  """The data section alone, for a subject that is read. What a harvest needs: there is no autoencoder yet.
+
+  Raises `UserError`.
+  """
+  given = {key: value for key, value in flatten(config).items() if key.startswith('data.') and value is not None}
+  flat = _source_defaults('live') | given | {'data.source': 'live', 'data.identity': ''}
+  data = cell.build(DataConfig, cell.unflatten(flat)['data'])
+  cell.check_values(flat)
+  return data
 
 
 def read_store_file(path: str) -> dict[str, Any]:

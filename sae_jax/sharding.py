@@ -1,7 +1,6 @@
 """Where arrays live: the (data, latent) mesh, partition specs by array name, and host-to-device placement."""
 
-import concurrent.futures
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax.axes import Axes
 from sae_jax.config import Config, MeshConfig
-from sae_jax.data.source import Source
 from sae_jax.errors import UserError
 
 # By what the name of an array ends with: its axes. Moments and EMA share their parameter's name and so its layout.
@@ -123,17 +121,3 @@ def place_rows(mesh: Mesh, shape: tuple[int, int], rows: Callable[[int, int], np
     return cached[start, stop]
 
   return jax.make_array_from_callback(shape, NamedSharding(mesh, BATCH), piece)
-
-
-def batches(source: Source, mesh: Mesh, batch: int, start: int, stop: int) -> Iterator[jax.Array]:
-  """Training batches start..stop, each read and placed while the step before it runs."""
-
-  def load(step: int) -> jax.Array:
-    return place_rows(mesh, (batch, source.d_model), lambda a, b: source.rows(step * batch + a, step * batch + b))
-
-  with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='batches') as pool:
-    ahead = pool.submit(load, start) if start < stop else None
-    for step in range(start, stop):
-      placed = ahead.result()
-      ahead = pool.submit(load, step + 1) if step + 1 < stop else None
-      yield placed

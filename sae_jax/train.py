@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,7 @@ from sae_jax import (
   watchdog,
 )
 from sae_jax.config import Config, resolve
+from sae_jax.data import feed
 from sae_jax.data.source import Source, open_source
 from sae_jax.errors import HOST_BROKEN, PREEMPTED, BrokenFile, UserError, one_line_errors
 from sae_jax.member import Diverged, Member, check_finite, claim_folder
@@ -162,15 +163,6 @@ class _Group:
       self._step = make_group_step([t.member.config for t in self.trainees], self.mesh)
 
 
-def _feed(config: Config, source: Source, mesh: Mesh, start: int) -> Iterator[jax.Array]:
-  batch, steps = config.train.batch_tokens, config.train.steps
-  if config.data.source == 'live' and mesh.size > 1:
-    from sae_jax.data import live_mesh  # brings the subjects
-
-    return live_mesh.batches(source, mesh, batch, start, steps)
-  return sharding.batches(source, mesh, batch, start, steps)
-
-
 def _train_together(
   trainees: list[_Trainee],
   source: Source,
@@ -222,7 +214,7 @@ def _train_together(
 
   pending: tuple[int, dict[int, dict[str, jax.Array]]] | None = None  # metrics are fetched one step late
   try:
-    for at, x_BD in enumerate(_feed(first, source, mesh, start), start + 1):
+    for at, x_BD in enumerate(feed.batches(source, mesh, batch, start, steps), start + 1):
       group.advance(x_BD)
       if pending:
         report(*pending)

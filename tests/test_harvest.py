@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 
+import ml_collections
 import numpy as np
 import pytest
 import tokenizers
 
 from sae_jax import config, progress, subjects
-from sae_jax.data import harvest, normalize, order, store, store_writer
+from sae_jax.data import harvest, normalize, order, store, store_writer, windows
 from sae_jax.errors import UserError
 from sae_jax.subjects import llama, text
 from sae_jax.subjects.subject import Subject
@@ -98,13 +99,14 @@ def reference_rows(name: str, tokens: int) -> np.ndarray:
   """One window at a time, and the order spelled out."""
   subject = toy_subject('', None)
   ids = [np.array([LETTERS.index(letter) + 1 for letter in t], np.int32) for _, t in toy_text('')]
-  plan = order.plan(ids, start_token=0, window_tokens=WINDOW, store_tokens=173, held_out_tokens=43, seed=3)
-  windows = plan.train_WT if name == 'train' else plan.held_out_WT
+  sizes = {'window_tokens': WINDOW, 'store_tokens': 173, 'held_out_tokens': 43}
+  split = windows.split(ids, corpus='', start_token=0, seed=3, **sizes)
+  ids_WT = split.train.ids_WT if name == 'train' else split.held_out.ids_WT
   rows = []
-  for block in range(-(-len(windows) // BLOCK_WINDOWS)):
+  for block in range(-(-len(ids_WT) // BLOCK_WINDOWS)):
     x = [
       np.asarray(subject.residual(window[None], 'resid_post.1'))[0, 1:]
-      for window in windows[block * BLOCK_WINDOWS : (block + 1) * BLOCK_WINDOWS]
+      for window in ids_WT[block * BLOCK_WINDOWS : (block + 1) * BLOCK_WINDOWS]
     ]
     x_BD = np.concatenate(x)
     rows.append(x_BD[order.tokens_of_block(len(x_BD), name, 3, block)])
@@ -176,6 +178,7 @@ def test_harvest_unfinished_with_other_settings_is_refused(toy, tmp_path, monkey
     ({'subject': ''}, r'subject is not set.*smollm2-135m'),
     ({'text': ''}, r'text is not set.*sotu'),
     ({'dtype': 'int8'}, r'data\.dtype'),
+    ({'normalize': 'scale'}, "normalize='scale' but"),
   ],
 )
 def test_harvest_of_the_impossible_is_refused_before_work(toy, tmp_path, changes, message):
@@ -184,12 +187,15 @@ def test_harvest_of_the_impossible_is_refused_before_work(toy, tmp_path, changes
   assert not (tmp_path / 's').exists()
 
 
-def test_harvest_defaults_are_whole_and_agree_with_the_cell(toy):
+def test_data_settings_need_no_autoencoder():
   c = config.template()
   c.data.subject, c.data.site, c.data.text = 'toy', 'resid_post.1', 'toy'
-  found = harvest.settings_of(c)
-  assert None not in found.values()
-  assert found['normalize'] == 'center_unit'
+  c.sae.n_latents, c.train.batch_tokens = 0, 0  # nonsense that no cell may have
+  found = config.resolve_data(ml_collections.ConfigDict({'data': c.data}))
+  assert found == config.resolve_data(c)
+  live = config.resolve(config.override(settings(), {'data.source': 'live', 'sae.d_model': 6})).data
+  assert config.resolve_data(settings()) == live
+  assert found.normalize == 'center_unit' and None not in vars(found).values()
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(toy, tmp_path, capsys, monkeypatch):

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 
 from sae_jax import config, sharding
 from sae_jax import train as training
-from sae_jax.data import harvest, live_mesh
+from sae_jax.data import feed, harvest, live_mesh, reading
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
 from tests.test_harvest import settings, toy  # noqa: F401  the toy subject's fixture
@@ -40,8 +40,8 @@ def test_live_equals_store(toy, tmp_path, dtype):  # noqa: F811
 
 @pytest.mark.parametrize('size, said', [(1e-9, 'loses a share of'), (1e5, 'exceed the range of float16')])
 def test_live_refuses_what_its_dtype_does_not_hold(toy, monkeypatch, size, said):  # noqa: F811
-  genuine = harvest.block_activations
-  monkeypatch.setattr(harvest, 'block_activations', lambda *args: np.float32(size) * genuine(*args))
+  genuine = reading.Reading.block
+  monkeypatch.setattr(reading.Reading, 'block', lambda *args: np.float32(size) * genuine(*args))
   small = open_source(cell('live', '', 'float16', **{'data.normalize': 'none'}))
   with pytest.raises(UserError, match=f'block 0 of train: .*{said}'):
     small.rows(0, 16)
@@ -69,7 +69,7 @@ def test_live_on_a_mesh_gives_the_rows_of_the_host(toy, shape):  # noqa: F811
   source = open_source(cell('live', ''))
   mesh = sharding.make_mesh(config.MeshConfig(*shape))
   for start, stop in ((0, 20), (7, 13)):  # all blocks and both epochs; and from the middle, as a resumed run
-    got = list(live_mesh.batches(source, mesh, 16, start, stop))
+    got = list(feed.batches(source, mesh, 16, start, stop))
     for step, x_BD in enumerate(got, start):
       expected_BD = source.rows(step * 16, step * 16 + 16)
       np.testing.assert_allclose(np.asarray(x_BD), expected_BD, rtol=1e-4, atol=1e-5)  # rows have norm 1
@@ -78,8 +78,8 @@ def test_live_on_a_mesh_gives_the_rows_of_the_host(toy, shape):  # noqa: F811
 
 def test_live_on_a_mesh_is_a_function_of_the_step(toy):  # noqa: F811
   source, mesh = open_source(cell('live', '')), sharding.make_mesh(config.MeshConfig(2, 4))
-  straight = [np.asarray(x) for x in live_mesh.batches(source, mesh, 16, 0, 20)]
-  resumed = [np.asarray(x) for x in live_mesh.batches(source, mesh, 16, 11, 20)]
+  straight = [np.asarray(x) for x in feed.batches(source, mesh, 16, 0, 20)]
+  resumed = [np.asarray(x) for x in feed.batches(source, mesh, 16, 11, 20)]
   np.testing.assert_array_equal(straight[11:], resumed)
 
 
@@ -106,6 +106,6 @@ def test_live_on_a_mesh_runs_every_block_once(toy, monkeypatch):  # noqa: F811
     calls.extend([block.order_B.size] * max(0, len(block.outputs) - before))
 
   monkeypatch.setattr(live_mesh._Feed, '_dispatch', counted)
-  list(live_mesh.batches(source, mesh, 16, 0, 20))
-  stream = source.streams['train']
+  list(feed.batches(source, mesh, 16, 0, 20))
+  stream = source.reading.streams['train']
   assert len(calls) <= 2 * stream.blocks  # two epochs, one call a block at this size; the last may not be needed

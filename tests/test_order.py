@@ -1,32 +1,10 @@
-"""The order of tokens: nothing lost or doubled, held-out text never trained on, the same everywhere and forever."""
+"""The order of tokens: nothing lost or doubled, the same everywhere and forever."""
 
 import hypothesis
 import numpy as np
-import pytest
 from hypothesis import strategies
 
 from sae_jax.data import order
-from sae_jax.errors import UserError
-
-START = 0
-# Every token is unique, so that a window says which document and place it comes from.
-LENGTHS = (23, 2, 31, 0, 17, 40, 8, 29)
-
-
-def documents() -> list[np.ndarray]:
-  ends = 1 + np.cumsum(LENGTHS)
-  return [np.arange(end - n, end, dtype=np.int32) for n, end in zip(LENGTHS, ends, strict=True)]
-
-
-def plan(**changes):
-  asked = {
-    'start_token': START,
-    'window_tokens': 6,
-    'store_tokens': 73,
-    'held_out_tokens': 22,
-    'seed': 3,
-  } | changes
-  return order.plan(documents(), **asked)
 
 
 @hypothesis.given(strategies.integers(0, 300), strategies.text(max_size=5), strategies.integers(0, 2**40))
@@ -53,69 +31,11 @@ def test_permutation_is_uniform():
   assert (abs(counts - 200) < 60).all()  # five standard deviations
 
 
-def test_plan_windows_are_pieces_of_one_document():
-  text = documents()
-  made = plan()
-  for windows_WT in (made.train_WT, made.held_out_WT):
-    assert (windows_WT[:, 0] == START).all()
-    for ids in windows_WT[:, 1:]:
-      home = [d for d in text if ids[0] in d]
-      assert len(home) == 1
-      place = int(np.flatnonzero(home[0] == ids[0])[0])
-      assert place % 5 == 0
-      assert ids.tolist() == home[0][place : place + 5].tolist()
-
-
-def test_plan_keeps_held_out_documents_out_of_training():
-  text, made = documents(), plan()
-  held_out = np.concatenate([text[i] for i in made.held_out_documents])
-  assert not np.isin(made.train_WT[:, 1:], held_out).any()
-  assert np.isin(made.held_out_WT[:, 1:], held_out).all()
-
-
-def test_plan_holds_just_enough_windows_and_none_twice():
-  made = plan()
-  assert (len(made.train_WT), len(made.held_out_WT)) == (15, 5)  # 73 and 22 tokens, five a window
-  first = np.concatenate([made.train_WT, made.held_out_WT])[:, 1].tolist()
-  assert len(set(first)) == len(first)
-
-
-def test_plan_of_fewer_tokens_is_a_prefix():
-  np.testing.assert_array_equal(plan(store_tokens=40).train_WT, plan().train_WT[:8])
-
-
-def test_plan_seed_changes_training_order_but_never_the_held_out_tokens():
-  mine, other = plan(), plan(seed=4)
-  assert mine.train_WT.tolist() != other.train_WT.tolist()
-  np.testing.assert_array_equal(mine.held_out_WT, other.held_out_WT)
+def test_order_in_a_block_follows_the_seed_in_training_alone():
   assert order.tokens_of_block(30, 'train', 3, 0).tolist() != order.tokens_of_block(30, 'train', 4, 0).tolist()
   np.testing.assert_array_equal(
     order.tokens_of_block(30, 'held_out', 3, 0), order.tokens_of_block(30, 'held_out', 4, 0)
   )
-
-
-def test_plan_can_use_the_whole_training_text():
-  made = plan(store_tokens=1)
-  available = sum(n // 5 * 5 for i, n in enumerate(LENGTHS) if i not in made.held_out_documents)
-  assert len(plan(store_tokens=available).train_WT) == available // 5
-  with pytest.raises(UserError, match=f'data.store_tokens={available} or less'):
-    plan(store_tokens=available + 1)
-
-
-def test_plan_holds_out_many_documents_however_long():
-  text = [np.arange(60, dtype=np.int32)] * 100
-  made = order.plan(text, start_token=0, window_tokens=6, store_tokens=5, held_out_tokens=40, seed=0)
-  assert len(made.held_out_documents) == 5
-  more = order.plan(text, start_token=0, window_tokens=6, store_tokens=5, held_out_tokens=601, seed=0)
-  assert len(more.held_out_documents) == 11
-  assert set(made.held_out_documents) < set(more.held_out_documents)
-
-
-def test_plan_refuses_more_held_out_tokens_than_there_are():
-  with pytest.raises(UserError, match='held_out_tokens=1000'):
-    plan(held_out_tokens=1000)
-  with pytest.raises(UserError, match='held_out_tokens=22 but the text holds 0'):
-    order.plan([], start_token=0, window_tokens=6, store_tokens=1, held_out_tokens=22, seed=0)
 
 
 streams = strategies.builds(

@@ -5,42 +5,19 @@ The order is that of `sae_jax.data.order`, so `rows` gives what a store of the s
 
 import concurrent.futures
 import functools
+from collections.abc import Iterator
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from sae_jax import subjects
 from sae_jax.config import Config
-from sae_jax.data import harvest, order, soundness
+from sae_jax.data import live_mesh, soundness
 from sae_jax.data.normalize import normalize
+from sae_jax.data.reading import Reading
 from sae_jax.errors import UserError
-from sae_jax.subjects import text
-from sae_jax.subjects.subject import Subject
 
 _CACHED_BLOCKS = 3
-
-
-@functools.lru_cache(maxsize=1)  # a worker opens one stream for cell after cell; reading all text takes seconds
-def _opened(
-  subject_name: str,
-  site: str,
-  text_name: str,
-  window_tokens: int,
-  store_tokens: int,
-  held_out_tokens: int,
-  seed: int,
-) -> tuple[Subject, order.Windows, str]:
-  """The subject, its windows and the digest of their text."""
-  documents = text.load(text_name)
-  subject = subjects.load(subject_name, site)
-  plan = order.plan(
-    subject.encode([document for _, document in documents]),
-    start_token=subject.start_token,
-    window_tokens=window_tokens,
-    store_tokens=store_tokens,
-    held_out_tokens=held_out_tokens,
-    seed=seed,
-  )
-  return subject, plan, text.sha256(documents)
 
 
 class Live:
@@ -52,11 +29,6 @@ class Live:
 
   def __init__(self, config: Config):
     data = config.data
-    self.settings = {
-      'seed': data.seed,
-      'block_windows': data.block_windows,
-      'window_tokens': data.window_tokens,
-    }
     self.normalization, self.dtype, self.epochs = data.normalize, data.dtype, data.epochs
     if config.train.tokens > data.store_tokens * data.epochs:
       raise UserError(
@@ -67,47 +39,34 @@ class Live:
       raise UserError(
         f'eval.tokens={config.eval.tokens} but data.held_out_tokens={data.held_out_tokens}; raise the latter'
       )
-    self.subject, self.plan, text_sha256 = _opened(
-      data.subject,
-      data.site,
-      data.text,
-      data.window_tokens,
-      data.store_tokens,
-      data.held_out_tokens,
-      data.seed,
-    )
-    self.site = data.site
-    self.d_model = self.subject.width(data.site)
+    self.reading = Reading(data)
+    self.d_model, self.flops_per_token = self.reading.d_model, self.reading.flops_per_token
     if self.d_model != config.sae.d_model:
       raise UserError(f'sae.d_model={config.sae.d_model} but {data.subject} has width {self.d_model}; use that')
-    window = data.window_tokens
-    self.flops_per_token = self.subject.flops(data.site, window) * window / (window - 1)
-    self.provenance = self.subject.provenance | {
-      'subject': data.subject,
-      'site': data.site,
-      'text': data.text,
-      'normalize': data.normalize,
-      'identity': '',
-      'text_sha256': text_sha256,
-    }
-    block_tokens = data.block_windows * (data.window_tokens - 1)
-    self.streams = {
-      'train': order.Stream(data.store_tokens, block_tokens, data.seed),
-      'held_out': order.Stream(data.held_out_tokens, block_tokens, data.seed),
-    }
+    facts = {'subject': data.subject, 'site': data.site, 'text': data.text, 'normalize': data.normalize, 'identity': ''}
+    self.provenance = self.reading.subject.provenance | facts | {'text_sha256': self.reading.windows['train'].corpus}
     self._runner = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='subject')
     # Futures, so that a block in flight is waited for and not run twice.
     self._train_block = functools.lru_cache(maxsize=_CACHED_BLOCKS)(self._start_block)
     self._held_out_block = functools.cache(self._start_block)  # read again at every evaluation of every cell
 
   def rows(self, start: int, stop: int) -> np.ndarray:
-    return self._range('train', start, stop, self.streams['train'].tokens * self.epochs)
+    return self._range('train', start, stop, self.reading.streams['train'].tokens * self.epochs)
 
   def held_out(self, start: int, stop: int) -> np.ndarray:
-    return self._range('held_out', start, stop, self.streams['held_out'].tokens)
+    return self._range('held_out', start, stop, self.reading.streams['held_out'].tokens)
+
+  def batches(self, mesh: Mesh, batch: int, start: int, stop: int) -> Iterator[jax.Array]:
+    """Training batches start, ..., stop - 1, made on the devices: see `sae_jax.data.live_mesh`."""
+
+    def stored(x_WTD: jax.Array) -> jax.Array:
+      return normalize(x_WTD, self.normalization)[0].astype(self.dtype)  # rounded as a store would
+
+    rows = self.reading.streams['train'].tokens * self.epochs
+    return live_mesh.batches(self.reading, stored, rows, mesh, batch, start, stop)
 
   def _range(self, name: str, start: int, stop: int, held: int) -> np.ndarray:
-    stream, parts, position = self.streams[name], [], start
+    stream, parts, position = self.reading.streams[name], [], start
     start_block = self._train_block if name == 'train' else self._held_out_block
     for block, first, last in stream.locate(start, stop):
       pending = start_block(name, block)
@@ -122,9 +81,7 @@ class Live:
     return self._runner.submit(self._run_block, name, block)
 
   def _run_block(self, name: str, block: int) -> np.ndarray:
-    windows_WT = {'train': self.plan.train_WT, 'held_out': self.plan.held_out_WT}[name]
-    x_BD = harvest.block_activations(self.subject, self.site, windows_WT, name, block, self.settings)
-    x_BD = normalize(x_BD[: self.streams[name].size(block)], self.normalization)[0]
+    x_BD = normalize(self.reading.block(name, block), self.normalization)[0]
     with np.errstate(over='ignore'):
       rounded_BD = x_BD.astype(self.dtype).astype(np.float32)  # as a store would
     where, remedy = f'block {block} of {name}', 'use data.dtype=float32 or data.normalize=center_unit'

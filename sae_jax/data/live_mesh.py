@@ -6,7 +6,6 @@ so no thread is used. The rows are those of `live.Live`, up to rounding.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -16,16 +15,32 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import sharding
-from sae_jax.data import harvest, order
-from sae_jax.data.live import Live
-from sae_jax.subjects.subject import Subject
+from sae_jax.data.reading import Reading, windows_per_call
+from sae_jax.data.windows import drop_first
 
 _ALL = ('data', 'latent')  # windows need no neighbour, so every device takes some
 
 
-def batches(source: Live, mesh: Mesh, batch: int, start: int, stop: int) -> Iterator[jax.Array]:
-  """Training batches start..stop."""
-  feed = _Feed(source, mesh)
+def batches(
+  reading: Reading,
+  stored: Callable[[jax.Array], jax.Array],
+  rows: int,
+  mesh: Mesh,
+  batch: int,
+  start: int,
+  stop: int,
+) -> Iterator[jax.Array]:
+  """Training batches start, ..., stop - 1: float32 [batch, D], sharded over tokens.
+
+  Args:
+    reading: the subject and its windows.
+    stored: makes of activations [W, T, D] what a store would hold.
+    rows: length of the stream over all epochs. No block after it is made ready.
+    mesh: of the training step.
+    batch: rows in a batch.
+    start, stop: steps.
+  """
+  feed = _Feed(reading, stored, rows, mesh)
   for step in range(start, stop):
     yield feed.take(step * batch, (step + 1) * batch)
     if step + 1 < stop:
@@ -42,31 +57,30 @@ class _Block:
     self.calls_CWT = np.concatenate([windows_WT, padding]).reshape(count, per_call, -1)
     self.order_B = order_B
     self.outputs: list[jax.Array] = []
-    self.whole: jax.Array | None = None  # [calls, windows, T - 1, D]
+    self.whole: jax.Array | None = None  # [calls, windows, positions that count, D]
 
 
 class _Feed:
-  def __init__(self, source: Live, mesh: Mesh):
-    self._source, self._mesh = source, mesh
-    self._stream = source.streams['train']
-    windows = harvest.windows_per_call(mesh.devices.flat[0].platform, source.settings['window_tokens'])
-    fair = -(-source.settings['block_windows'] // mesh.size)  # no more than a block holds
-    self._per_call = mesh.size * min(fair, windows)
+  def __init__(self, reading: Reading, stored: Callable[[jax.Array], jax.Array], rows: int, mesh: Mesh):
+    self._reading, self._rows, self._mesh = reading, rows, mesh
+    self._stream = reading.streams['train']
+    window = reading.windows['train'].ids_WT.shape[1]
+    fair = -(-reading.block_windows // mesh.size)  # no more than a block holds
+    self._per_call = mesh.size * min(fair, windows_per_call(mesh.devices.flat[0].platform, window))
     self._blocks: dict[int, _Block] = {}
     self._ahead = -1  # the block that is being made ready
     everywhere = NamedSharding(mesh, P())
     self._params = jax.tree.map(
       lambda a: jax.make_array_from_callback(a.shape, everywhere, lambda index, a=a: np.asarray(a)[index]),
-      source.subject.params,
+      reading.subject.params,
     )
+
+    def forward(params: dict[str, jax.Array], ids_WT: jax.Array) -> jax.Array:
+      x_WTD = dataclasses.replace(reading.subject, params=params).residual(ids_WT, reading.site)
+      return stored(x_WTD[:, drop_first(window)])
+
     spread = NamedSharding(mesh, P(_ALL))
-    self._forward = jax.jit(
-      functools.partial(
-        _forward, subject=source.subject, site=source.site, kind=source.normalization, dtype=source.dtype
-      ),
-      in_shardings=(everywhere, spread),
-      out_shardings=spread,
-    )
+    self._forward = jax.jit(forward, in_shardings=(everywhere, spread), out_shardings=spread)
     self._stack = jax.jit(lambda *outputs: jnp.stack(outputs), out_shardings=NamedSharding(mesh, P(None, _ALL)))
     self._take = jax.jit(_make_take(mesh), out_shardings=NamedSharding(mesh, sharding.BATCH))
 
@@ -93,7 +107,7 @@ class _Feed:
     """Dispatches this step's share of the calls of the block after the one that holds `position`."""
     block, first, _ = self._stream.locate(position, position + 1)[0]
     after = position + self._stream.size(block) - first
-    if after >= self._stream.tokens * self._source.epochs:
+    if after >= self._rows:
       return
     self._ahead = self._stream.locate(after, after + 1)[0][0]
     following = self._block(self._ahead)
@@ -103,11 +117,8 @@ class _Feed:
 
   def _block(self, block: int) -> _Block:
     if block not in self._blocks:
-      size = self._source.settings['block_windows']
-      windows_WT = self._source.plan.train_WT[block * size : (block + 1) * size]
-      tokens = len(windows_WT) * (windows_WT.shape[1] - 1)
-      order_B = order.tokens_of_block(tokens, 'train', self._source.settings['seed'], block)
-      self._blocks[block] = _Block(windows_WT, self._per_call, order_B)
+      windows_WT = self._reading.windows_of('train', block).ids_WT
+      self._blocks[block] = _Block(windows_WT, self._per_call, self._reading.order_of('train', block))
     return self._blocks[block]
 
   def _dispatch(self, block: _Block, count: int) -> None:
@@ -117,18 +128,6 @@ class _Feed:
     for ids_WT in block.calls_CWT[len(block.outputs) :][:count]:
       placed = jax.make_array_from_callback(ids_WT.shape, spread, lambda index, ids_WT=ids_WT: ids_WT[index])
       block.outputs.append(self._forward(self._params, placed))
-
-
-def _forward(
-  params: dict[str, jax.Array], ids_WT: jax.Array, *, subject: Subject, site: str, kind: str, dtype: str
-) -> jax.Array:
-  """Normalised activations [W, T - 1, D], rounded as a store would."""
-  x_WTD = dataclasses.replace(subject, params=params).residual(ids_WT, site)[:, 1:]
-  if kind == 'center_unit':
-    x_WTD = x_WTD - x_WTD.mean(axis=-1, keepdims=True)
-    norm = jnp.linalg.norm(x_WTD, axis=-1, keepdims=True)
-    x_WTD = x_WTD / jnp.where(norm > 0, norm, 1)
-  return x_WTD.astype(dtype)
 
 
 def _make_take(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:

@@ -14,6 +14,7 @@ import tensorstore
 from sae_jax import config, files, schema
 from sae_jax.data import order, soundness
 from sae_jax.data.normalize import normalize
+from sae_jax.data.windows import counted
 from sae_jax.errors import UserError
 
 SCHEMA = 1
@@ -43,7 +44,7 @@ def block_tokens_at(path: str) -> int | None:
   for name in (schema.STORE, _PLAN):
     try:
       settings = schema.parse_large(files.read(files.join(path, name)))['config']
-      found = settings['block_windows'] * (settings['window_tokens'] - 1)
+      found = settings['block_windows'] * counted(settings['window_tokens'])
     except (OSError, ValueError, KeyError, TypeError):
       continue
     if schema.is_kind(found, int) and found > 0:
@@ -85,7 +86,7 @@ class StoreWriter:
       'provenance': provenance,
       'subject_flops_per_token': flops_per_token,
     } | ({'scale': scale} if settings['normalize'] == 'scale' else {})
-    block_tokens = settings['block_windows'] * (settings['window_tokens'] - 1)
+    block_tokens = settings['block_windows'] * counted(settings['window_tokens'])
     sizes = {'train': settings['store_tokens'], 'held_out': settings['held_out_tokens']}
     self.streams = {name: order.Stream(sizes[name], block_tokens, settings['seed']) for name in ARRAYS}
     self._claim_folder()
