@@ -60,7 +60,8 @@ class Live:
     """Training batches start, ..., stop - 1, made on the devices: see `sae_jax.data.live_mesh`."""
 
     def stored(x_WTD: jax.Array) -> jax.Array:
-      return normalize(x_WTD, self.normalization)[0].astype(self.dtype)  # rounded as a store would
+      # Uncorrected, as it always was: cells go on with the bits they began with.
+      return normalize(x_WTD, self.normalization, correct=False)[0].astype(self.dtype)
 
     rows = self.reading.streams['train'].tokens * self.epochs
     return live_mesh.batches(self.reading, stored, rows, mesh, batch, start, stop)

@@ -9,11 +9,11 @@ from sae_jax.errors import UserError
 KINDS = ('center_unit', 'scale', 'none')
 
 
-def normalize(x: Any, kind: str, scale: float | None = None) -> tuple[Any, Any, Any]:
+def normalize(x: Any, kind: str, scale: float | None = None, *, correct: bool = True) -> tuple[Any, Any, Any]:
   """Normalised activations [..., D], and the mean and norm [..., 1] that undo it: x = out * norm + mean.
 
-  Arrays of numpy are computed in float64 and returned in their own type. Those of jax are computed in their own type,
-  because inside jit there may be no float64; there the mean of what is left corrects the mean.
+  Arrays of numpy are computed in float64 and returned in their own type. Those of jax are computed in their own type:
+  inside jit there may be no float64.
 
   Args:
     x: raw activations.
@@ -21,6 +21,7 @@ def normalize(x: Any, kind: str, scale: float | None = None) -> tuple[Any, Any, 
       and becomes 0, not NaN. Normalising twice changes nothing beyond rounding. 'scale' multiplies every token by
       `scale`. 'none' changes nothing.
     scale: of 'scale' alone, above 0. It is recorded with the store and with every autoencoder.
+    correct: of jax alone: the mean of what is left corrects the mean.
 
   Raises `UserError` for another kind, and for 'scale' without its number: to guess 1 would give plausible rows.
   """
@@ -36,7 +37,7 @@ def normalize(x: Any, kind: str, scale: float | None = None) -> tuple[Any, Any, 
     out = (x * np.float64(scale)).astype(x.dtype) if on_host else x * scale
     return out, xp.zeros_like(x[..., :1]), xp.full_like(x[..., :1], 1 / scale)
   mean = x.mean(axis=-1, keepdims=True, dtype=np.float64 if on_host else None)
-  if not on_host:
+  if correct and not on_host:
     mean = mean + (x - mean).mean(axis=-1, keepdims=True)
   centred = x - mean
   norm = xp.linalg.norm(centred, axis=-1, keepdims=True)
