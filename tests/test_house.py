@@ -1,0 +1,80 @@
+"""The house rules that a syntax tree can show: who may know the name of a model."""
+
+import ast
+import pathlib
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from sae_jax.subjects import catalogue
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODELS = re.compile('|'.join([*catalogue.ENTRIES, 'smollm', 'llama', 'gpt-?[0-9j]', 'neox', 'pythia', 'gemma', 'qwen']))
+
+
+def decisions(code: str) -> Iterator[tuple[int, str]]:
+  """Lines and texts of the strings that a program decides by.
+
+  They stand in comparisons, in the patterns of a match, in the keys of a dict or in what a text is asked to begin or
+  end with.
+  """
+  for node in ast.walk(ast.parse(code)):
+    match node:
+      case ast.Compare(left, _, others):
+        parts = [left, *others]
+      case ast.MatchValue(value):
+        parts = [value]
+      case ast.Dict(keys):
+        parts = [key for key in keys if key is not None]
+      case ast.Call(ast.Attribute(_, 'startswith' | 'endswith' | 'get'), parts):
+        pass
+      case ast.Subscript(_, part):
+        parts = [part]
+      case _:
+        continue
+    for part in parts:
+      for leaf in ast.walk(part):
+        if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str):
+          yield leaf.lineno, leaf.value
+
+
+def program(*outside: str) -> Iterator[pathlib.Path]:
+  """The files of the library, the sweeps and the analysis, without those in some folders."""
+  for part in ('sae_jax', 'sweeps', 'analysis'):
+    for path in sorted((ROOT / part).rglob('*.py')):
+      if not any(path.is_relative_to(ROOT / folder) for folder in outside):
+        yield path
+
+
+def test_nothing_but_subjects_decides_by_the_name_of_a_model():
+  found = [
+    f'{path.relative_to(ROOT)}:{line}: {text!r}'
+    for path in program('sae_jax/subjects')
+    for line, text in decisions(path.read_text())
+    if MODELS.search(text.lower())
+  ]
+  assert not found, 'move what depends on the model into sae_jax/subjects: ' + ', '.join(found)
+
+
+@pytest.mark.parametrize(
+  'code',
+  [
+    "if name == 'smollm2-135m': pass",
+    "if 'GPT2' != name: pass",
+    "x = name in ('toy', 'gpt_neox')",
+    "match name:\n  case 'toy' | 'gemma3': pass",
+    "x = {'llama': 1}[name]",
+    "x = table['qwen2']",
+    "if name.startswith('pythia'): pass",
+  ],
+)
+def test_a_decision_by_name_is_noticed(code):
+  assert any(MODELS.search(text.lower()) for _, text in decisions(code))
+
+
+def test_every_case_of_the_families_is_a_name_that_is_looked_for():
+  code = (ROOT / 'sae_jax' / 'subjects' / '__init__.py').read_text()
+  cases = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.MatchValue)]
+  names = [case.value for case in cases if isinstance(case, ast.Constant)]
+  assert names and all(MODELS.search(str(name)) for name in names)
