@@ -22,7 +22,7 @@ from jax._src import distributed as _jax_distributed
 from jax._src.clusters import cloud_tpu_cluster
 
 from sae_jax import arguments
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, end_at_once
 from sae_jax.signals import Signalled
 
 _ADDRESS, _COUNT, _RANK = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
@@ -203,6 +203,4 @@ def lost_peer(error: BaseException | None) -> bool:
 
 def _end_at_once(kind: type[BaseException], error: BaseException | None, trace: types.TracebackType | None) -> None:
   traceback.print_exception(kind, error, trace)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(BROKEN if lost_peer(error) else 1)
+  end_at_once(BROKEN if lost_peer(error) else 1)

@@ -26,8 +26,10 @@ def is_disk_full(error: BaseException) -> bool:
 def is_host_error(error: BaseException) -> bool:
   """Whether an error, or one that led to it, is of the machine: no descriptors, memory, processes or working disk.
 
-  A new process may do better, here or elsewhere, and no cell is at fault.
+  No cell is at fault, and a new process may do better, here or elsewhere. A full disk is not meant: it needs a person.
   """
+  if is_disk_full(error):
+    return False
   seen: list[BaseException] = []
   left: list[BaseException | None] = [error]
   while left:

@@ -39,6 +39,11 @@ class Member:
     source: its activations.
     share: part of the run's time that is this cell's, for `wall_s`; 1 when it trains alone.
     before_write: called before anything is written that others see; raises when the cell is another's now.
+
+  Attributes:
+    state: its training state. Whoever steps it puts the new one here.
+    values: the metrics of its newest step, on the device. Whoever steps it puts them here, too.
+    outcome: 'preempted' until the result is written, then 'done'. A cell that diverged has the `Diverged`.
   """
 
   def __init__(
@@ -68,34 +73,43 @@ class Member:
     }
     if mesh.devices.flat[0].platform == 'cpu':
       self._facts |= metrics.processor()
+    self.state: Any = None
+    self.values: dict[str, jax.Array] = {}
+    self.outcome: str | Diverged = 'preempted'
     self._began = time.monotonic()
+    self._train_metrics: dict[str, float] = {}
     self._line: dict[str, Any] = {}
 
-  def start(self, abstract: Any, fresh: Callable[[], Any]) -> Any:
-    """The state of the newest good checkpoint, else a fresh one."""
+  def start(self, abstract: Any, fresh: Callable[[], Any]) -> None:
+    """Takes up the state of the newest good checkpoint, else a fresh one."""
     restored = self._checkpoints.restore(
       abstract, lambda text: print(f'{self.config.id}: {text}', file=sys.stderr), schema.FACTS
     )
-    if not restored:
-      return fresh()
-    state, saved = restored
+    self.state, saved = restored or (fresh(), self._facts)
     # What checkpoints from before a fact was kept mean: the only way there was, and nothing known of the machine.
     saved = self._facts | {'row_chunks': 1, 'products': 'auto'} | saved
     same = all(saved[key] == value for key, value in self._facts.items() if key not in ('bit_exact', 'wall_s'))
     self._facts |= {'bit_exact': saved['bit_exact'] and same, 'wall_s': saved['wall_s']}
-    return state
 
   def begin(self) -> None:
     """Starts the clock behind `wall_s`."""
     self._began = time.monotonic()
 
+  def hear(self, at: int, train_metrics: dict[str, float]) -> None:
+    """Takes the metrics of a step for the next line. The cell has diverged when they are not finite."""
+    self._train_metrics = train_metrics
+    self._is_finite(at, train_metrics)
+
   def evaluates_at(self, step: int) -> bool:
     return step in self._evaluation_steps
 
-  def evaluate(self, at: int, state: Any, train_metrics: dict[str, float]) -> None:
-    """Measures raw and EMA weights on held-out tokens and writes a line. Raises `Diverged`."""
-    batch = self.config.train.batch_tokens
-    raw, ema = self._evaluator(*self._weights(state).values())
+  def saves_at(self, step: int) -> bool:
+    return step % self.config.train.checkpoint_every == 0
+
+  def evaluate(self, at: int) -> None:
+    """Measures raw and EMA weights on held-out tokens and writes a line. Not finite, the cell has diverged."""
+    state, batch = self.state, self.config.train.batch_tokens
+    raw, ema = self._evaluator(*self._weights().values())
     mean_l0 = state.carried.get('mean_l0')
     spent = flops.spent(self.config, at, int(state.aux_steps), None if mean_l0 is None else float(mean_l0))
     better = 'ema' if ema.nmse < raw.nmse else 'raw'
@@ -112,30 +126,30 @@ class Member:
       'eval/weights': better,
       'eval/mse': best.mse,
       'eval/l0': best.l0,
-    } | train_metrics
+    } | self._train_metrics
     if best.topk_recall is not None:
       line['eval/topk_recall'] = best.topk_recall
-    check_finite(at, line)
-    self._before_write()
-    if self._log:
-      self._log.write(at, line)
-    self._line = line
+    if self._is_finite(at, line):
+      self._before_write()
+      if self._log:
+        self._log.write(at, line)
+      self._line = line
 
-  def save(self, at: int, state: Any) -> None:
+  def save(self, at: int) -> None:
     self._before_write()
-    self._checkpoints.save(at, state, self._facts | {'wall_s': self._wall_s()})
+    self._checkpoints.save(at, self.state, self._facts | {'wall_s': self._wall_s()})
 
   def close(self) -> None:
     """Waits for checkpoints in flight."""
     self._checkpoints.close()
 
-  def finish(self, state: Any) -> None:
+  def finish(self) -> None:
     """Writes the autoencoder and then result.json, the commit point, after an evaluation at the last step."""
-    config, line = self.config, self._line
+    config, state, line = self.config, self.state, self._line
     digest = combined_digest(state.params)
     weights = {
       name: {key: np.asarray(multihost_utils.process_allgather(a, tiled=True)) for key, a in params.items()}
-      for name, params in self._weights(state).items()
+      for name, params in self._weights().items()
     }
     if jax.process_index() == 0:
       sizes = {
@@ -187,21 +201,26 @@ class Member:
         )
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('result.json')
+    self.outcome = 'done'
 
-  def _weights(self, state: Any) -> dict[str, Any]:
+  def _weights(self) -> dict[str, Any]:
     """What an autoencoder in use needs, by the name of the weights."""
+    state = self.state
     ema = optim.ema_weights(state.ema, state.step, self.config.optim)
     return {name: kept(params, state.carried) for name, params in (('raw', state.params), ('ema', ema))}
 
   def _wall_s(self) -> float:
     return self._facts['wall_s'] + self._share * (time.monotonic() - self._began)
 
-
-def check_finite(step: int, values: dict[str, Any]) -> None:
-  """Raises `Diverged` naming what is not finite."""
-  bad = [f'{key}={value}' for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
-  if bad:
-    raise Diverged(f'not finite at step {step}: {", ".join(bad)}; lower optim.learning_rate or set optim.clip_norm')
+  def _is_finite(self, at: int, values: dict[str, Any]) -> bool:
+    """Whether all values are. Otherwise the cell ends here, with an outcome that names what is not."""
+    bad = [f'{key}={value}' for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    if bad:
+      self.outcome = Diverged(
+        f'not finite at step {at}: {", ".join(bad)}; lower optim.learning_rate or set optim.clip_norm'
+      )
+      self.close()
+    return not bad
 
 
 def claim_folder(config: Config, workdir: str) -> None:

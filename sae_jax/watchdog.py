@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from sae_jax import arguments
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, end_at_once
 
 # 128 + the signal of a timer: engines restart it, as they would a dead node, but count it against the budget of
 # failures. 42 would be free, and a hang that comes back every time would then restart 100 times.
@@ -89,8 +89,7 @@ def end(why: str, exit_with: Callable[[int], None] | None = None) -> None:
   """Says why, prints the stacks of all threads and ends the process, by `exit_with` if given."""
   print(why, file=sys.stderr, flush=True)
   faulthandler.dump_traceback(all_threads=True)
-  sys.stdout.flush()
-  (exit_with or os._exit)(STALLED_EXIT)
+  (exit_with or end_at_once)(STALLED_EXIT)
 
 
 def _floor() -> float:

@@ -19,7 +19,7 @@ from typing import NoReturn
 import jax
 
 from sae_jax import config, distributed, faults, watchdog
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, end_at_once
 from sweeps import ledger
 
 GRACE_S = 5.0  # for the other ranks to fail of the same cause, or to hear that the gang ends
@@ -44,12 +44,11 @@ def outlive(error: Exception) -> None:
 def disband(code: int) -> NoReturn:
   """Ends every rank at once, also those that hang; rank 0 last, because the others abort when it is gone."""
   distributed.tell(_VERDICT, str(code))
-  sys.stdout.flush()
   until = time.monotonic() + GRACE_S
   for rank in range(1, jax.process_count()):
     distributed.hear(f'bye/{rank}', timeout_s=until - time.monotonic())
   time.sleep(1.0)  # on a busy machine a rank that said so was not gone yet, and aborted (134) after this one
-  os._exit(code)
+  end_at_once(code)
 
 
 class Leader:
@@ -123,7 +122,7 @@ def follow(train_group: Callable[..., list], store: ledger.Ledger, vote: distrib
         pass
     except jax.errors.JaxRuntimeError as error:
       print(f'rank 0 is gone: {error}', file=sys.stderr, flush=True)
-      os._exit(distributed.BROKEN)
+      end_at_once(distributed.BROKEN)
     word = json.loads(said)
     vote.polls = word['polls']
     if 'end' in word:
@@ -149,10 +148,9 @@ def _await_verdict(dismissed: threading.Event) -> None:
       code = distributed.hear(_VERDICT)
     except jax.errors.JaxRuntimeError:
       return  # rank 0 is gone, and the coordination service ends this process
-  sys.stdout.flush()
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     distributed.tell(f'bye/{jax.process_index()}', code)
-  os._exit(int(code))
+  end_at_once(int(code))
 
 
 def _stalled(why: str) -> None:
@@ -172,9 +170,8 @@ def _report(error: Exception) -> NoReturn:
   # The first rank to fail is the one that counts, and rank 0 may be gone.
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     distributed.tell(_TROUBLE, json.dumps(trouble))
-  sys.stderr.flush()
   time.sleep(4 * GRACE_S)
-  os._exit(1)
+  end_at_once(1)
 
 
 def _as_told(trouble: str) -> RankFailed:

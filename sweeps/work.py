@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from sae_jax import arguments, faults, files, flops, lease, schema, signals
-from sae_jax.errors import HOST_BROKEN, PREEMPTED, USER_ERROR_EXIT, UserError, one_line_errors
+from sae_jax.errors import HOST_BROKEN, PREEMPTED, USER_ERROR_EXIT, UserError, end_at_once, one_line_errors
 from sweeps import flags, groups, ledger
 from sweeps.attempt import Held, TrainGroup, attempt, say_host_broken
 
@@ -226,18 +226,15 @@ def main(argv: list[str]) -> int:
     )
   except lease.LeaseLost as error:
     print(f'lease lost: {error}', file=sys.stderr, flush=True)
-    sys.stdout.flush()
     if leader is not None:
       leader.disband(PREEMPTED)
-    # Not sys.exit: a checkpoint still being written belongs to a cell that is no longer ours.
-    os._exit(PREEMPTED)
+    end_at_once(PREEMPTED)
   except Exception as error:
-    if not faults.is_disk_full(error) and faults.is_host_error(error):
+    if faults.is_host_error(error):
       say_host_broken(store, error)
       if leader is not None:
         leader.disband(HOST_BROKEN)
-      # Not sys.exit: what waits for a thread or a descriptor at the end might wait for ever.
-      os._exit(HOST_BROKEN)
+      end_at_once(HOST_BROKEN)
     if leader is None or not isinstance(error, UserError):
       raise
     print(f'error: {error}', file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from sae_jax import files, lease, schema
+from sae_jax import files, lease, schema, single_run
 from sae_jax import train as training
 from sae_jax.errors import BrokenFile, UserError
 from sweeps import cancel, ledger, work
@@ -353,7 +353,7 @@ def test_a_holder_on_another_machine_is_watched(alone, one, monkeypatch, capsys,
     if lives and next(naps) == 1:
       cells.edit(str(claim_file(folder)), refreshed=1)
 
-  monkeypatch.setattr(training.time, 'sleep', nap)
+  monkeypatch.setattr(single_run.time, 'sleep', nap)
   fake(monkeypatch, lambda _: 'preempted')
   assert run(folder) == (2 if lives else 42)
   assert 'waiting up to 90 s' in capsys.readouterr().err

@@ -89,7 +89,8 @@ def test_resuming_on_another_path_says_bits_may_differ(saved, exact, tmp_path):
   mesh = sharding.make_mesh(config_.mesh)
   state = {'params': {'b_pre_D': jnp.arange(float(D))}}
   first = Member(config_, str(tmp_path), mesh, open_source(config_))
-  first.save(3, state)
+  first.state = state
+  first.save(3)
   first.close()
   folder = Checkpoints(str(tmp_path), config_.id)
   state, facts = folder.restore(state, print)
@@ -100,7 +101,7 @@ def test_resuming_on_another_path_says_bits_may_differ(saved, exact, tmp_path):
   folder.close()
   second = Member(config_, str(tmp_path), mesh, open_source(config_))
   second.start(state, lambda: None)
-  second.save(7, state)
+  second.save(7)
   second.close()
   folder = Checkpoints(str(tmp_path), config_.id)
   assert folder.restore(state, print)[1]['bit_exact'] is exact

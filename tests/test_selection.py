@@ -129,9 +129,11 @@ def test_a_cell_records_its_recall_where_it_has_one(tmp_path):
   line, result = {}, {}
   for selection in ('exact', 'approximate'):
     member = Member(cell(**{'sae.selection': selection}), str(tmp_path / selection), mesh, source)
-    member.evaluate(3, state, {'sae/dead_fraction': 0.0})
+    member.state = state
+    member.hear(3, {'sae/dead_fraction': 0.0})
+    member.evaluate(3)
     member.close()
-    member.finish(state)
+    member.finish()
     line[selection] = json.loads((tmp_path / selection / 'metrics.jsonl').read_text())
     result[selection] = json.loads((tmp_path / selection / 'result.json').read_text())
   # XLA sorts on this platform, so nothing is missed.
