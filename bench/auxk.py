@@ -9,7 +9,7 @@ from typing import Any
 from bench import command
 from bench.alternate import Worker, alternate, machine, median, ratio, started
 from bench.side_by_side import SHAPES
-from sae_jax import arguments
+from sae_jax import flags
 from sae_jax.errors import one_line_errors
 
 SHARES = (0.0, 0.001, 0.01, 0.1, 0.5)
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     '--shape',
     metavar='D,N,B,K',
-    type=arguments.shape,
+    type=flags.shape,
     default=SHAPES[0],
     help='instead of the smaller standard one',
   )

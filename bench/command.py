@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.alternate import warn
-from sae_jax import arguments, files
+from sae_jax import files, flags
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
@@ -17,9 +17,7 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
 
 
 def add_rounds(made: argparse.ArgumentParser) -> None:
-  made.add_argument(
-    '--rounds', type=arguments.whole('--rounds'), default=5, help='turns each competitor gets (default 5)'
-  )
+  made.add_argument('--rounds', type=flags.whole('--rounds'), default=5, help='turns each competitor gets (default 5)')
 
 
 def add_peers_python(made: argparse.ArgumentParser) -> None:
@@ -34,14 +32,14 @@ def add_shapes(made: argparse.ArgumentParser) -> None:
   made.add_argument(
     '--shape',
     metavar='D,N,B,K',
-    type=arguments.shape,
+    type=flags.shape,
     action='append',
     help='instead of the standard ones; may repeat',
   )
 
 
 def shape_flag(shape: Sequence[int]) -> str:
-  """For a worker; the inverse of `arguments.shape`."""
+  """For a worker; the inverse of `flags.shape`."""
   return f'--shape={",".join(map(str, shape))}'
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from bench import command
 from bench.alternate import Worker, alternate, machine, median, ratio, started
-from sae_jax import arguments
+from sae_jax import flags
 from sae_jax.errors import UserError, one_line_errors
 
 SITE = 'resid_post.12'
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> int:
   parser = command.parser('harvest', __doc__)
   parser.add_argument(
     '--calls',
-    type=arguments.whole('--calls'),
+    type=flags.whole('--calls'),
     action='append',
     help='windows a call; may repeat (default 4, 8, 32)',
   )

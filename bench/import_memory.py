@@ -17,8 +17,9 @@ import numpy as np
 
 from bench import command
 from bench.alternate import ROOT, machine
-from sae_jax import arguments, config
+from sae_jax import config
 from sae_jax.errors import UserError, one_line_errors
+from sae_jax.flags import positive
 
 WIDTH = 4096
 DTYPES = ('float32', 'float16')  # of the file and of the store
@@ -97,7 +98,7 @@ def _memory(pid: int) -> dict[str, int]:
 @one_line_errors
 def main(argv: list[str]) -> int:
   parser = command.parser('import_memory', __doc__)
-  parser.add_argument('--gigabytes', type=arguments.positive('--gigabytes', '5'), default=5.0)
+  parser.add_argument('--gigabytes', type=positive('--gigabytes', '5'), default=5.0)
   parser.add_argument('--folder', default=tempfile.gettempdir(), help='with room for twice the file (%(default)s)')
   args = parser.parse_args(argv)
   rows = [measure(args.gigabytes, dtype, args.folder) for dtype in DTYPES]

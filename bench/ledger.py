@@ -19,9 +19,10 @@ import numpy as np
 
 from bench import command
 from bench.alternate import ROOT, cpu_time, machine
-from sae_jax import arguments, config, flops, metrics, product, schema
+from sae_jax import config, flops, metrics, product, schema
 from sae_jax.cell import log_spaced
 from sae_jax.errors import UserError, one_line_errors
+from sae_jax.flags import whole
 from sweeps import grid
 
 CELLS = 5000
@@ -239,9 +240,7 @@ def _load_of_others(before: tuple[int, int], own_s: float) -> float:
 @one_line_errors
 def main(argv: list[str]) -> int:
   parser = command.parser('ledger', __doc__)
-  parser.add_argument(
-    '--cells', type=arguments.whole('--cells', 100), default=CELLS, help='of the ledger (default %(default)s)'
-  )
+  parser.add_argument('--cells', type=whole('--cells', 100), default=CELLS, help='of the ledger (default %(default)s)')
   args = parser.parse_args(argv)
   record = measure(args.cells, min(_REPORTED, args.cells), _WATCHED_S)
   return command.report(record, lines(record), args.json)

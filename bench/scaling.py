@@ -11,7 +11,7 @@ import pandas as pd
 from analysis import fit
 from bench import command
 from bench.alternate import Worker, alternate, machine, median, started
-from sae_jax import arguments, flops
+from sae_jax import flags, flops
 from sae_jax.errors import one_line_errors
 
 _AXES = ('d', 'n', 'B', 'k')
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> int:
   command.add_rounds(parser)
   parser.add_argument(
     '--shrink',
-    type=arguments.whole('--shrink'),
+    type=flags.whole('--shrink'),
     default=1,
     help='divide n and batch by this, for a quick try',
   )

@@ -17,8 +17,9 @@ from typing import Any
 
 from bench import command
 from bench.alternate import ROOT, cpu_time, machine
-from sae_jax import arguments, schema
+from sae_jax import schema
 from sae_jax.errors import UserError, one_line_errors
+from sae_jax.flags import whole
 from sweeps import grid, ledger
 
 TOKENS = 30_720  # of each cell: 60 batches of 512
@@ -157,13 +158,11 @@ def main(argv: list[str]) -> int:
   parser = command.parser('sweep', __doc__)
   parser.add_argument(
     '--tokens',
-    type=arguments.whole('--tokens', 512),
+    type=whole('--tokens', 512),
     default=TOKENS,
     help='of each cell (default %(default)s)',
   )
-  parser.add_argument(
-    '--every', type=arguments.whole('--every'), default=1, help='only every so many cells, for a quick try'
-  )
+  parser.add_argument('--every', type=whole('--every'), default=1, help='only every so many cells, for a quick try')
   args = parser.parse_args(argv)
   row = measure(args.tokens, args.every)
   return command.report(row, lines(row), args.json)

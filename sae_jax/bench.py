@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from sae_jax import arguments, config, files, flops, metrics, optim, sharding, sparse, topk
+from sae_jax import config, files, flags, flops, metrics, optim, sharding, sparse, topk
 from sae_jax.errors import one_line_errors
 from sae_jax.sae import Params
 from sae_jax.startup import SAMPLE
@@ -170,7 +170,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     '--shape',
     metavar='D,N,B,K',
-    type=arguments.shape,
+    type=flags.shape,
     action='append',
     help='instead of the standard shapes; may repeat',
   )

@@ -21,7 +21,7 @@ import jax
 from jax._src import distributed as _jax_distributed
 from jax._src.clusters import cloud_tpu_cluster
 
-from sae_jax import arguments
+from sae_jax import flags
 from sae_jax.errors import UserError, end_at_once
 from sae_jax.signals import Signalled
 
@@ -63,7 +63,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
 
 def heartbeat_s() -> int:
   """How long a rank may be silent before the others end."""
-  return _whole(_HEARTBEAT, os.environ.get(_HEARTBEAT, '20'), at_least=1)
+  return flags.whole(_HEARTBEAT)(os.environ.get(_HEARTBEAT, '20'))
 
 
 def stated_gang(
@@ -96,7 +96,7 @@ def stated_gang(
   host, _, port = address.rpartition(':')
   if not host or not port.isdecimal():
     raise UserError(f'coordinator {address!r} is not HOST:PORT; give e.g. 10.0.0.1:8476')
-  count, rank = _whole('num_processes', count, at_least=1), _whole('process_id', rank, at_least=0)
+  count, rank = flags.whole('num_processes')(count), flags.whole('process_id', 0)(rank)
   if rank >= count:
     raise UserError(f'process_id {rank} is not below num_processes {count}; ranks count from 0')
   return {'coordinator_address': address, 'num_processes': count, 'process_id': rank}
@@ -182,13 +182,6 @@ def _on_tpu_machine() -> bool:
   if (os.environ.get('JAX_PLATFORMS') or 'tpu').split(',')[0] != 'tpu':
     return False
   return any(cluster.is_env_present() for cluster in (cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster))
-
-
-def _whole(name: str, value: str | int, at_least: int) -> int:
-  number = arguments.whole_or_none(value, at_least)
-  if number is None:
-    raise UserError(f'{name}={value!r} is not a whole number of at least {at_least}; give one')
-  return number
 
 
 def lost_peer(error: BaseException | None) -> bool:

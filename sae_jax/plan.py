@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-from sae_jax import config_flags, files, flops
+from sae_jax import files, flags, flops
 from sae_jax.ahead import hlo
 from sae_jax.config import Config, resolve
 from sae_jax.errors import UserError, one_line_errors
@@ -260,7 +260,7 @@ def main(argv: list[str]) -> int:
     '--latent_shards', type=int, metavar='S', help="chips that share the latents; default: the config's mesh"
   )
   parser.add_argument('--json', metavar='OUT', help='write the plan here')
-  args, config_dict = config_flags.parse(parser, argv)
+  args, config_dict = flags.parse(parser, argv)
   # A program for chips that are not here cannot be read back from jax's cache: jax would warn and compile again.
   os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
   made = plan(resolve(config_dict), args.topology, args.latent_shards)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import Mesh
 
-from sae_jax import checkpoint, config_flags, distributed, files, flops, schema, sharding, single_run, sparse
+from sae_jax import checkpoint, distributed, files, flags, flops, schema, sharding, single_run, sparse
 from sae_jax.config import Config, resolve
 from sae_jax.data import feed
 from sae_jax.data.source import Source, open_source
@@ -173,7 +173,7 @@ def _products(config: Config, mesh: Mesh) -> str:
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog='python -m sae_jax.train', description=__doc__.splitlines()[0])
   parser.add_argument('--workdir', required=True, help='cell folder; starting again in it resumes')
-  args, config_dict = config_flags.parse(parser, argv)
+  args, config_dict = flags.parse(parser, argv)
   logging.getLogger('absl').setLevel(logging.CRITICAL)  # orbax logs the traceback of what it also raises
   config = resolve(config_dict)
   distributed.initialize()

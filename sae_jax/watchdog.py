@@ -12,8 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from sae_jax import arguments
-from sae_jax.errors import UserError, end_at_once
+from sae_jax import flags
+from sae_jax.errors import end_at_once
 
 # 128 + the signal of a timer: engines restart it, as they would a dead node, but count it against the budget of
 # failures. 42 would be free, and a hang that comes back every time would then restart 100 times.
@@ -31,7 +31,7 @@ class Watchdog:
   """
 
   def __init__(self, give_up: Callable[[str], None] | None = None):
-    self._floor_s = _floor()
+    self._floor_s = flags.positive(_FLOOR, '600')(os.environ.get(_FLOOR, '600'))
     self._give_up = give_up or end
     self._intervals: list[float] = []
     self._beats = 0
@@ -90,11 +90,3 @@ def end(why: str, exit_with: Callable[[int], None] | None = None) -> None:
   print(why, file=sys.stderr, flush=True)
   faulthandler.dump_traceback(all_threads=True)
   (exit_with or end_at_once)(STALLED_EXIT)
-
-
-def _floor() -> float:
-  stated = os.environ.get(_FLOOR, '600')
-  seconds = arguments.positive_or_none(stated)
-  if seconds is None:
-    raise UserError(f'{_FLOOR}={stated!r} is not a positive number of seconds; 600 is the default')
-  return seconds

@@ -2,7 +2,7 @@
 
 import argparse
 
-from sae_jax import arguments
+from sae_jax.flags import whole
 from sweeps import ledger
 
 
@@ -13,7 +13,7 @@ def add_ledger(parser: argparse.ArgumentParser) -> None:
 def add_max_failures(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--max_failures',
-    type=arguments.whole('--max_failures'),
+    type=whole('--max_failures'),
     default=ledger.MAX_FAILURES,
     help='attempts of a cell (default %(default)s)',
   )
@@ -22,7 +22,7 @@ def add_max_failures(parser: argparse.ArgumentParser) -> None:
 def add_group(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--group',
-    type=arguments.whole('--group'),
+    type=whole('--group'),
     metavar='N',
     help='cells of one stream that a worker trains together (default: 8 with a live subject, else 1)',
   )

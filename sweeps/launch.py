@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 
-from sae_jax import arguments, cell_state, files, metrics, schema, signals, watchdog
+from sae_jax import cell_state, files, metrics, schema, signals, watchdog
 from sae_jax.errors import HOST_BROKEN, UserError, one_line_errors
+from sae_jax.flags import positive, whole
 from sweeps import flags, grid, groups, jobs, ledger, preview, progress, status, work
 from sweeps.executors import Executor, Job, local
 
@@ -217,26 +218,26 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--executor', choices=('local', 'slurm', 'jobset'), default='local', help='what runs the cells')
   parser.add_argument(
     '--workers',
-    type=arguments.whole('--workers', least=0),
+    type=whole('--workers', least=0),
     help='local: processes that train at once (default 1; 0 fills the ledger for workers started by hand)',
   )
   parser.add_argument('--site', metavar='FILE', help='slurm, jobset: TOML file with what the cluster wants')
   parser.add_argument(
     '--gangs',
-    type=arguments.whole('--gangs'),
+    type=whole('--gangs'),
     help='slurm, jobset: so many jobs share all cells, for many short ones (default: a job a cell, or a group of cells)',
   )
   parser.add_argument('--detach', action='store_true', help='slurm, jobset: submit and leave')
   parser.add_argument('--dry_run', action='store_true', help='list cells, FLOPs, states, time and jobs; write nothing')
   parser.add_argument(
     '--flops_per_second',
-    type=arguments.positive('--flops_per_second', '1e12'),
+    type=positive('--flops_per_second', '1e12'),
     help='of one worker, for the times of --dry_run',
   )
   parser.add_argument('--topology', help='slice, e.g. v5p:2x2x2: --dry_run also prints chip-hours on it')
   parser.add_argument(
     '--dollars_per_chip_hour',
-    type=arguments.positive('--dollars_per_chip_hour', '1.2'),
+    type=positive('--dollars_per_chip_hour', '1.2'),
     help='price for --topology',
   )
   flags.add_max_failures(parser)

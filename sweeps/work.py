@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from sae_jax import arguments, faults, files, flops, lease, schema, signals
+from sae_jax import faults, files, flops, lease, schema, signals
 from sae_jax.errors import HOST_BROKEN, PREEMPTED, USER_ERROR_EXIT, UserError, end_at_once, one_line_errors
+from sae_jax.flags import whole
 from sweeps import flags, groups, ledger
 from sweeps.attempt import Held, TrainGroup, attempt, say_host_broken
 
@@ -172,13 +173,13 @@ def _parser() -> argparse.ArgumentParser:
   together.add_argument('--coordinator', metavar='HOST:PORT', help='of process 0 (JAX_COORDINATOR_ADDRESS)')
   together.add_argument(
     '--num_processes',
-    type=arguments.whole('--num_processes'),
+    type=whole('--num_processes'),
     metavar='N',
     help='of the gang (JAX_NUM_PROCESSES)',
   )
   together.add_argument(
     '--process_id',
-    type=arguments.whole('--process_id', 0),
+    type=whole('--process_id', 0),
     metavar='I',
     help='of this one, from 0 (JAX_PROCESS_ID)',
   )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench import alternate, command, figure, scaling, side_by_side, step_ours, sweep, worker
-from sae_jax import arguments
+from sae_jax import flags
 from sae_jax.errors import UserError
 from sweeps import grid, ledger
 from tests import cells
@@ -147,7 +147,7 @@ def test_scaling_finds_a_planted_exponent(plant):
 @pytest.mark.parametrize('text', ['7,61', '7,61,13,0', '7,61,13,-3', '7,61,13,x', ''])
 def test_broken_shape_is_refused(text):
   with pytest.raises(UserError, match='is not D,N,B,K'):
-    arguments.shape(text)
+    flags.shape(text)
 
 
 def test_planted_dead_latents_nearly_fire_and_never_do():

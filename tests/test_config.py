@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from experiments import demo, tiny
 from sae_jax import cell as cells
-from sae_jax import config, config_flags, flops
+from sae_jax import config, flags, flops
 from sae_jax.errors import UserError
 from sae_jax.recipe import GAO2024
 
@@ -186,7 +186,7 @@ def test_mistake_in_an_experiment_file_is_named_with_its_line(tmp_path, body, wo
   path = tmp_path / 'mine.py'
   path.write_text(f'from experiments import tiny\n\ndef get_config():\n  c = tiny.get_config()\n{body}\n')
   with pytest.raises(UserError, match=words) as caught:
-    config_flags.parse(argparse.ArgumentParser(), [f'--config={path}'])
+    flags.parse(argparse.ArgumentParser(), [f'--config={path}'])
   assert '\n' not in str(caught.value)
 
 

@@ -94,7 +94,7 @@ def test_no_gang_is_stated_by_what_others_use(environ):
     ),
     ({'JAX_COORDINATOR_ADDRESS': 'head'}, "'head' is not HOST:PORT"),
     ({'JAX_COORDINATOR_ADDRESS': ':8476'}, 'is not HOST:PORT'),
-    ({'JAX_NUM_PROCESSES': 'many'}, "num_processes='many' is not a whole number"),
+    ({'JAX_NUM_PROCESSES': 'many'}, 'num_processes=many is not a whole number of at least 1'),
     ({'JAX_NUM_PROCESSES': '0'}, 'of at least 1'),
     ({'JAX_PROCESS_ID': '-1'}, 'of at least 0'),
     ({'JAX_PROCESS_ID': '4'}, 'process_id 4 is not below num_processes 4'),

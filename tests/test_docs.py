@@ -13,7 +13,7 @@ import signal
 import numpy as np
 import pytest
 
-from sae_jax import config, config_flags
+from sae_jax import config, flags
 from sae_jax.data import inputs, store
 from sweeps import grid, jobs
 from tests import fake_bucket
@@ -97,7 +97,7 @@ def run(module, argv):
 
 def parse(module, argv, monkeypatch):
   """None when the program understands the arguments, its exit code otherwise."""
-  genuine, read_config = argparse.ArgumentParser.parse_args, config_flags.parse
+  genuine, read_config = argparse.ArgumentParser.parse_args, flags.parse
 
   def parse_args(self, *args, **kwargs):
     genuine(self, *args, **kwargs)
@@ -110,7 +110,7 @@ def parse(module, argv, monkeypatch):
     raise Parsed
 
   monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
-  monkeypatch.setattr(config_flags, 'parse', parse_config)
+  monkeypatch.setattr(flags, 'parse', parse_config)
   try:
     return run(module, argv)
   except Parsed:

@@ -13,7 +13,7 @@ import time
 import jax
 import ml_collections
 
-from sae_jax import __version__, config, config_flags, schema
+from sae_jax import __version__, config, flags, schema
 from sae_jax.data import store_writer
 from sae_jax.data.reading import Reading
 from sae_jax.errors import one_line_errors
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--out', metavar='DIR', required=True, help='the store: a local folder or gs:// URL')
-  args, config_dict = config_flags.parse(parser, argv)
+  args, config_dict = flags.parse(parser, argv)
   began = time.monotonic()
   try:
     worked = harvest(config_dict, args.out)

@@ -1,11 +1,16 @@
-"""`--config=FILE --config.sae.k=64` on a command line, with argparse for everything else."""
+"""Command lines: `--config=FILE --config.sae.k=64` is read by ml_collections, everything else by argparse.
+
+Also argparse types for numbers with a rule. A broken rule is a `UserError` of one line that names the flag.
+"""
 
 import argparse
+import math
 import pathlib
+from collections.abc import Callable
 
+import absl.flags
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
+import ml_collections.config_flags
 
 from sae_jax import cell, config
 from sae_jax.errors import UserError
@@ -31,11 +36,11 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
   if not hasattr(module, 'get_config'):
     raise UserError(f'{paths[0]} has no get_config(); see experiments/tiny.py')
   overrides = [a for a in theirs if not a.startswith('--config=') and not _is_retired(a)]
-  values, made = flags.FlagValues(), config.of_file(module)
+  values, made = absl.flags.FlagValues(), config.of_file(module)
   try:
-    config_flags.DEFINE_config_dict('config', made, flag_values=values, sys_argv=overrides)
+    ml_collections.config_flags.DEFINE_config_dict('config', made, flag_values=values, sys_argv=overrides)
     values(['sae_jax', *overrides])
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+  except (absl.flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(f'{" ".join(overrides) or paths[0]}: {error}; the keys are in sae_jax/config.py') from None
   return args, values['config'].value
 
@@ -46,3 +51,41 @@ def _is_retired(argument: str) -> bool:
   if key in cell.RETIRED and text != str(cell.RETIRED[key][0]):
     cell.without_retired({key: text})
   return key in cell.RETIRED
+
+
+def whole(flag: str, least: int = 1) -> Callable[[str | int], int]:
+  """For `add_argument(flag, type=whole(flag))`: a whole number of at least `least`."""
+
+  def parse(text: str | int) -> int:
+    try:
+      value = int(text)
+    except ValueError:
+      value = least - 1
+    if value < least:
+      raise UserError(f'{flag}={text} is not a whole number of at least {least}; give e.g. {max(least, 2)}')
+    return value
+
+  return parse
+
+
+def positive(flag: str, example: str) -> Callable[[str], float]:
+  """For `add_argument(flag, type=positive(flag, '1e12'))`: a finite number above zero."""
+
+  def parse(text: str) -> float:
+    try:
+      value = float(text)
+    except ValueError:
+      value = 0.0
+    if not 0 < value < math.inf:
+      raise UserError(f'{flag}={text} is not a positive number; give e.g. {example}')
+    return value
+
+  return parse
+
+
+def shape(text: str) -> tuple[int, ...]:
+  """For `add_argument('--shape', type=shape)`: D,N,B,K as four positive numbers."""
+  parts = text.split(',')
+  if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
+    raise UserError(f'--shape={text} is not D,N,B,K; e.g. --shape=512,8192,2048,32')
+  return tuple(int(part) for part in parts)
