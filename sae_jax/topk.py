@@ -144,7 +144,8 @@ def _by_gathering(v_Bm: jax.Array, k: int, latent_axis: str) -> jax.Array:
   # Only values cross the wire. Candidates sit in shard order and within a shard in (value, index) order, so among
   # equal values their position orders them by global index.
   all_BC = jax.lax.all_gather(v_Bm, latent_axis, axis=1, tiled=True)
-  kth_B1 = jax.lax.top_k(all_BC, k)[0][:, -1:]
+  # The least of them, not the last: where only the last is used XLA compiles a full sort on a CPU.
+  kth_B1 = jnp.min(jax.lax.top_k(all_BC, k)[0], axis=1, keepdims=True)
   tied_BC = all_BC == kth_B1
   vacancies_B1 = k - jnp.sum(all_BC > kth_B1, axis=1, keepdims=True)
   wins_BC = (all_BC > kth_B1) | (tied_BC & (jnp.cumsum(tied_BC, axis=1) <= vacancies_B1))
