@@ -158,7 +158,7 @@ class _GrownSAE(cells_schema.SAEConfig):
 
   softness: float = cells_schema.added(0.001, 'activation', 'jumprelu', 'prolu')  # a knob of two families
   slope: float = cells_schema.added(0.5)
-  levels: int | None = cells_schema.added(None)
+  tiers: int | None = cells_schema.added(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +181,8 @@ def grown(record=None, **sae):
 
 def test_new_field_at_its_neutral_value_changes_no_id():
   assert grown().id == cells.cell().id
-  assert grown(slope=0.5, levels=None).id == cells.cell().id
-  assert len({grown().id, grown(slope=0.6).id, grown(levels=3).id, grown(levels=4).id}) == 4
+  assert grown(slope=0.5, tiers=None).id == cells.cell().id
+  assert len({grown().id, grown(slope=0.6).id, grown(tiers=3).id, grown(tiers=4).id}) == 4
   assert 'slope' not in json.loads(grown().to_json())['sae'] and grown().sae.slope == 0.5
 
 
@@ -197,18 +197,19 @@ def test_new_default_of_a_recipe_changes_no_old_record():
 
 def test_knob_of_a_family_is_in_the_record_of_its_cells_alone(monkeypatch):
   monkeypatch.setattr(cells_schema, 'family', lambda name: family.Family(lambda: None))
-  assert 'softness' not in json.loads(grown(softness=0.7).to_json())['sae']
-  assert grown(softness=0.7).id == cells.cell().id
+  assert 'softness' not in json.loads(grown().to_json())['sae']
+  with pytest.raises(UserError, match="sae.softness=0.7 is of jumprelu and prolu, and sae.activation='topk'; drop it"):
+    grown(softness=0.7)
   of_family = grown(activation='jumprelu')
   assert json.loads(of_family.to_json())['sae']['softness'] == 0.001  # though it is neutral
   assert of_family.id != grown(activation='jumprelu', softness=0.002).id
 
 
 def test_optional_field_takes_its_type_or_nothing():
-  assert grown(levels=None).sae.levels is None and grown(levels=3).sae.levels == 3
+  assert grown(tiers=None).sae.tiers is None and grown(tiers=3).sae.tiers == 3
   for wrong in ('3', 3.0, True):
-    with pytest.raises(UserError, match='levels'):
-      grown(levels=wrong)
+    with pytest.raises(UserError, match='tiers'):
+      grown(tiers=wrong)
 
 
 def test_retired_key_is_accepted_at_its_neutral_value_alone(old):

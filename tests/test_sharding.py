@@ -316,10 +316,12 @@ def test_nmse_equals_its_definition(one_evaluation):
 
 def test_ema_of_constant_weights_is_those_weights():
   weights = {'w_dec_FD': jnp.full((3, 2), 0.25)}
-  ema = jax.tree.map(jnp.zeros_like, weights)
-  for _ in range(5):
-    ema = optim.ema_update(ema, weights, 0.9)
-  np.testing.assert_allclose(optim.ema_weights(ema, jnp.asarray(5), 0.9)['w_dec_FD'], 0.25, rtol=1e-6)
+  for rule in ({'ema_decay': 0.9}, {'ema_width': 0.1}):
+    how = dataclasses.replace(cell().optim, **rule)
+    ema = jax.tree.map(jnp.zeros_like, weights)
+    for step in range(1, 6):
+      ema = optim.ema_update(ema, weights, how, jnp.asarray(step))
+    np.testing.assert_allclose(optim.ema_weights(ema, jnp.asarray(5), how)['w_dec_FD'], 0.25, rtol=1e-6)
 
 
 def test_mesh_that_needs_more_devices_is_refused():
