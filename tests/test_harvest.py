@@ -84,7 +84,7 @@ def settings(**changes):
   return config.override(c, flat | {f'data.{key}': value for key, value in changes.items()})
 
 
-def opened(path) -> store.Store:
+def opened(path, **changes) -> store.Store:
   flat = {
     'data.path': str(path),
     'train.batch_tokens': 4,
@@ -92,10 +92,10 @@ def opened(path) -> store.Store:
     'eval.tokens': 4,
     'eval.batch_tokens': 2,
   }
-  return store.Store(config.resolve(config.override(settings(), flat)))
+  return store.Store(config.resolve(config.override(settings(**changes), flat)))
 
 
-def reference_rows(name: str, tokens: int) -> np.ndarray:
+def reference_rows(name: str, tokens: int, site: str = 'resid_post.1') -> np.ndarray:
   """One window at a time, and the order spelled out."""
   subject = toy_subject('', None)
   ids = [np.array([LETTERS.index(letter) + 1 for letter in t], np.int32) for _, t in toy_text('')]
@@ -105,7 +105,7 @@ def reference_rows(name: str, tokens: int) -> np.ndarray:
   rows = []
   for block in range(-(-len(ids_WT) // BLOCK_WINDOWS)):
     x = [
-      np.asarray(subject.residual(window[None], 'resid_post.1'))[0, 1:]
+      np.asarray(subject.residual(window[None], site))[0, 1:]
       for window in ids_WT[block * BLOCK_WINDOWS : (block + 1) * BLOCK_WINDOWS]
     ]
     x_BD = np.concatenate(x)
@@ -113,12 +113,14 @@ def reference_rows(name: str, tokens: int) -> np.ndarray:
   return normalize.normalize(np.concatenate(rows)[:tokens], 'center_unit')[0]
 
 
-def test_harvest_holds_the_activations_in_the_one_order(toy, tmp_path):
-  assert harvest.harvest(settings(), str(tmp_path), progress=False)
-  got = opened(tmp_path)
-  np.testing.assert_allclose(got.rows(0, 173), reference_rows('train', 173), rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(got.held_out(0, 43), reference_rows('held_out', 43), rtol=1e-4, atol=1e-5)
-  assert got.flops_per_token == toy_subject('', None).flops('resid_post.1', WINDOW) * WINDOW / (WINDOW - 1)
+@pytest.mark.parametrize('site, width', [('resid_post.1', 6), ('mlp_post.1', 5)])
+def test_harvest_holds_the_activations_in_the_one_order(toy, tmp_path, site, width):
+  assert harvest.harvest(settings(site=site), str(tmp_path), progress=False)
+  got = opened(tmp_path, site=site)
+  assert got.d_model == width
+  np.testing.assert_allclose(got.rows(0, 173), reference_rows('train', 173, site), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got.held_out(0, 43), reference_rows('held_out', 43, site), rtol=1e-4, atol=1e-5)
+  assert got.flops_per_token == toy_subject('', None).flops(site, WINDOW) * WINDOW / (WINDOW - 1)
   assert got.provenance['text_sha256'] == text.sha256(toy_text(''))
   store.verify(str(tmp_path))
 

@@ -1,4 +1,4 @@
-"""The house rules that a syntax tree can show: who may know the name of a model."""
+"""The house rules that a syntax tree can show: who may know the name of a model, who may import whom."""
 
 import ast
 import pathlib
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from sae_jax.subjects import catalogue
+from tests.test_config import imports
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODELS = re.compile('|'.join([*catalogue.ENTRIES, 'smollm', 'llama', 'gpt-?[0-9j]', 'neox', 'pythia', 'gemma', 'qwen']))
@@ -78,3 +79,20 @@ def test_every_case_of_the_families_is_a_name_that_is_looked_for():
   cases = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.MatchValue)]
   names = [case.value for case in cases if isinstance(case, ast.Constant)]
   assert names and all(MODELS.search(str(name)) for name in names)
+
+
+# A part of the library, and what it must not import: train asks data for batches, data asks sharding to place them.
+ABOVE = {
+  'sae_jax/sharding.py': ('data', 'subjects', 'train', 'evaluate'),
+  'sae_jax/data': ('train', 'step', 'member', 'evaluate', 'checkpoint', 'artifact'),
+  'sae_jax/subjects': ('data', 'sharding', 'config', 'cell', 'train'),
+  'sae_jax/subjects/subject.py': ('subjects.llama', 'subjects.catalogue'),
+}
+
+
+@pytest.mark.parametrize('part', ABOVE)
+def test_data_stand_between_training_and_the_mesh(part):
+  for path in [ROOT / part] if part.endswith('.py') else (ROOT / part).rglob('*.py'):
+    for name in imports(path):
+      above = [one for one in ABOVE[part] if f'{name}.'.startswith(f'sae_jax.{one}.')]
+      assert not above, f'{path.relative_to(ROOT)} imports {name}'
