@@ -144,7 +144,9 @@ def lines(row: dict[str, Any]) -> str:
 
 def _results(where: pathlib.Path) -> dict[str, dict[str, Any]]:
   store = ledger.Ledger(str(where))
-  return {cell.id: json.loads(pathlib.Path(store.folder(cell.id), schema.RESULT).read_text()) for cell in store.cells()}
+  return {
+    entry.id: json.loads(pathlib.Path(store.folder(entry.id), schema.RESULT).read_text()) for entry in store.entries()
+  }
 
 
 def _children_s() -> float:

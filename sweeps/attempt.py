@@ -14,7 +14,7 @@ if TYPE_CHECKING:
   from sweeps import gang  # loads jax, which drivers and status do without
 
 TrainGroup = Callable[..., list]  # sae_jax.train.train_group
-Held = Sequence[tuple[ledger.Cell, lease.Lease]]
+Held = Sequence[tuple[ledger.Entry, lease.Lease]]
 
 
 class Stalled(Exception):
@@ -47,13 +47,13 @@ def attempt(
   label = f'{len(held)} cells' if group else grid.label(held[0][0].overrides)
   once = threading.Lock()  # taken by whichever thread ends this process first, and never released
 
-  def say(cell: ledger.Cell, what: str) -> None:
-    print(f'cell {cell.id} {grid.label(cell.overrides)}: {what}', flush=True)
+  def say(entry: ledger.Entry, what: str) -> None:
+    print(f'cell {entry.id} {grid.label(entry.overrides)}: {what}', flush=True)
 
-  def record(cell: ledger.Cell, lease_: lease.Lease, error: Exception) -> None:
+  def record(entry: ledger.Entry, lease_: lease.Lease, error: Exception) -> None:
     lease_.check(fresh=True)
-    metrics.record_failure(store.folder(cell.id), error, permanent=isinstance(error, permanent))
-    say(cell, f'failed, {type(error).__name__}: {cell_state.printable(str(error))}')
+    metrics.record_failure(store.folder(entry.id), error, permanent=isinstance(error, permanent))
+    say(entry, f'failed, {type(error).__name__}: {cell_state.printable(str(error))}')
 
   def charge(error: Exception) -> int:
     """Records an error before the process ends, and returns the exit code."""
@@ -67,8 +67,8 @@ def attempt(
         lease_.release()
       return HOST_BROKEN
     try:
-      for cell, lease_ in held:
-        record(cell, lease_, error)
+      for entry, lease_ in held:
+        record(entry, lease_, error)
     except lease.LeaseLost:
       return PREEMPTED
     for _, lease_ in held:
@@ -84,10 +84,10 @@ def attempt(
     watchdog.end(why, leader and leader.disband)
 
   with contextlib.ExitStack() as leases:
-    for cell, lease_ in held:
+    for entry, lease_ in held:
       leases.enter_context(lease_)
-      say(cell, f'starts{group}')
-    together = leader.training([cell for cell, _ in held], label, charge) if leader else contextlib.nullcontext()
+      say(entry, f'starts{group}')
+    together = leader.training([entry for entry, _ in held], label, charge) if leader else contextlib.nullcontext()
     try:
       with together, watchdog.Watchdog(stalled) as alive:
 
@@ -105,7 +105,7 @@ def attempt(
             lease_.check(fresh=True)
 
         outcomes = train_group(
-          [(cell.config, store.folder(cell.id)) for cell, _ in held],
+          [(entry.cell, store.folder(entry.id)) for entry, _ in held],
           should_stop=should_stop,
           before_write=before_write,
           label=label,
@@ -119,14 +119,14 @@ def attempt(
         raise UserError(_disk_full(store)) from error
       if faults.is_host_error(error):
         raise
-      for cell, lease_ in held:
-        record(cell, lease_, error)
+      for entry, lease_ in held:
+        record(entry, lease_, error)
       return True
-    for (cell, lease_), outcome in zip(held, outcomes, strict=True):
+    for (entry, lease_), outcome in zip(held, outcomes, strict=True):
       if isinstance(outcome, Exception):
-        record(cell, lease_, outcome)
+        record(entry, lease_, outcome)
       else:
-        say(cell, f'{outcome}, cancelled' if lease_.cancelled and outcome == 'preempted' else outcome)
+        say(entry, f'{outcome}, cancelled' if lease_.cancelled and outcome == 'preempted' else outcome)
   return False
 
 

@@ -14,32 +14,32 @@ from sae_jax.errors import UserError, one_line_errors
 from sweeps import flags, grid, ledger
 
 
-def cancel(store: ledger.Ledger, ids: list[str]) -> list[ledger.CellState]:
+def cancel(store: ledger.Ledger, ids: list[str]) -> list[ledger.EntryState]:
   """Cancels the named cells, or all unfinished ones. Raises `UserError` for an unknown id and for one that is done."""
   chosen = _chosen(store, ids, lambda s: s.state in schema.UNFINISHED)
   for s in chosen:
     if s.state == 'done':
-      raise UserError(f'cell {s.cell.id} is done, so there is nothing to cancel; leave it out')
+      raise UserError(f'cell {s.entry.id} is done, so there is nothing to cancel; leave it out')
   for s in chosen:
-    files.replace(files.join(store.folder(s.cell.id), schema.CANCEL), b'{"cancelled": true}\n')
+    files.replace(files.join(store.folder(s.entry.id), schema.CANCEL), b'{"cancelled": true}\n')
   return chosen
 
 
-def undo(store: ledger.Ledger, ids: list[str]) -> list[ledger.CellState]:
+def undo(store: ledger.Ledger, ids: list[str]) -> list[ledger.EntryState]:
   """Takes the named cells, or all, up again; returns those that were cancelled. Raises `UserError` for an unknown id."""
   cancelled = [
-    s for s in _chosen(store, ids, lambda _: True) if files.exists(files.join(store.folder(s.cell.id), schema.CANCEL))
+    s for s in _chosen(store, ids, lambda _: True) if files.exists(files.join(store.folder(s.entry.id), schema.CANCEL))
   ]
   for s in cancelled:
-    files.remove(files.join(store.folder(s.cell.id), schema.CANCEL))
+    files.remove(files.join(store.folder(s.entry.id), schema.CANCEL))
   return cancelled
 
 
 def _chosen(
-  store: ledger.Ledger, ids: list[str], by_default: Callable[[ledger.CellState], bool]
-) -> list[ledger.CellState]:
+  store: ledger.Ledger, ids: list[str], by_default: Callable[[ledger.EntryState], bool]
+) -> list[ledger.EntryState]:
   store.check_known(ids)
-  states = {s.cell.id: s for s in store.states()}
+  states = {s.entry.id: s for s in store.states()}
   return [states[i] for i in dict.fromkeys(ids)] if ids else [s for s in states.values() if by_default(s)]
 
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
   store = ledger.Ledger(args.ledger)
   for s in (changed := (undo if args.undo else cancel)(store, args.ids)):
     was = f', now running ({s.reason})' if s.state == 'running' and not args.undo else ''
-    print(f'{s.cell.id} {grid.label(s.cell.overrides)}: {"taken up again" if args.undo else "cancelled"}{was}')
+    print(f'{s.entry.id} {grid.label(s.entry.overrides)}: {"taken up again" if args.undo else "cancelled"}{was}')
   print(f'{len(changed)} cells {"to train again" if args.undo else "cancelled; --undo takes them up again"}')
   return 0
 

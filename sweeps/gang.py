@@ -61,13 +61,13 @@ class Leader:
     self._breaking = threading.Lock()
 
   @contextlib.contextmanager
-  def training(self, cells: Sequence[ledger.Cell], label: str, charge: Callable[[Exception], int]) -> Iterator[None]:
+  def training(self, entries: Sequence[ledger.Entry], label: str, charge: Callable[[Exception], int]) -> Iterator[None]:
     """Sends the gang to a group of cells and watches over it until the block ends.
 
     When another rank fails while this one is caught in a collective, `charge` is called with what it said, in
     another thread, and the gang ends with the exit code that it returns.
     """
-    told = [{'id': cell.id, 'config': cell.config.to_json().decode()} for cell in cells]
+    told = [{'id': entry.id, 'config': entry.cell.to_json().decode()} for entry in entries]
     self._tell({'cells': told, 'label': label})
     back = threading.Event()
     thread = threading.Thread(target=self._listen, args=(back, charge), daemon=True, name='gang')

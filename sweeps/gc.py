@@ -17,7 +17,7 @@ FOLDERS = (schema.CHECKPOINTS, schema.CORRUPT)
 
 @dataclasses.dataclass(frozen=True)
 class Garbage:
-  cell: ledger.Cell
+  entry: ledger.Entry
   folders: tuple[str, ...]
   size: int  # bytes
 
@@ -29,7 +29,7 @@ def find(store: ledger.Ledger) -> list[Garbage]:
   """
   found = []
   for s in store.states():
-    folder = store.folder(s.cell.id)
+    folder = store.folder(s.entry.id)
     if files.is_link(folder):
       raise UserError(
         f'{folder} is a link, and only folders inside the ledger are cleaned; put the folder itself in its place'
@@ -37,7 +37,7 @@ def find(store: ledger.Ledger) -> list[Garbage]:
     if s.state == schema.DONE and files.listdir(files.join(folder, schema.ARTIFACT)):
       folders = tuple(p for name in FOLDERS if files.listdir(p := files.join(folder, name)))
       if folders:
-        found.append(Garbage(s.cell, folders, sum(files.size(p) for p in folders)))
+        found.append(Garbage(s.entry, folders, sum(files.size(p) for p in folders)))
   return found
 
 
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
   for garbage in found:
     if not args.dry_run:
       free(garbage)
-    print(f'{garbage.cell.id} {grid.label(garbage.cell.overrides)}: {printable_size(garbage.size)}', flush=True)
+    print(f'{garbage.entry.id} {grid.label(garbage.entry.overrides)}: {printable_size(garbage.size)}', flush=True)
   total = printable_size(sum(garbage.size for garbage in found))
   print(f'{total} {"would be" if args.dry_run else "were"} freed in {len(found)} finished cells')
   return 0

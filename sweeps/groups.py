@@ -13,49 +13,49 @@ from sweeps import ledger
 _LIVE = 8  # cells of a live subject, unless the user states another number
 
 
-def most(config: Config, stated: int | None) -> int:
-  """How many cells may train together with one of this configuration."""
+def most(cell: Config, stated: int | None) -> int:
+  """How many cells may train together with this one."""
   if stated is not None:
     return stated
-  return _LIVE if config.data.source == 'live' else 1
+  return _LIVE if cell.data.source == 'live' else 1
 
 
-def partition(cells: Sequence[ledger.Cell], stated: int | None) -> list[list[ledger.Cell]]:
+def partition(entries: Sequence[ledger.Entry], stated: int | None) -> list[list[ledger.Entry]]:
   """Cells by stream, in their order, in groups of at most `most`.
 
   What is done already plays no part, so that a job for a group has the same cells in every launch of one ledger.
   """
-  parts: list[list[ledger.Cell]] = []
-  last: dict[str, list[ledger.Cell]] = {}  # of each stream; those before it are full
-  for cell in cells:
-    room = most(cell.config, stated)
-    part = last.get(cell.config.group_key) if room > 1 else None
+  parts: list[list[ledger.Entry]] = []
+  last: dict[str, list[ledger.Entry]] = {}  # of each stream; those before it are full
+  for entry in entries:
+    room = most(entry.cell, stated)
+    part = last.get(entry.cell.group_key) if room > 1 else None
     if part is not None and len(part) < room:
-      part.append(cell)
+      part.append(entry)
       continue
-    parts.append([cell])
+    parts.append([entry])
     if room > 1:
-      last[cell.config.group_key] = parts[-1]
+      last[entry.cell.group_key] = parts[-1]
   return parts
 
 
 def companions(
-  store: ledger.Ledger, first: ledger.CellState, waiting: Sequence[ledger.CellState], count: int
-) -> list[ledger.CellState]:
+  store: ledger.Ledger, first: ledger.EntryState, waiting: Sequence[ledger.EntryState], count: int
+) -> list[ledger.EntryState]:
   """At most `count` others of `waiting`, in their order, that can train with `first`.
 
   Cells that failed before stay alone, so that a cell that takes its process down takes no other with it.
   """
   if count < 1 or first.attempts:
     return []
-  step = newest_step(store, first.cell.id)
+  step = newest_step(store, first.entry.id)
   fitting = (
     s
     for s in waiting
-    if s.cell.id != first.cell.id
+    if s.entry.id != first.entry.id
     and not s.attempts
-    and s.cell.config.group_key == first.cell.config.group_key
-    and newest_step(store, s.cell.id) == step
+    and s.entry.cell.group_key == first.entry.cell.group_key
+    and newest_step(store, s.entry.id) == step
   )
   return [s for s, _ in zip(fitting, range(count), strict=False)]
 

@@ -71,7 +71,7 @@ def jobset_cluster(site_file: str | None, ledger_path: str) -> Cluster:
 def jobs(
   store: ledger.Ledger,
   cluster: Cluster,
-  states: list[ledger.CellState],
+  states: list[ledger.EntryState],
   gangs: int | None,
   max_failures: int,
   group: int | None = None,
@@ -81,47 +81,47 @@ def jobs(
   A group is a cell alone unless the subject runs live or `group` says more; see `groups.most`. Cells that someone trains
   now are left to whoever does. Raises `UserError` when cells of unequal meshes would share a gang.
   """
-  waiting = {s.cell.id for s in states if s.state == 'waiting'}
+  waiting = {s.entry.id for s in states if s.state == 'waiting'}
   command = work.command(store, max_failures, group)
 
-  def job(name: str, argv: tuple[str, ...], config: Config) -> executors.Job:
-    hosts, processes = cluster.shape(devices_of(config))
+  def job(name: str, argv: tuple[str, ...], cell: Config) -> executors.Job:
+    hosts, processes = cluster.shape(devices_of(cell))
     return executors.Job(name, argv, hosts=hosts, processes_per_host=processes, **cluster.limits)
 
   if gangs is None:
     return [
-      job(_name(cells), (*command, f'--cell={",".join(c.id for c in cells)}'), cells[0].config)
-      for cells in _partition(states, group)
-      if any(c.id in waiting for c in cells)
+      job(_name(entries), (*command, f'--cell={",".join(e.id for e in entries)}'), entries[0].cell)
+      for entries in _partition(states, group)
+      if any(e.id in waiting for e in entries)
     ]
-  meshes = {devices_of(s.cell.config): s.cell.config for s in states if s.cell.id in waiting}
+  meshes = {devices_of(s.entry.cell): s.entry.cell for s in states if s.entry.id in waiting}
   if len(meshes) > 1:
     raise UserError(
       f'--gangs={gangs}: cells for {min(meshes)} and for {max(meshes)} devices cannot share a gang; leave --gangs out'
     )
-  return [job(f'gang-{i}', command, config) for config in meshes.values() for i in range(min(gangs, len(waiting)))]
+  return [job(f'gang-{i}', command, cell) for cell in meshes.values() for i in range(min(gangs, len(waiting)))]
 
 
-def names(states: list[ledger.CellState], gangs: int | None, group: int | None = None) -> list[str]:
+def names(states: list[ledger.EntryState], gangs: int | None, group: int | None = None) -> list[str]:
   """Ids of the jobs, of this launch or an earlier one, that the unfinished cells may have."""
   if gangs is not None:
     return [f'gang-{i}' for i in range(gangs)]
-  unfinished = {s.cell.id for s in states if s.state in schema.UNFINISHED}
-  return [_name(cells) for cells in _partition(states, group) if any(c.id in unfinished for c in cells)]
+  unfinished = {s.entry.id for s in states if s.state in schema.UNFINISHED}
+  return [_name(entries) for entries in _partition(states, group) if any(e.id in unfinished for e in entries)]
 
 
-def _partition(states: list[ledger.CellState], group: int | None) -> list[list[ledger.Cell]]:
-  ordered = sorted(states, key=lambda s: (-_cost(s), s.cell.id))
-  return groups.partition([s.cell for s in ordered], group)
+def _partition(states: list[ledger.EntryState], group: int | None) -> list[list[ledger.Entry]]:
+  ordered = sorted(states, key=lambda s: (-_cost(s), s.entry.id))
+  return groups.partition([s.entry for s in ordered], group)
 
 
-def _name(cells: list[ledger.Cell]) -> str:
-  return cells[0].id if len(cells) == 1 else f'group-{cells[0].id}'
+def _name(entries: list[ledger.Entry]) -> str:
+  return entries[0].id if len(entries) == 1 else f'group-{entries[0].id}'
 
 
-def devices_of(config: Config) -> int:
-  return config.mesh.data * config.mesh.latent
+def devices_of(cell: Config) -> int:
+  return cell.mesh.data * cell.mesh.latent
 
 
-def _cost(state: ledger.CellState) -> float:
-  return flops.cell_flops(state.cell.config)['dense']
+def _cost(state: ledger.EntryState) -> float:
+  return flops.cell_flops(state.entry.cell)['dense']

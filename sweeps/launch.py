@@ -40,7 +40,7 @@ def drive(
   poll_s = 0.5 if files.is_local(store.path) else 15.0
   cancels = 0
   over_since: float | None = None
-  states: list[ledger.CellState] = []
+  states: list[ledger.EntryState] = []
   look_at = 0.0
   try:
     while True:
@@ -133,13 +133,13 @@ def _catch_signals() -> list[int]:
 
 def _verdict(store: ledger.Ledger, ids: set[str], max_failures: int) -> int:
   """Prints how the cells of this grid ended, and returns the exit code that says the same."""
-  states = [s for s in store.states(max_failures) if s.cell.id in ids]
+  states = [s for s in store.states(max_failures) if s.entry.id in ids]
   if lost := len(ids) - len(states):
     print(f'{lost} cells of this grid are not in {store.path}: sweep.json was replaced; the same command adds them')
   failed = [s for s in states if s.state in (schema.FAILED, schema.INVALID)]
   print(f'{status.summary(status.count(states))} in {store.path}', flush=True)
   for s in failed:
-    print(f'{s.state}: {s.cell.id} {grid.label(s.cell.overrides)}: {s.reason}')
+    print(f'{s.state}: {s.entry.id} {grid.label(s.entry.overrides)}: {s.reason}')
   if failed:
     print(f'after the cause is gone: python -m sweeps.retry --ledger={store.path}')
   done = all(s.state in schema.FINISHED for s in states)
@@ -166,7 +166,7 @@ class Restarts:
       return False
     if code == HOST_BROKEN:
       # Whatever it still held: no cell is charged.
-      gained = [(s.state == schema.DONE, groups.saved_steps(self._store, s.cell.id)) for s in states]
+      gained = [(s.state == schema.DONE, groups.saved_steps(self._store, s.entry.id)) for s in states]
       self._host_ends = self._host_ends + 1 if gained == self._gained else 1
       self._gained = gained
       return not self.host_broken
@@ -283,7 +283,7 @@ def main(argv: list[str]) -> int:
   states = store.states(args.max_failures)
   todo = [s for s in states if s.state in schema.UNFINISHED]
   print(f'sweep {sweep.name}: {len(ids)} cells, todo {len(todo)}', flush=True)
-  if others := sum(s.cell.id not in ids for s in todo):
+  if others := sum(s.entry.id not in ids for s in todo):
     print(f'{others} of them come from an earlier version of the grid; they are run too')
   if not todo:
     return _verdict(store, ids, args.max_failures)

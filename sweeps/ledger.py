@@ -23,13 +23,13 @@ _REST = 20.0  # naps are so many times as long as the CPU time of the look befor
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-  """A cell of a sweep.
+class Entry:
+  """A cell as the ledger lists it.
 
   Attributes:
     id: content hash of its configuration.
     overrides: what the grid changes.
-    source: its configuration, or the record of it that a digest covers.
+    source: the cell, or the record of it that a digest covers.
   """
 
   id: str
@@ -37,18 +37,18 @@ class Cell:
   source: config.Config | dict[str, Any]
 
   @functools.cached_property
-  def config(self) -> config.Config:
-    """The configuration, made when it is asked for: a status of finished cells never does."""
+  def cell(self) -> config.Config:
+    """The cell, made when it is asked for: a status of finished cells never does."""
     if isinstance(self.source, dict):
       return config.from_record(self.source, verified=True)
     return self.source
 
 
 @dataclasses.dataclass(frozen=True)
-class CellState:
+class EntryState:
   """What the files say of one cell: see `sae_jax.cell_state`."""
 
-  cell: Cell
+  entry: Entry
   state: str
   attempts: int  # failed ones
   reason: str
@@ -89,12 +89,12 @@ class Ledger:
   ):
     self.path = str(files.local(path)) if files.is_local(path) else path.rstrip('/')
     self._observer = lease.Observer(refresh_s=refresh_s, stale_s=stale_s, clock=clock)
-    self._done: dict[str, CellState] = {}
+    self._done: dict[str, EntryState] = {}
     self._configs: dict[str, dict[str, Any]] = {}  # config.json of unfinished cells, once found sound
     self._read: _Read | None = None
-    # By id, of the last record: each entry, and the cell that it was parsed to.
-    self._parsed: dict[str, tuple[dict[str, Any], Cell]] = {}
-    self._listed: tuple[dict[str, Any], list[Cell]] | None = None  # a record, and its cells
+    # By id, of the last record: what it says of each cell, and the entry made of that.
+    self._parsed: dict[str, tuple[dict[str, Any], Entry]] = {}
+    self._listed: tuple[dict[str, Any], list[Entry]] | None = None  # a record, and its entries
     files.check_exclusive_create(self.path)
 
   def folder(self, cell_id: str) -> str:
@@ -122,7 +122,7 @@ class Ledger:
       c.id: {'overrides': json.loads(json.dumps(overrides)), 'config': c.to_record()} for overrides, c in sweep.cells
     }
     for _, c in sweep.cells:  # so that reading them back parses nothing
-      self._parsed[c.id] = cells[c.id], Cell(c.id, cells[c.id]['overrides'], c)
+      self._parsed[c.id] = cells[c.id], Entry(c.id, cells[c.id]['overrides'], c)
     try:
       missing = {files.join(self.folder(cell_id), schema.CONFIG): cell_id for cell_id in cells.keys() - old.keys()}
       # Some may exist: of an interrupted or simultaneous launch of the same sweep.
@@ -181,7 +181,7 @@ class Ledger:
   def name(self) -> str:
     return self._record()['name']
 
-  def cells(self) -> list[Cell]:
+  def entries(self) -> list[Entry]:
     """Every cell, in the order of the grid. Raises `UserError` when there is no ledger or it was edited.
 
     The configuration is the one last registered: its id is the folder's, and what lies outside the id (mesh,
@@ -193,53 +193,50 @@ class Ledger:
       parsed, verified = self._parsed, schema.verified(record)
       self._parsed = {
         cell_id: parsed[cell_id]
-        if cell_id in parsed and parsed[cell_id][0] == entry
-        else (
-          entry,
-          self._cell(cell_id, entry, verified),
-        )
-        for cell_id, entry in record['cells'].items()
+        if cell_id in parsed and parsed[cell_id][0] == said
+        else (said, self._entry(cell_id, said, verified))
+        for cell_id, said in record['cells'].items()
       }
-      self._listed = record, [cell for _, cell in self._parsed.values()]
+      self._listed = record, [entry for _, entry in self._parsed.values()]
     return self._listed[1]
 
   def check_known(self, ids: Iterable[str]) -> None:
     """Raises `UserError` for the first that is no cell of this ledger."""
-    known = {cell.id for cell in self.cells()}
+    known = {entry.id for entry in self.entries()}
     for cell_id in ids:
       if cell_id not in known:
         raise UserError(f'no cell {cell_id!r} in {self.path}; python -m sweeps.status lists the ids')
 
-  def _cell(self, cell_id: str, entry: dict[str, Any], verified: bool) -> Cell:
+  def _entry(self, cell_id: str, said: dict[str, Any], verified: bool) -> Entry:
     if verified:
-      return Cell(cell_id, entry['overrides'], entry['config'])
+      return Entry(cell_id, said['overrides'], said['config'])
     try:
-      return Cell(cell_id, entry['overrides'], config.from_record(entry['config']))
+      return Entry(cell_id, said['overrides'], config.from_record(said['config']))
     except UserError as error:
       raise self._broken(f'cell {cell_id}: {str(error).partition(";")[0]}') from None
 
-  def states(self, max_failures: int = MAX_FAILURES) -> list[CellState]:
+  def states(self, max_failures: int = MAX_FAILURES) -> list[EntryState]:
     """Of every cell. Of finished ones nothing is read twice, and of the others only what can have changed."""
-    return [self.state(cell, max_failures) for cell in self.cells()]
+    return [self.state(entry, max_failures) for entry in self.entries()]
 
-  def state(self, cell: Cell, max_failures: int = MAX_FAILURES) -> CellState:
+  def state(self, entry: Entry, max_failures: int = MAX_FAILURES) -> EntryState:
     """Of one cell, which need not be registered."""
-    if (done := self._done.get(cell.id)) is not None:
-      return done if done.cell is cell else dataclasses.replace(done, cell=cell)
+    if (done := self._done.get(entry.id)) is not None:
+      return done if done.entry is entry else dataclasses.replace(done, entry=entry)
     found = cell_state.read(
-      self.folder(cell.id),
-      cell.id,
+      self.folder(entry.id),
+      entry.id,
       max_failures=max_failures,
-      holder=lambda: self._observer.holder(self.folder(cell.id)),
-      known=self._configs.get(cell.id),
-      registered=self._registered(cell.id),
+      holder=lambda: self._observer.holder(self.folder(entry.id)),
+      known=self._configs.get(entry.id),
+      registered=self._registered(entry.id),
     )
-    state = CellState(cell, found.state, found.attempts, found.reason, found.result)
+    state = EntryState(entry, found.state, found.attempts, found.reason, found.result)
     if state.state == schema.DONE:  # what is done stays so
-      self._done[cell.id] = state
-      self._configs.pop(cell.id, None)
+      self._done[entry.id] = state
+      self._configs.pop(entry.id, None)
     elif found.config is not None:
-      self._configs[cell.id] = found.config
+      self._configs[entry.id] = found.config
     return state
 
   def _registered(self, cell_id: str) -> dict[str, Any] | None:
@@ -268,7 +265,7 @@ class Ledger:
 
     `started` is its `lease.process_start`, where that is known: it tells the process from a later one with its id.
     """
-    ids = [cell.id for cell in self.cells() if cell.id not in self._done]
+    ids = [entry.id for entry in self.entries() if entry.id not in self._done]
     holders = ((cell_id, self._last_holder(cell_id)) for cell_id in ids)
     here = lease.pid_space()
     unknown = (lease.UNSEEN, lease.GONE)
@@ -307,8 +304,8 @@ class Ledger:
         return self._read.record
       record = schema.parse_large(data)
       schema.check(record, schema.SWEEPS)
-      for cell_id, entry in record['cells'].items():
-        if not (_ID.fullmatch(cell_id) and entry['config']['id'] == cell_id and isinstance(entry['overrides'], dict)):
+      for cell_id, said in record['cells'].items():
+        if not (_ID.fullmatch(cell_id) and said['config']['id'] == cell_id and isinstance(said['overrides'], dict)):
           raise ValueError(f'cell {cell_id!r} does not match its configuration')
       if not (isinstance(record['name'], str) and isinstance(record['experiment'], str)):
         raise ValueError('name and experiment are text')

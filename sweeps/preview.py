@@ -11,33 +11,33 @@ from sae_jax.config import Config
 from sweeps import grid, ledger, status
 
 
-def states_of(sweep: grid.Sweep, store: ledger.Ledger, max_failures: int) -> list[ledger.CellState]:
+def states_of(sweep: grid.Sweep, store: ledger.Ledger, max_failures: int) -> list[ledger.EntryState]:
   """The state of every cell of a grid, whether or not the ledger has it already."""
-  return [store.state(ledger.Cell(c.id, overrides, c), max_failures) for overrides, c in sweep.cells]
+  return [store.state(ledger.Entry(c.id, overrides, c), max_failures) for overrides, c in sweep.cells]
 
 
-def table(name: str, store: ledger.Ledger, states: list[ledger.CellState], workers: int, stated: float | None) -> str:
+def table(name: str, store: ledger.Ledger, states: list[ledger.EntryState], workers: int, stated: float | None) -> str:
   """A line a cell with its FLOPs and time on one worker, and the time they should take on all.
 
   `stated` is the FLOP/s of a worker, used until finished cells of this ledger have told.
   """
-  costs = {s.cell.id: flops.cell_flops(s.cell.config) for s in states}
+  costs = {s.entry.id: flops.cell_flops(s.entry.cell) for s in states}
   rate, source = _rate(store, states, stated)
   rows = [('id', 'cell', 'steps', 'useful FLOPs', 'dense FLOPs', 'time', 'state')]
   for s in states:
-    cost = costs[s.cell.id]
+    cost = costs[s.entry.id]
     rows.append(
       (
-        s.cell.id,
-        grid.label(s.cell.overrides),
-        str(s.cell.config.train.steps),
+        s.entry.id,
+        grid.label(s.entry.overrides),
+        str(s.entry.cell.train.steps),
         f'{cost["useful"]:.2e}',
         f'{cost["dense"]:.2e}',
         status.duration(cost['dense'] / rate),
         f'{s.state}: {s.reason}' if s.reason else s.state,
       )
     )
-  todo = [costs[s.cell.id] for s in states if s.state in schema.UNFINISHED]
+  todo = [costs[s.entry.id] for s in states if s.state in schema.UNFINISHED]
   busy = [0.0] * workers  # as the workers do it: the largest cell next, to whoever is free
   for dense in sorted((cost['dense'] for cost in todo), reverse=True):
     heapq.heapreplace(busy, busy[0] + dense / rate)
@@ -48,12 +48,12 @@ def table(name: str, store: ledger.Ledger, states: list[ledger.CellState], worke
       f'{name}: {len(states)} cells, {len(todo)} to do, {total["useful"]:.2e} useful and '
       f'{total["dense"]:.2e} dense FLOPs, about {status.duration(max(busy))} on {workers} worker{"s"[: workers > 1]}',
       f'time at {rate:.2e} dense FLOP/s a worker, {source}',
-      *(f'note: {line}' for line in notes.of_all(s.cell.config for s in states if s.result is None)),
+      *(f'note: {line}' for line in notes.of_all(s.entry.cell for s in states if s.result is None)),
     ]
   )
 
 
-def cost_table(states: list[ledger.CellState], topology: str, dollars: float | None) -> str:
+def cost_table(states: list[ledger.EntryState], topology: str, dollars: float | None) -> str:
   """Chip-hours of the cells to do on a slice such as 'v5p:2x2x2', each alone on all of it, and what they cost.
 
   Each shape of step is compiled once, for chips that need not be here; the time is the roofline, a lower bound.
@@ -66,17 +66,17 @@ def cost_table(states: list[ledger.CellState], topology: str, dollars: float | N
   total = 0.0
   todo = [s for s in states if s.state in schema.UNFINISHED]
   for s in todo:
-    config = s.cell.config
-    key = _step_shape(config)
+    cell = s.entry.cell
+    key = _step_shape(cell)
     if key not in plans:
-      plans[key] = plan.plan(config, topology)
+      plans[key] = plan.plan(cell, topology)
     made = plans[key]
-    hours = made.seconds * config.train.steps * made.chips / 3600
+    hours = made.seconds * cell.train.steps * made.chips / 3600
     total += hours
     rows.append(
       (
-        s.cell.id,
-        grid.label(s.cell.overrides),
+        s.entry.id,
+        grid.label(s.entry.overrides),
         f'{made.mesh["data"]}x{made.mesh["latent"]}',
         f'{made.memory_fraction:.1%}',
         f'{hours:.3g}',
@@ -93,16 +93,16 @@ def cost_table(states: list[ledger.CellState], topology: str, dollars: float | N
   )
 
 
-def _step_shape(config: Config) -> str:
+def _step_shape(cell: Config) -> str:
   """Equal for cells whose compiled steps are alike: what only enters as a number stays out."""
-  flat = config.flat()
+  flat = cell.flat()
   kept = {k: v for k, v in flat.items() if k.startswith(('sae.', 'mesh.', 'train.'))}
   for free in ('train.seed', 'train.tokens', 'train.checkpoint_every'):
     del kept[free]
-  return json.dumps(kept | {'aux': config.loss.aux_coefficient > 0}, sort_keys=True)
+  return json.dumps(kept | {'aux': cell.loss.aux_coefficient > 0}, sort_keys=True)
 
 
-def _rate(store: ledger.Ledger, states: list[ledger.CellState], stated: float | None) -> tuple[float, str]:
+def _rate(store: ledger.Ledger, states: list[ledger.EntryState], stated: float | None) -> tuple[float, str]:
   spent = seconds = 0.0
   for s in states:
     if s.result is not None and s.result.get('wall_s'):  # those of early versions may lack it

@@ -12,23 +12,23 @@ from sweeps import grid, ledger, status
 class Board:
   """Shows the states of cells, with the time left at the speed of this launch so far."""
 
-  def __init__(self, store: ledger.Ledger, states: list[ledger.CellState]):
+  def __init__(self, store: ledger.Ledger, states: list[ledger.EntryState]):
     self._store, self._begin = store, time.monotonic()
-    self._cost = {s.cell.id: flops.cell_flops(s.cell.config)['dense'] for s in states}
+    self._cost = {s.entry.id: flops.cell_flops(s.entry.cell)['dense'] for s in states}
     self._at_start: float | None = None
     self._line = ''
-    self._told: dict[str, int] = {s.cell.id: s.attempts for s in states}
+    self._told: dict[str, int] = {s.entry.id: s.attempts for s in states}
     self._bar = None
     if sys.stderr.isatty():
       tqdm.monitor_interval = 0  # no thread of its own: workers are forked from this process
       self._bar = tqdm(total=len(states), bar_format='{n_fmt}/{total_fmt} cells |{bar}|{postfix} [{elapsed}]')
 
-  def show(self, states: list[ledger.CellState], jobs: str = '') -> None:
+  def show(self, states: list[ledger.EntryState], jobs: str = '') -> None:
     """Brings the display up to date; `jobs` is said after the cells."""
     for s in states:
-      if s.attempts > self._told.get(s.cell.id, 0):
-        self.say(f'cell {s.cell.id} {grid.label(s.cell.overrides)}: {s.reason}')
-      self._told[s.cell.id] = s.attempts
+      if s.attempts > self._told.get(s.entry.id, 0):
+        self.say(f'cell {s.entry.id} {grid.label(s.entry.overrides)}: {s.reason}')
+      self._told[s.entry.id] = s.attempts
     counts = status.count(states)
     line = status.summary(counts) + jobs
     if self._bar is not None:
@@ -48,15 +48,15 @@ class Board:
     if self._bar is not None:
       self._bar.close()
 
-  def _left(self, states: list[ledger.CellState]) -> str:
+  def _left(self, states: list[ledger.EntryState]) -> str:
     """Part of the work done, and time left at the speed of this launch so far; cells weigh by their FLOPs."""
     spent = left = 0.0
     for s in states:
-      if s.cell.id not in self._cost:
-        self._cost[s.cell.id] = flops.cell_flops(s.cell.config)['dense']
-      cost = self._cost[s.cell.id]
-      last = status.progress(self._store, s.cell.id) if s.state == 'running' else None
-      ready = min(1.0, last['step'] / s.cell.config.train.steps) if last else float(s.state == 'done')
+      if s.entry.id not in self._cost:
+        self._cost[s.entry.id] = flops.cell_flops(s.entry.cell)['dense']
+      cost = self._cost[s.entry.id]
+      last = status.progress(self._store, s.entry.id) if s.state == 'running' else None
+      ready = min(1.0, last['step'] / s.entry.cell.train.steps) if last else float(s.state == 'done')
       spent += ready * cost
       left += (1 - ready) * cost if s.state in schema.UNFINISHED else 0.0
     self._at_start = spent if self._at_start is None else self._at_start

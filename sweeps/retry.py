@@ -20,12 +20,12 @@ class Retried:
   """A cell that is tried again.
 
   Attributes:
-    cell: which.
+    entry: which.
     reason: why it had come to an end.
     moved: what was set aside: its name, and its new one from the cell's folder on.
   """
 
-  cell: ledger.Cell
+  entry: ledger.Entry
   reason: str
   moved: tuple[tuple[str, str], ...] = ()
 
@@ -36,7 +36,7 @@ def retry(store: ledger.Ledger, ids: list[str], max_failures: int = ledger.MAX_F
   Raises `UserError` for an unknown id, and for a named cell that has nothing to clear or is running.
   """
   store.check_known(ids)
-  states = {s.cell.id: s for s in store.states(max_failures)}
+  states = {s.entry.id: s for s in store.states(max_failures)}
   damaged: dict[str, str] = {}
   for cell_id in ids:
     state = states[cell_id]
@@ -50,18 +50,18 @@ def retry(store: ledger.Ledger, ids: list[str], max_failures: int = ledger.MAX_F
     if ids
     else [s for s in states.values() if s.state in (schema.FAILED, schema.INVALID)]
   )
-  return [_clear(store, s, damaged.get(s.cell.id, '')) for s in chosen]
+  return [_clear(store, s, damaged.get(s.entry.id, '')) for s in chosen]
 
 
-def _clear(store: ledger.Ledger, state: ledger.CellState, damaged: str) -> Retried:
-  folder = store.folder(state.cell.id)
+def _clear(store: ledger.Ledger, state: ledger.EntryState, damaged: str) -> Retried:
+  folder = store.folder(state.entry.id)
   if damaged:
-    return Retried(state.cell, damaged, _set_product_aside(folder))
+    return Retried(state.entry, damaged, _set_product_aside(folder))
   if state.state != schema.INVALID:
     files.remove(files.join(folder, schema.FAILURE))
-    return Retried(state.cell, state.reason)
+    return Retried(state.entry, state.reason)
   moved = ()
-  while (found := cell_state.read(folder, state.cell.id)).state == schema.INVALID:
+  while (found := cell_state.read(folder, state.entry.id)).state == schema.INVALID:
     if not found.broken:
       raise UserError(f'{folder} is a file and not a folder; move it away')
     if found.broken == schema.ARTIFACT and schema.RESULT in files.listdir(folder):
@@ -69,8 +69,8 @@ def _clear(store: ledger.Ledger, state: ledger.CellState, damaged: str) -> Retri
       continue
     moved += ((found.broken, _set_aside(folder, found.broken)),)
     if found.broken == schema.CONFIG:
-      files.create(files.join(folder, schema.CONFIG), state.cell.config.to_json())
-  return Retried(state.cell, state.reason, moved)
+      files.create(files.join(folder, schema.CONFIG), state.entry.cell.to_json())
+  return Retried(state.entry, state.reason, moved)
 
 
 def _set_product_aside(folder: str) -> tuple[tuple[str, str], ...]:
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> int:
   for one in cleared:
     what = ', '.join(f'moved {name} to {to}' for name, to in one.moved)
     print(
-      f'{one.cell.id} {cell_state.printable(grid.label(one.cell.overrides))}: '
+      f'{one.entry.id} {cell_state.printable(grid.label(one.entry.overrides))}: '
       + (f'{what} ({one.reason})' if what else f'cleared {one.reason}')
     )
   print(f'{len(cleared)} cells to try again' if cleared else 'no failed or invalid cell')

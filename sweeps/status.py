@@ -37,7 +37,7 @@ def progress(store: ledger.Ledger, cell_id: str) -> dict[str, Any] | None:
   return lines[-1] if lines else None
 
 
-def count(states: list[ledger.CellState]) -> dict[str, int]:
+def count(states: list[ledger.EntryState]) -> dict[str, int]:
   found = collections.Counter(s.state for s in states)
   return {state: found[state] for state in _COUNTED}
 
@@ -61,17 +61,17 @@ def report(store: ledger.Ledger, max_failures: int, every_byte: bool = False) ->
   speed = left = 0.0  # dense FLOPs a second of what runs now, and what is left to do
   for s in states:
     row: dict[str, Any] = {
-      'id': s.cell.id,
-      'overrides': s.cell.overrides,
+      'id': s.entry.id,
+      'overrides': s.entry.overrides,
       'state': s.state,
       'attempts': s.attempts,
       'reason': s.reason,
-      'steps': s.cell.config.train.steps if s.result is None else s.result['steps'],
+      'steps': s.entry.cell.train.steps if s.result is None else s.result['steps'],
     }
-    cost = 0.0 if s.result is not None else flops.cell_flops(s.cell.config)['dense']
+    cost = 0.0 if s.result is not None else flops.cell_flops(s.entry.cell)['dense']
     if s.result is not None:
       row |= {'step': s.result['steps'], 'nmse': s.result['nmse']}
-    elif last := progress(store, s.cell.id):
+    elif last := progress(store, s.entry.id):
       row |= {'step': last['step'], 'nmse': last.get('eval/nmse')}
       cost *= 1 - min(1.0, last['step'] / row['steps'])
       if s.state == 'running' and all(last.get(key) for key in ('wall_s', 'step', 'tokens', 'flops_dense')):
@@ -80,8 +80,8 @@ def report(store: ledger.Ledger, max_failures: int, every_byte: bool = False) ->
         speed += last['flops_dense'] / last['wall_s']
     if s.state in schema.UNFINISHED:
       left += cost
-    if s.state == schema.FAILED and s.cell.id in words:
-      row |= {'log': cell_state.printable(words[s.cell.id])}
+    if s.state == schema.FAILED and s.entry.id in words:
+      row |= {'log': cell_state.printable(words[s.entry.id])}
     rows.append(row)
   found = {'name': store.name(), 'counts': count(states), 'cells': rows}
   return found | ({'left_s': left / speed} if speed and left else {})

@@ -24,9 +24,9 @@ def export(store: ledger.Ledger, out: str) -> int:
     UserError: the package is missing, or `out` cannot be written.
   """
   count = 0
-  for cell in store.cells():
-    if lines := metrics.read_metrics(store.folder(cell.id), cell.id):
-      path = files.join(out, run_name(cell), f'events.out.tfevents.0.{cell.id}')
+  for entry in store.entries():
+    if lines := metrics.read_metrics(store.folder(entry.id), entry.id):
+      path = files.join(out, run_name(entry), f'events.out.tfevents.0.{entry.id}')
       files.write_output(path, events(lines), '--out')
       count += 1
   return count
@@ -53,10 +53,10 @@ def events(lines: list[dict[str, Any]]) -> bytes:
     return file.read_bytes()
 
 
-def run_name(cell: ledger.Cell) -> str:
+def run_name(entry: ledger.Entry) -> str:
   """A folder name that says what the cell is: '0123456789ab sae.k=4'."""
-  label = re.sub(r'[^A-Za-z0-9=._+-]+', ' ', grid.label(cell.overrides)).strip(' .')
-  return f'{cell.id} {label}'.strip()[:120]
+  label = re.sub(r'[^A-Za-z0-9=._+-]+', ' ', grid.label(entry.overrides)).strip(' .')
+  return f'{entry.id} {label}'.strip()[:120]
 
 
 def _is_scalar(value: Any) -> bool:

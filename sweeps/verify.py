@@ -9,27 +9,27 @@ from sae_jax import cell_state, product, schema
 from sweeps import ledger
 
 
-def verify(store: ledger.Ledger, states: list[ledger.CellState]) -> list[ledger.CellState]:
+def verify(store: ledger.Ledger, states: list[ledger.EntryState]) -> list[ledger.EntryState]:
   """The states, with those finished cells invalid whose autoencoders cannot be believed.
 
   Says on standard error how far it is and, at the end, what was read.
   """
   finished = [s for s in states if s.state in schema.FINISHED]
-  sizes = [product.size(store.folder(s.cell.id), s.result or {}) for s in finished]
-  broken: dict[str, ledger.CellState] = {}
+  sizes = [product.size(store.folder(s.entry.id), s.result or {}) for s in finished]
+  broken: dict[str, ledger.EntryState] = {}
   unverified = 0
   # Only on a terminal: in a log a bar is thousands of lines.
   with tqdm(total=sum(sizes), desc='verify', unit='B', unit_scale=True, disable=None) as bar:
     for s in finished:
       try:
-        unverified += not product.check(store.folder(s.cell.id), lambda piece: bar.update(len(piece)))
+        unverified += not product.check(store.folder(s.entry.id), lambda piece: bar.update(len(piece)))
       except FileNotFoundError as error:
         if s.result is not None and not s.result.get('artifact_bytes'):
           unverified += 1  # its result is from before results said that there was one
         else:
-          broken[s.cell.id] = _invalid(s, error)
+          broken[s.entry.id] = _invalid(s, error)
       except (schema.Broken, OSError) as error:
-        broken[s.cell.id] = _invalid(s, error)
+        broken[s.entry.id] = _invalid(s, error)
   said = f'verified the autoencoders of {len(finished) - unverified - len(broken)} cells, {sum(sizes):,} bytes'
   print(said + (f'; {unverified} have no digests' if unverified else ''), file=sys.stderr)
   if broken:
@@ -37,9 +37,9 @@ def verify(store: ledger.Ledger, states: list[ledger.CellState]) -> list[ledger.
       f'{len(broken)} are damaged; python -m sweeps.retry --ledger={store.path} {" ".join(broken)} has them trained again',
       file=sys.stderr,
     )
-  return [broken.get(s.cell.id, s) for s in states]
+  return [broken.get(s.entry.id, s) for s in states]
 
 
-def _invalid(s: ledger.CellState, error: Exception) -> ledger.CellState:
+def _invalid(s: ledger.EntryState, error: Exception) -> ledger.EntryState:
   found = cell_state.product_is_broken(error)
   return dataclasses.replace(s, state=found.state, reason=found.reason, result=None)

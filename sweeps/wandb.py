@@ -26,15 +26,15 @@ def export(store: ledger.Ledger, project: str, mode: str | None = None) -> int:
   except ImportError:
     raise UserError("Weights & Biases is not installed; pip install 'sae_jax[wandb]'") from None
   count = 0
-  for cell in store.cells():
-    lines = metrics.read_metrics(store.folder(cell.id), cell.id)
+  for entry in store.entries():
+    lines = metrics.read_metrics(store.folder(entry.id), entry.id)
     if not lines:
       continue
     run = wandb.init(
       project=project,
-      id=cell.id,
-      name=grid.label(cell.overrides) or cell.id,
-      config=cell.config.flat(),
+      id=entry.id,
+      name=grid.label(entry.overrides) or entry.id,
+      config=entry.cell.flat(),
       resume='allow',
       mode=mode,
     )

@@ -69,23 +69,23 @@ def run(
   """
   store.check_known(sorted(only))
 
-  def states() -> list[ledger.CellState]:
-    return [s for s in store.states(max_failures) if not only or s.cell.id in only]
+  def states() -> list[ledger.EntryState]:
+    return [s for s in store.states(max_failures) if not only or s.entry.id in only]
 
   def verdict() -> int | None:
     return _verdict(states())
 
   # A look at all cells gives the order in which they are tried. Another one is due once none is left of it, or when
   # there are other cells: the work is then proportional to the cells, where a look for each would make it their square.
-  waiting: list[ledger.CellState] = []
-  listed: list[ledger.Cell] | None = None
+  waiting: list[ledger.EntryState] = []
+  listed: list[ledger.Entry] | None = None
   nap_s = poll_s
   while not stop():
     looked = False
     try:
-      if not waiting or store.cells() is not listed:
+      if not waiting or store.entries() is not listed:
         looked, began = True, time.process_time()
-        listed, found = store.cells(), states()
+        listed, found = store.entries(), states()
         nap_s = ledger.nap_s(poll_s, time.process_time() - began)
         if (code := _verdict(found)) is not None:
           return code
@@ -113,38 +113,38 @@ def command(store: ledger.Ledger, max_failures: int, group: int | None) -> tuple
   return argv if group is None else (*argv, f'--group={group}')
 
 
-def _claim(store: ledger.Ledger, waiting: list[ledger.CellState], group: int | None, max_failures: int) -> Held:
+def _claim(store: ledger.Ledger, waiting: list[ledger.EntryState], group: int | None, max_failures: int) -> Held:
   """The first of `waiting` that can be had, with those that can train beside it; empty when none can.
 
   What was tried is taken off the list.
   """
 
-  def claimed(s: ledger.CellState) -> lease.Lease | None:
+  def claimed(s: ledger.EntryState) -> lease.Lease | None:
     # It may be old news, and a cell that has failed meanwhile has another place in the order.
-    now = store.state(s.cell, max_failures)
-    return store.claim(s.cell.id) if (now.state, now.attempts) == (schema.WAITING, s.attempts) else None
+    now = store.state(s.entry, max_failures)
+    return store.claim(s.entry.id) if (now.state, now.attempts) == (schema.WAITING, s.attempts) else None
 
   while waiting:
     first = waiting.pop(0)
     if (taken := claimed(first)) is None:
       continue
-    others = groups.companions(store, first, waiting, groups.most(first.cell.config, group) - 1)
+    others = groups.companions(store, first, waiting, groups.most(first.entry.cell, group) - 1)
     for s in others:
       waiting.remove(s)
-    return [(first.cell, taken)] + [(s.cell, t) for s in others if (t := claimed(s))]
+    return [(first.entry, taken)] + [(s.entry, t) for s in others if (t := claimed(s))]
   return []
 
 
-def _verdict(states: list[ledger.CellState]) -> int | None:
+def _verdict(states: list[ledger.EntryState]) -> int | None:
   """The exit code once nothing is left to do."""
   if any(s.state in schema.UNFINISHED for s in states):
     return None
   return 0 if all(s.state in schema.FINISHED for s in states) else SOME_FAILED
 
 
-def _precedence(state: ledger.CellState) -> tuple[int, float, str]:
+def _precedence(state: ledger.EntryState) -> tuple[int, float, str]:
   """Fresh cells before failed ones, then the most expensive."""
-  return state.attempts, -flops.cell_flops(state.cell.config)['dense'], state.cell.id
+  return state.attempts, -flops.cell_flops(state.entry.cell)['dense'], state.entry.id
 
 
 def sleep(seconds: float, stop: Callable[[], bool]) -> None:
@@ -191,7 +191,7 @@ def main(argv: list[str]) -> int:
   stop = Stop()  # before the heavy imports: a signal in those seconds must not be lost
   args = _parser().parse_args(argv)
   store = ledger.Ledger(args.ledger)
-  store.cells()
+  store.entries()
 
   import jax
 

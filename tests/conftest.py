@@ -73,8 +73,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   store = ledger.Ledger(str(path))
   resolved = tuple(({'train.seed': seed}, cells.cell(**{'train.seed': seed})) for seed in (0, 1))
   store.register(grid.Sweep('trained', 'experiments/tiny.py', resolved, dropped=0))
-  for one in store.cells():
-    assert training.train(one.config, store.folder(one.id)) == 'done'
+  for one in store.entries():
+    assert training.train(one.cell, store.folder(one.id)) == 'done'
   return path
 
 

@@ -196,10 +196,10 @@ def launched(monkeypatch):
         return {'seconds': 7.0, 'load_of_others': 0.0}
       size, store = int(given['group']), ledger.Ledger(given['ledger'])
       store.register(grid.build(given['sweep']))
-      ledgers[size] = [cell.config for cell in store.cells()]
-      for cell in store.cells():
+      ledgers[size] = [entry.cell for entry in store.entries()]
+      for entry in store.entries():
         result = {'wall_s': 2.0, 'flops_subject': 11.0, 'flops_useful': 3.0}
-        cells.finish(store.folder(cell.id), cell.config, **result, params_digest=digest_of(cell, size))
+        cells.finish(store.folder(entry.id), entry.cell, **result, params_digest=digest_of(entry, size))
       return {'seconds': 100.0 / size, 'load_of_others': 0.25 / size}
 
     monkeypatch.setattr(sweep, 'run', run)

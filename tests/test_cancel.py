@@ -19,8 +19,8 @@ def store(tmp_path):
 
 
 def finish(store, at):
-  cell = store.cells()[at]
-  cells.finish(store.folder(cell.id), cell.config)
+  entry = store.entries()[at]
+  cells.finish(store.folder(entry.id), entry.cell)
 
 
 def run(*argv):
@@ -39,7 +39,7 @@ def commit(group, *, should_stop, label, **_):
 
 
 def test_cancelled_cell_is_left_out_until_undone(store, capsys):
-  three = store.cells()[1].id
+  three = store.entries()[1].id
   assert run(f'--ledger={store.path}', three) == 0
   assert found(store) == ['done', 'cancelled', 'waiting']
   assert store.claim(three) is None
@@ -70,20 +70,20 @@ def test_running_cell_is_saved_and_left_while_the_worker_goes_on(store):
 
 
 def test_all_takes_what_is_unfinished(store):
-  metrics.record_failure(store.folder(store.cells()[1].id), UserError('bad value'))
-  assert [s.cell.overrides['sae.k'] for s in cancel.cancel(store, [])] == [5]
+  metrics.record_failure(store.folder(store.entries()[1].id), UserError('bad value'))
+  assert [s.entry.overrides['sae.k'] for s in cancel.cancel(store, [])] == [5]
   assert found(store) == ['done', 'failed', 'cancelled']
 
 
 def test_result_wins_over_a_cancel_that_came_late(store):
-  three = store.cells()[1].id
+  three = store.entries()[1].id
   cancel.cancel(store, [three])
   finish(store, 1)
   assert found(store)[1] == 'done'
 
 
 def test_cancel_refuses_what_it_cannot_do(store, capsys):
-  done, three, _ = (cell.id for cell in store.cells())
+  done, three, _ = (entry.id for entry in store.entries())
   with pytest.raises(UserError, match='is done'):
     cancel.cancel(store, [three, done])
   with pytest.raises(UserError, match='no cell'):

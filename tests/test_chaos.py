@@ -104,18 +104,18 @@ def test_kill_at_any_moment_of_a_cell_changes_nothing(hook, trained, tmp_path):
     assert run('-c', KILLED % HOOKS[hook], *launch_it) == -signal.SIGKILL
     assert not (tmp_path / 'ledger' / 'sweep.json').exists()
   store.register(grid.build(str(tmp_path / 'cells.py')))
-  (cell,) = store.cells()
-  folder = pathlib.Path(store.folder(cell.id))
+  (entry,) = store.entries()
+  folder = pathlib.Path(store.folder(entry.id))
   if hook != 'config':
     assert run('-c', KILLED % HOOKS[hook], f'--ledger={store.path}') == -signal.SIGKILL
     assert (folder / 'result.json').exists() == (hook == 'release')
   assert work.run(store, training.train_group, stop=cells.NeverTold()) == 0
-  got, expected = (json.loads((path / 'result.json').read_text()) for path in (folder, trained / 'cells' / cell.id))
+  got, expected = (json.loads((path / 'result.json').read_text()) for path in (folder, trained / 'cells' / entry.id))
   assert got['params_digest'] == expected['params_digest'] and got['bit_exact']
   assert store.states()[0].state == 'done' and store.states()[0].attempts == 0
   steps = [
-    [line['step'] for line in metrics.read_metrics(str(path), cell.id)]
-    for path in (folder, trained / 'cells' / cell.id)
+    [line['step'] for line in metrics.read_metrics(str(path), entry.id)]
+    for path in (folder, trained / 'cells' / entry.id)
   ]
   assert steps[0] == steps[1]
   assert not list(folder.rglob('*orbax-checkpoint-tmp*'))
@@ -132,23 +132,23 @@ def test_sigterm_while_compiling_is_kept_until_the_first_step(trained, tmp_path)
   sweep = chaos.Sweep(tmp_path / 'sweep', grid=TWO)
   store = ledger.Ledger(str(sweep.path))
   store.register(grid.build(str(sweep.folder / 'cells.py')))
-  cell = store.cells()[0]
-  argv = [sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}', f'--cell={cell.id}']
+  entry = store.entries()[0]
+  argv = [sys.executable, '-m', 'sweeps.work', f'--ledger={store.path}', f'--cell={entry.id}']
 
   def start() -> subprocess.Popen:
     env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': ''}  # that it does compile
     return subprocess.Popen(argv, cwd=chaos.ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
   worker = start()
-  while not (claims := list(pathlib.Path(store.folder(cell.id)).glob('claims/*.json'))):
+  while not (claims := list(pathlib.Path(store.folder(entry.id)).glob('claims/*.json'))):
     assert worker.poll() is None
     time.sleep(0.005)
-  assert claims and not (pathlib.Path(store.folder(cell.id)) / 'metrics.jsonl').exists()
+  assert claims and not (pathlib.Path(store.folder(entry.id)) / 'metrics.jsonl').exists()
   worker.send_signal(signal.SIGTERM)
   assert worker.wait() == 42
-  assert [path.name for path in pathlib.Path(store.folder(cell.id)).glob('ckpt/*')] == ['1']
+  assert [path.name for path in pathlib.Path(store.folder(entry.id)).glob('ckpt/*')] == ['1']
   state, *others = store.states()
   assert (state.state, state.attempts) == ('waiting', 0)
   assert start().wait() == 0
-  assert sweep.digests() == {cell.id: digests(trained)[cell.id]}
+  assert sweep.digests() == {entry.id: digests(trained)[entry.id]}
   assert [s.state for s in others] == ['waiting']

@@ -54,7 +54,7 @@ def pristine(trained, tmp_path_factory):
   store = ledger.Ledger(str(path))
   with store.claim(third.id):
     pass
-  return Place(path, tuple(cell.id for cell in store.cells()))
+  return Place(path, tuple(entry.id for entry in store.entries()))
 
 
 @pytest.fixture

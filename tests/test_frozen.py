@@ -40,7 +40,7 @@ def old(tmp_path):
 
 def test_old_ledger_is_read_by_status_and_report(old, capsys):
   store = ledger.Ledger(str(old))
-  found = {s.cell.id: s for s in store.states()}
+  found = {s.entry.id: s for s in store.states()}
   assert {cell_id: s.state for cell_id, s in found.items()} == {
     DONE: 'done',
     HALF: 'waiting',
@@ -62,9 +62,9 @@ def test_old_autoencoder_is_loaded(old):
 
 
 def test_old_half_trained_cell_goes_on_to_the_end_it_had(old, trained):
-  cell = next(cell for cell in ledger.Ledger(str(old)).cells() if cell.id == HALF)
+  entry = next(entry for entry in ledger.Ledger(str(old)).entries() if entry.id == HALF)
   folder = old / 'cells' / HALF
-  assert training.train(cell.config, str(folder)) == 'done'
+  assert training.train(entry.cell, str(folder)) == 'done'
   result = json.loads((folder / schema.RESULT).read_text())
   expected = json.loads((FROZEN / 'expected.json').read_text())
   assert result['nmse'] == pytest.approx(expected['nmse'], rel=1e-5)

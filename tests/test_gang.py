@@ -96,10 +96,10 @@ def finish_here(store) -> int:
 
 def digests(store) -> dict[str, str]:
   found = {}
-  for cell in store.cells():
-    path = pathlib.Path(store.folder(cell.id)) / schema.RESULT
+  for entry in store.entries():
+    path = pathlib.Path(store.folder(entry.id)) / schema.RESULT
     if path.exists():
-      found[cell.id] = json.loads(path.read_text())['params_digest']
+      found[entry.id] = json.loads(path.read_text())['params_digest']
   return found
 
 
@@ -109,7 +109,7 @@ def alone(tmp_path_factory):
   store = make_ledger(tmp_path_factory.mktemp('one') / 'ledger', {}, {'train.seed': 5})
   assert finish_here(store) == 0
   found = digests(store)
-  return {cell.config.train.seed: {cell.id: found[cell.id]} for cell in store.cells()}
+  return {entry.cell.train.seed: {entry.id: found[entry.id]} for entry in store.entries()}
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_gang_leaves_a_diverging_cell_and_finishes_the_other(undisturbed, start,
   store = make_ledger(tmp_path / 'ledger', {}, {'optim.learning_rate': 1e30})
   assert finish(start(store)) == [1, 1]
   good, bad = store.states()
-  assert digests(store) == undisturbed and good.cell.id in undisturbed
+  assert digests(store) == undisturbed and good.entry.id in undisturbed
   assert (bad.state, bad.attempts) == ('failed', 1) and 'Diverged: not finite' in bad.reason
 
 
@@ -177,7 +177,7 @@ def test_disturbed_gang_ends_and_resumes_to_the_same_bits(undisturbed, start, tm
   assert state.attempts == len(expected)
   assert all(reason in state.reason for reason in expected)
   if 'raise ValueError' in happens:  # rank 0 writes down where rank 1 was
-    record = json.loads(pathlib.Path(store.folder(state.cell.id), 'failure.json').read_text())
+    record = json.loads(pathlib.Path(store.folder(state.entry.id), 'failure.json').read_text())
     assert record['kind'] == 'RankFailed' and 'in disturbed' in record['traceback']
   assert finish_here(store) == 0
   assert digests(store) == undisturbed
@@ -185,7 +185,7 @@ def test_disturbed_gang_ends_and_resumes_to_the_same_bits(undisturbed, start, tm
 
 def test_gang_that_waited_for_work_stops_together_idle_or_training(undisturbed, start, tmp_path):
   store = make_ledger(tmp_path / 'ledger', {})
-  held = store.claim(store.cells()[0].id)
+  held = store.claim(store.entries()[0].id)
   gang = start(store)
   time.sleep(10)
   assert [process.poll() for process in gang] == [None, None]
@@ -201,10 +201,10 @@ def test_gang_that_waited_for_work_stops_together_idle_or_training(undisturbed, 
 
 def test_cancelled_cell_is_left_by_all_ranks_at_one_step(undisturbed, start, tmp_path):
   store = make_ledger(tmp_path / 'ledger', {})
-  (cell,) = store.cells()
+  (entry,) = store.entries()
   write = 'files.replace(cells[0][1] + "/cancel.json", b"{}"); time.sleep(3)'
   assert finish(start(store, disturb=(0, write))) == [42, 42]
   assert store.states()[0].state == 'cancelled'
-  assert [state.cell.id for state in cancel.undo(store, [])] == [cell.id]
+  assert [state.entry.id for state in cancel.undo(store, [])] == [entry.id]
   assert finish_here(store) == 0
   assert digests(store) == undisturbed

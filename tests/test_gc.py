@@ -14,15 +14,15 @@ def store(request, tmp_path):
   """Cells in every state but running, each with a checkpoint; the second of the finished ones has no sae/."""
   store = ledger.Ledger(str(tmp_path / 'ledger') if request.param == 'local' else 'memory://gc')
   store.register(cells.sweep(*({'sae.k': k} for k in (1, 2, 3, 4))))
-  done, bare, failed, _ = folders = [store.folder(cell.id) for cell in store.cells()]
+  done, bare, failed, _ = folders = [store.folder(entry.id) for entry in store.entries()]
   for folder in folders:
     files.create(files.join(folder, 'ckpt', '7', 'array'), b'x' * 1000)
     files.create(files.join(folder, 'corrupt', '5-0', 'array'), b'x' * 500)
     files.create(files.join(folder, 'claims', '1.json'), b'')
     if folder != bare:
       files.create(files.join(folder, 'sae', 'raw.safetensors'), b'x')
-  for cell, folder in zip(store.cells(), (done, bare), strict=False):
-    cells.finish(folder, cell.config)
+  for entry, folder in zip(store.entries(), (done, bare), strict=False):
+    cells.finish(folder, entry.cell)
   metrics.record_failure(failed, UserError('bad value'))
   yield store
   if request.param == 'memory':
@@ -36,7 +36,7 @@ def run(*argv):
 
 
 def test_gc_frees_finished_cells_only(store, capsys):
-  folders = [store.folder(cell.id) for cell in store.cells()]
+  folders = [store.folder(entry.id) for entry in store.entries()]
   before = [files.listdir(folder) for folder in folders]
   assert run(f'--ledger={store.path}', '--dry_run') == 0
   assert capsys.readouterr().out.splitlines()[-1] == '1.5 kB would be freed in 1 finished cells'
@@ -54,10 +54,10 @@ def test_gc_does_not_follow_links(tmp_path):
   (outside / '7' / 'array').write_text('x')
   store = ledger.Ledger(str(tmp_path / 'ledger'))
   store.register(cells.sweep({}))
-  (cell,) = store.cells()
-  folder = pathlib.Path(store.folder(cell.id))
+  (entry,) = store.entries()
+  folder = pathlib.Path(store.folder(entry.id))
   files.create(str(folder / 'sae' / 'x'), b'')
-  cells.finish(str(folder), cell.config)
+  cells.finish(str(folder), entry.cell)
   (folder / 'ckpt').symlink_to(outside)
   (garbage,) = gc.find(store)
   with pytest.raises(UserError, match='delete it by hand'):
@@ -68,11 +68,11 @@ def test_gc_does_not_follow_links(tmp_path):
 def test_gc_refuses_a_linked_cell(tmp_path, capsys):
   store = ledger.Ledger(str(tmp_path / 'ledger'))
   store.register(cells.sweep({'sae.k': 1}, {'sae.k': 2}))
-  for cell in store.cells():
-    cells.finish(store.folder(cell.id), cell.config)
+  for entry in store.entries():
+    cells.finish(store.folder(entry.id), entry.cell)
     for name in ('sae', 'ckpt'):
-      files.create(files.join(store.folder(cell.id), name, 'x'), b'x')
-  outside, folder = tmp_path / 'precious', pathlib.Path(store.folder(store.cells()[1].id))
+      files.create(files.join(store.folder(entry.id), name, 'x'), b'x')
+  outside, folder = tmp_path / 'precious', pathlib.Path(store.folder(store.entries()[1].id))
   folder.rename(outside)
   folder.symlink_to(outside)
   before = sorted(tmp_path.rglob('*'))

@@ -131,7 +131,7 @@ def test_what_the_store_refuses_is_an_oserror_and_a_users_mistake_one_line(store
 def test_lease_is_taken_over_once_and_its_holder_hears_of_it(store):
   first = ledger.Ledger('gs://bucket/ledger', clock=Clock())
   first.register(make_sweep([3]))
-  cell_id = first.cells()[0].id
+  cell_id = first.entries()[0].id
   watched = Clock()
   second = ledger.Ledger('gs://bucket/ledger', clock=watched)
   held = first.claim(cell_id)

@@ -24,15 +24,15 @@ def store(tmp_path):
 
 
 def waiting(store):
-  return sorted(store.states(), key=lambda s: sorted(s.cell.overrides.items()))
+  return sorted(store.states(), key=lambda s: sorted(s.entry.overrides.items()))
 
 
 def chosen(store, count):
-  return [s.cell.overrides for s in groups.companions(store, of(store, {'sae.k': 2}), waiting(store), count)]
+  return [s.entry.overrides for s in groups.companions(store, of(store, {'sae.k': 2}), waiting(store), count)]
 
 
 def of(store, overrides):
-  return next(s for s in store.states() if s.cell.overrides == overrides)
+  return next(s for s in store.states() if s.entry.overrides == overrides)
 
 
 def test_companions_share_the_stream(store):
@@ -42,21 +42,21 @@ def test_companions_share_the_stream(store):
 
 
 def test_companions_are_at_one_step(store):
-  folder = store.folder(of(store, {'sae.k': 3}).cell.id)
+  folder = store.folder(of(store, {'sae.k': 3}).entry.id)
   files.create(files.join(folder, 'ckpt', '20', 'x'), b'')
   files.create(files.join(folder, 'ckpt', '5.damaged', 'x'), b'')
-  assert groups.newest_step(store, of(store, {'sae.k': 3}).cell.id) == 20
+  assert groups.newest_step(store, of(store, {'sae.k': 3}).entry.id) == 20
   ahead = of(store, {'sae.k': 3})
   assert groups.companions(store, ahead, waiting(store), 9) == []
   behind = of(store, {'sae.k': 2})
-  assert ahead.cell.id not in {s.cell.id for s in groups.companions(store, behind, waiting(store), 9)}
-  other = store.folder(of(store, {'sae.n_latents': 61}).cell.id)
+  assert ahead.entry.id not in {s.entry.id for s in groups.companions(store, behind, waiting(store), 9)}
+  other = store.folder(of(store, {'sae.n_latents': 61}).entry.id)
   files.create(files.join(other, 'ckpt', '20', 'x'), b'')
-  assert [s.cell.overrides for s in groups.companions(store, ahead, waiting(store), 9)] == [{'sae.n_latents': 61}]
+  assert [s.entry.overrides for s in groups.companions(store, ahead, waiting(store), 9)] == [{'sae.n_latents': 61}]
 
 
 def test_cell_that_failed_trains_alone(store):
-  metrics.record_failure(store.folder(of(store, {'sae.k': 3}).cell.id), ValueError('once'))
+  metrics.record_failure(store.folder(of(store, {'sae.k': 3}).entry.id), ValueError('once'))
   failed = of(store, {'sae.k': 3})
   assert failed.attempts == 1
   assert groups.companions(store, failed, waiting(store), 9) == []
@@ -103,7 +103,7 @@ def test_group_member_that_fails_is_charged_alone(store):
     return [Wild('not finite') if c.sae.k == 3 else finish(c, folder) for c, folder in cells]
 
   assert run(store, train_group, group=9) == 1
-  assert {s.state for s in store.states() if s.cell.overrides == {'sae.k': 3}} == {'failed'}
+  assert {s.state for s in store.states() if s.entry.overrides == {'sae.k': 3}} == {'failed'}
   assert sum(s.state == 'done' for s in store.states()) == 4
 
 
@@ -121,12 +121,12 @@ def test_after_a_group_failed_its_cells_train_alone(store):
 
 
 def test_partition_does_not_depend_on_what_is_done(store):
-  every = store.cells()
+  every = store.entries()
   parts = groups.partition(every, 2)
   assert sorted(c.id for part in parts for c in part) == sorted(c.id for c in every)
   assert sorted(map(len, parts)) == [1, 2, 2]
-  assert all(len({c.config.group_key for c in part}) == 1 for part in parts)
-  for cell in every[:2]:
-    finish(cell.config, store.folder(cell.id))
-  assert groups.partition(store.cells(), 2) == parts
+  assert all(len({c.cell.group_key for c in part}) == 1 for part in parts)
+  for entry in every[:2]:
+    finish(entry.cell, store.folder(entry.id))
+  assert groups.partition(store.entries(), 2) == parts
   assert groups.partition(every, None) == [[c] for c in every]  # planted data: nothing is saved by a group

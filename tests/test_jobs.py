@@ -45,7 +45,7 @@ def registered(tmp_path):
 
 
 def commit(store, cell_id):
-  (config,) = (cell.config for cell in store.cells() if cell.id == cell_id)
+  (config,) = (entry.cell for entry in store.entries() if entry.id == cell_id)
   cells.finish(store.folder(cell_id), config)
 
 
@@ -60,10 +60,10 @@ def test_follow_submits_a_job_a_cell_and_watches_to_the_end(registered, capsys):
   launch.follow(registered, fake_cluster(engine), None, [], 3)
   states = registered.states()
   assert all(s.state == 'done' for s in states) and not engine.cancelled
-  assert set(engine.jobs) == {s.cell.id for s in states}
+  assert set(engine.jobs) == {s.entry.id for s in states}
   for job in engine.jobs.values():
     assert job.argv[1:3] == ('-m', 'sweeps.work') and f'--cell={job.id}' in job.argv and job.grace_s == 7
-  cost = [flops.cell_flops(next(s.cell.config for s in states if s.cell.id == i))['dense'] for i in engine.jobs]
+  cost = [flops.cell_flops(next(s.entry.cell for s in states if s.entry.id == i))['dense'] for i in engine.jobs]
   assert cost == sorted(cost, reverse=True)
   told = capsys.readouterr().out
   assert '1 done, 0 running, 0 failed, 5 waiting' in told and '; jobs: 0 running, 5 pending' in told
@@ -90,7 +90,7 @@ def test_follow_does_not_submit_a_lost_job_again(registered):
 
 def test_follow_finds_the_running_job_of_an_earlier_launch(registered):
   """Its cell is running when the launch looks first, and waits between two runs of the job when it looks again."""
-  first, *others = registered.cells()
+  first, *others = registered.entries()
   for cell in others:
     commit(registered, cell.id)
   held = registered.claim(first.id)
@@ -116,7 +116,7 @@ def test_cells_of_one_stream_are_one_job_when_groups_are_wanted(registered):
   made = jobs.jobs(*given, registered.states(), None, 3, group=4)
   assert [len(cells_of(job)) for job in made] == [4, 2]
   assert all(job.id == f'group-{cells_of(job)[0]}' and '--group=4' in job.argv for job in made)
-  assert sorted(i for job in made for i in cells_of(job)) == sorted(c.id for c in registered.cells())
+  assert sorted(i for job in made for i in cells_of(job)) == sorted(c.id for c in registered.entries())
   commit(registered, cells_of(made[0])[0])  # its job may be alive, and is found again by its name
   assert jobs.jobs(*given, registered.states(), None, 3, group=4) == made
   assert jobs.names(registered.states(), None, 4) == [job.id for job in made]
@@ -135,7 +135,7 @@ def test_gangs_share_the_cells_and_unneeded_ones_are_cancelled(registered):
     engine.state['gang-0'] = 'running'
     for s in registered.states():
       if s.state == 'waiting':
-        commit(registered, s.cell.id)
+        commit(registered, s.entry.id)
 
   engine = FakeEngine(first_does_all)
   launch.follow(registered, fake_cluster(engine), 2, [], 3)
@@ -149,7 +149,7 @@ def test_jobs_are_for_waiting_cells_and_their_meshes(tmp_path):
   store = ledger.Ledger(str(tmp_path / 'ledger'))
   store.register(grid.build(str(tmp_path / 'cells.py')))
   cluster = fake_cluster(FakeEngine())
-  first, second, *_ = store.cells()
+  first, second, *_ = store.entries()
   with store.claim(second.id):
     found = {job.id: job for job in jobs.jobs(store, cluster, store.states(), None, 3)}
   assert len(found) == 5 and second.id not in found
@@ -172,7 +172,7 @@ def test_dry_run_prices_each_shape_once(registered, monkeypatch):
 
   monkeypatch.setattr(plan, 'plan', planned)
   states = registered.states()
-  commit(registered, states[0].cell.id)
+  commit(registered, states[0].entry.id)
   text = preview.cost_table([*registered.states(), *states[1:]], 'v5p:2', 1.5)
   # Ten cells of five shapes, 20 steps of 36 s on two chips each.
   assert len(asked) == len(set(asked)) == 5

@@ -68,7 +68,8 @@ def until(condition, what):
 
 def results(store):
   return {
-    cell.id: json.loads((pathlib.Path(store.folder(cell.id)) / schema.RESULT).read_text()) for cell in store.cells()
+    entry.id: json.loads((pathlib.Path(store.folder(entry.id)) / schema.RESULT).read_text())
+    for entry in store.entries()
   }
 
 
@@ -80,8 +81,8 @@ def holders(store):
   """Worker processes by the cell they are training, once a checkpoint of theirs exists."""
   found = {}
   for s in store.states():
-    if s.state == 'running' and saved_steps(store.folder(s.cell.id)):
-      found[s.cell.id] = int(s.reason.split()[1])
+    if s.state == 'running' and saved_steps(store.folder(s.entry.id)):
+      found[s.entry.id] = int(s.reason.split()[1])
   return found
 
 
@@ -125,9 +126,9 @@ def test_launch_trains_every_cell(finished):
   assert all(s.state == 'done' for s in store.states())
   found = results(store)
   assert sorted(r['seed'] for r in found.values()) == list(range(6))
-  for cell in store.cells():
-    assert [p.name for p in (folder / 'ledger/cells' / cell.id / 'claims').glob('*.json')] == ['1.json']
-    assert not (folder / 'ledger/cells' / cell.id / schema.FAILURE).exists()
+  for entry in store.entries():
+    assert [p.name for p in (folder / 'ledger/cells' / entry.id / 'claims').glob('*.json')] == ['1.json']
+    assert not (folder / 'ledger/cells' / entry.id / schema.FAILURE).exists()
   assert 'todo 6' in ran.stdout and '6 done, 0 running, 0 failed, 0 waiting' in ran.stdout
   assert {p.name for p in (folder / 'ledger/logs').iterdir()} == {'worker-0.log', 'worker-1.log'}
 
@@ -152,9 +153,9 @@ def test_nothing_to_do_needs_no_jax(finished):
 
 def test_dry_run_lists_cells_and_cost(finished):
   folder, planned, _ = finished
-  for cell in ledger.Ledger(str(folder / 'ledger')).cells():
-    (line,) = [line for line in planned.splitlines() if cell.id in line]
-    assert grid.label(cell.overrides) in line and ' 20 ' in line and line.endswith('waiting')
+  for entry in ledger.Ledger(str(folder / 'ledger')).entries():
+    (line,) = [line for line in planned.splitlines() if entry.id in line]
+    assert grid.label(entry.overrides) in line and ' 20 ' in line and line.endswith('waiting')
   assert '6 cells, 6 to do' in planned and 'on 2 workers' in planned and 'no cell has finished yet' in planned
   after = finish(command(folder, '--dry_run')).stdout
   assert '6 cells, 0 to do' in after and 'measured on the finished cells' in after
@@ -227,7 +228,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path, start):
   said, _ = driver.communicate()
   assert driver.returncode == 130, said
   assert 'the same command resumes' in said and not alive(worker)
-  states = {s.cell.id: s for s in store.states()}
+  states = {s.entry.id: s for s in store.states()}
   assert all(s.state == 'waiting' and not s.attempts for s in states.values())
   saved = max(saved_steps(store.folder(cell_id)))
   ran = finish(argv)
@@ -306,12 +307,12 @@ def test_worker_that_its_machine_ends_is_restarted_while_something_is_gained(tmp
   store = ledger.Ledger(str(tmp_path / 'ledger'))
   store.register(cells.sweep({'sae.k': 4}, {'sae.k': 5}))
   restarts = launch.Restarts(store, 3, tmp_path)
-  first, second = (s.cell for s in store.states())
+  first, second = (s.entry for s in store.states())
   held = store.claim(first.id)  # what a worker may leave that could not even release its lease
   assert restarts(os.getpid(), 0, HOST_BROKEN) and restarts(os.getpid(), 0, HOST_BROKEN)
   (tmp_path / 'ledger/cells' / first.id / 'ckpt/5').mkdir(parents=True)
   assert restarts(os.getpid(), 0, HOST_BROKEN) and restarts(os.getpid(), 0, HOST_BROKEN)
-  cells.finish(store.folder(second.id), second.config)
+  cells.finish(store.folder(second.id), second.cell)
   assert restarts(os.getpid(), 0, HOST_BROKEN) and restarts(os.getpid(), 0, HOST_BROKEN)
   assert not restarts.host_broken
   assert not restarts(os.getpid(), 0, HOST_BROKEN) and restarts.host_broken
@@ -409,13 +410,13 @@ def test_launch_ends_although_a_worker_is_stopped(tmp_path, monkeypatch):
   store = ledger.Ledger(str(tmp_path / 'ledger'))
   sweep = cells.sweep({})
   store.register(sweep)
-  (cell,) = store.cells()
+  (entry,) = store.entries()
   executor = local.Local(tmp_path / 'logs', lambda *_: False)
   executor.submit(job('import os, signal; os.kill(os.getpid(), signal.SIGSTOP)'))
   (running,) = executor._running.values()
   stat = pathlib.Path(f'/proc/{running.process.pid}/stat')
   until(lambda: stat.read_text().rpartition(')')[2].split()[0] == 'T', 'the worker to stop')
-  cells.finish(store.folder(cell.id), cell.config)
+  cells.finish(store.folder(entry.id), entry.cell)
   monkeypatch.setattr(launch, 'GRACE_S', 0.0, raising=False)
   received = []
   monkeypatch.setattr(launch, '_nap', until_two(received))
@@ -439,8 +440,8 @@ def until_two(received):
 def test_launch_says_when_cells_it_asked_for_are_not_there(tmp_path, capsys):
   store = ledger.Ledger(str(tmp_path / 'ledger'))
   store.register(cells.sweep({}))
-  (cell,) = store.cells()
-  cells.finish(store.folder(cell.id), cell.config)
-  assert launch._verdict(store, {cell.id}, 3) == 0
-  assert launch._verdict(store, {cell.id, 'f' * 12}, 3) == 1
+  (entry,) = store.entries()
+  cells.finish(store.folder(entry.id), entry.cell)
+  assert launch._verdict(store, {entry.id}, 3) == 0
+  assert launch._verdict(store, {entry.id, 'f' * 12}, 3) == 1
   assert '1 cells of this grid are not in' in capsys.readouterr().out

@@ -23,7 +23,7 @@ def one(tmp_path):
   """A ledger with the shared cell, and that cell's folder."""
   store = ledger.Ledger(str(tmp_path / 'ledger'))
   store.register(cells.sweep({}, base=cells.SHARED))
-  return store, pathlib.Path(store.folder(store.cells()[0].id))
+  return store, pathlib.Path(store.folder(store.entries()[0].id))
 
 
 def claim_file(folder, generation=1):
@@ -118,7 +118,7 @@ def test_a_worker_that_wakes_after_a_takeover_writes_nothing(one, step):
 def test_what_is_no_claim_in_its_place_is_one_line_and_stops_no_other_cell(tmp_path, at):
   store = ledger.Ledger(str(tmp_path / 'ledger'))
   store.register(cells.sweep({'sae.k': 2}, {'sae.k': 3}))
-  first, second = (cell.id for cell in store.cells())
+  first, second = (entry.id for entry in store.entries())
 
   def harm(folder):
     shutil.rmtree(f'{folder}/claims', ignore_errors=True)
@@ -196,10 +196,10 @@ def test_racing_launches_of_grown_grids_lose_no_cell(tmp_path, seed):
 
   def register(sweep):
     store = ledger.Ledger(path)
-    store.cells()
+    store.entries()
     barrier.wait()
     store.register(sweep)
-    assert {c.id for _, c in sweep.cells} <= {one.id for one in store.cells()}
+    assert {c.id for _, c in sweep.cells} <= {one.id for one in store.entries()}
 
   threads = [threading.Thread(target=register, args=(sweep,)) for sweep in sweeps]
   for thread in threads:
@@ -207,7 +207,7 @@ def test_racing_launches_of_grown_grids_lose_no_cell(tmp_path, seed):
   for thread in threads:
     thread.join()
   wanted = {c.id for sweep in sweeps for _, c in sweep.cells}
-  assert {one.id for one in ledger.Ledger(path).cells()} == wanted
+  assert {one.id for one in ledger.Ledger(path).entries()} == wanted
 
 
 def test_registering_waits_for_whoever_does_and_not_for_the_dead(tmp_path, monkeypatch, capsys):
@@ -227,7 +227,7 @@ def test_registering_waits_for_whoever_does_and_not_for_the_dead(tmp_path, monke
 
   monkeypatch.setattr(ledger.time, 'sleep', nap)
   store.register(cells.sweep({'sae.k': 2}))
-  assert len(naps) == 3 and len(store.cells()) == 2
+  assert len(naps) == 3 and len(store.entries()) == 2
   assert f'process {os.getpid()} on ' in capsys.readouterr().err
 
 

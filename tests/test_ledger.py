@@ -47,12 +47,12 @@ def one(tmp_path):
   """A local ledger with one cell, and that cell's id."""
   store = ledger.Ledger(str(tmp_path / 'ledger'))
   store.register(make_sweep([3]))
-  return store, store.cells()[0].id
+  return store, store.entries()[0].id
 
 
 def finish(store, cell_id):
-  (cell,) = (cell for cell in store.cells() if cell.id == cell_id)
-  cells.finish(store.folder(cell_id), cell.config)
+  (entry,) = (entry for entry in store.entries() if entry.id == cell_id)
+  cells.finish(store.folder(cell_id), entry.cell)
 
 
 def edit_claim(store, cell_id, **changes):
@@ -66,7 +66,7 @@ def edit_claim(store, cell_id, **changes):
 def test_states_follow_the_files(path):
   store = ledger.Ledger(path)
   store.register(make_sweep([1, 2, 3, 4, 5]))
-  ids = [cell.id for cell in store.cells()]
+  ids = [entry.id for entry in store.entries()]
   finish(store, ids[0])
   held = store.claim(ids[1])
   for _ in range(3):
@@ -85,22 +85,22 @@ def test_states_follow_the_files(path):
 def test_register_writes_each_config_once_and_grows(path):
   store = ledger.Ledger(path)
   store.register(make_sweep([1, 2]))
-  first = {cell.id: files.read(files.join(store.folder(cell.id), 'config.json')) for cell in store.cells()}
+  first = {entry.id: files.read(files.join(store.folder(entry.id), 'config.json')) for entry in store.entries()}
   store.register(make_sweep([2, 3]))
-  found = store.cells()
-  assert [cell.overrides['sae.k'] for cell in found] == [1, 2, 3]
-  for cell in found:
-    data = files.read(files.join(store.folder(cell.id), 'config.json'))
-    assert config.from_json(data) == cell.config
-    assert first.get(cell.id, data) == data
+  found = store.entries()
+  assert [entry.overrides['sae.k'] for entry in found] == [1, 2, 3]
+  for entry in found:
+    data = files.read(files.join(store.folder(entry.id), 'config.json'))
+    assert config.from_json(data) == entry.cell
+    assert first.get(entry.id, data) == data
 
 
 def test_register_takes_new_run_settings_for_an_old_cell(tmp_path):
   store = ledger.Ledger(str(tmp_path))
   store.register(make_sweep([1]))
   store.register(make_sweep([1], mesh_data=2))
-  (cell,) = store.cells()
-  assert cell.config.mesh.data == 2
+  (entry,) = store.entries()
+  assert entry.cell.mesh.data == 2
 
 
 def test_register_refuses_another_sweep(path):
@@ -114,7 +114,7 @@ def test_ledger_that_is_none_is_one_line(tmp_path):
   (tmp_path / 'file').write_text('x')
   for path in (tmp_path / 'missing', tmp_path / 'file'):
     with pytest.raises(UserError, match='no sweep at'):
-      ledger.Ledger(str(path)).cells()
+      ledger.Ledger(str(path)).entries()
   with pytest.raises(UserError, match='cannot write the ledger'):
     ledger.Ledger(str(tmp_path / 'file')).register(make_sweep([1]))
   with pytest.raises(UserError, match='exclusive create'):
@@ -155,12 +155,12 @@ def test_edited_sweep_record_is_one_line(data, key):
   with pytest.raises(
     UserError, match=r'sweep record \(.+\); move it aside and launch again'
   ):  # whatever was changed, its digest no longer fits
-    store.cells()
+    store.entries()
   if isinstance(edited, dict):  # and what another version may have written is read with care all the same
     edited.pop('schema', None), edited.pop('digest', None)
   files.replace(files.join(path, 'sweep.json'), json.dumps(edited).encode())
   with pytest.raises(UserError, match=r'sweep.json is not a sweep record \(.+\); move it aside and launch again'):
-    store.cells()
+    store.entries()
 
 
 @hypothesis.example(b'{"kind": "", "error": "", "permanent": false, "attempts": 1e999}')
@@ -170,7 +170,7 @@ def test_edited_sweep_record_is_one_line(data, key):
 def test_broken_claims_and_failures_stop_nothing(data):
   store = ledger.Ledger('memory://broken')
   store.register(make_sweep([1, 2]))
-  a, b = (cell.id for cell in store.cells())
+  a, b = (entry.id for entry in store.entries())
   files.replace(files.join(store.folder(a), 'failure.json'), data)
   files.replace(files.join(store.folder(b), 'claims', '7.json'), data)
   failed, held = store.states()
@@ -184,7 +184,7 @@ def test_broken_claims_and_failures_stop_nothing(data):
 def test_claim_excludes_until_released(path):
   first, second = ledger.Ledger(path), ledger.Ledger(path)
   first.register(make_sweep([1]))
-  cell_id = first.cells()[0].id
+  cell_id = first.entries()[0].id
   with first.claim(cell_id) as held:
     assert second.claim(cell_id) is None
     held.check()
@@ -211,7 +211,7 @@ def _race(path, ids, barrier, wins):
 def test_racing_processes_win_each_cell_once(tmp_path):
   store = ledger.Ledger(str(tmp_path / 'ledger'))
   store.register(make_sweep(range(1, 14)))
-  ids = [cell.id for cell in store.cells()]
+  ids = [entry.id for entry in store.entries()]
   context = multiprocessing.get_context('spawn')
   barrier, wins = context.Barrier(3), context.Queue()
   processes = [context.Process(target=_race, args=(store.path, ids, barrier, wins)) for _ in range(3)]
@@ -419,15 +419,15 @@ def clear(counts):
 def make_many(path, count=30, finished=10):
   ledger.Ledger(path).register(cells.sweep(*({'train.seed': seed} for seed in range(count))))
   store = ledger.Ledger(path)
-  for one in store.cells()[:finished]:
-    cells.finish(store.folder(one.id), one.config)
+  for one in store.entries()[:finished]:
+    cells.finish(store.folder(one.id), one.cell)
   return store
 
 
 def test_a_second_look_parses_nothing_again(path, counted):
   store = make_many(path)
-  store.claim(store.cells()[10].id)
-  metrics.record_failure(store.folder(store.cells()[11].id), ValueError('once'))
+  store.claim(store.entries()[10].id)
+  metrics.record_failure(store.folder(store.entries()[11].id), ValueError('once'))
   before = store.states()
   clear(counted)
   assert store.states() == before
@@ -441,18 +441,18 @@ def test_a_second_look_parses_nothing_again(path, counted):
 
 def test_a_grown_sweep_is_parsed_where_it_grew(path, counted):
   store = make_many(path)
-  listed = store.cells()
-  assert len({cell.config.id for cell in listed}) == 30
-  assert store.cells() is listed
+  listed = store.entries()
+  assert len({entry.cell.id for entry in listed}) == 30
+  assert store.entries() is listed
   ledger.Ledger(path).register(cells.sweep(*({'train.seed': seed} for seed in range(32))))
   clear(counted)
-  assert len(store.cells()) == 32 and store.cells()[:30] == listed
+  assert len(store.entries()) == 32 and store.entries()[:30] == listed
   assert counted['from_record'] == 0 and counted['parse_large'] == 1
-  assert len({cell.config.id for cell in store.cells()}) == 32 and counted['from_record'] == 2
+  assert len({entry.cell.id for entry in store.entries()}) == 32 and counted['from_record'] == 2
   ledger.Ledger(path).register(cells.sweep({'train.seed': 3, 'mesh.data': 2}))
   clear(counted)
-  assert store.cells()[3].config.mesh.data == 2 and counted['from_record'] == 1
-  assert {cell.config.train.seed for cell in store.cells()} == set(range(32)) and counted['from_record'] == 1
+  assert store.entries()[3].cell.mesh.data == 2 and counted['from_record'] == 1
+  assert {entry.cell.train.seed for entry in store.entries()} == set(range(32)) and counted['from_record'] == 1
 
 
 def test_status_of_finished_cells_makes_no_configuration(path, counted):
@@ -466,7 +466,7 @@ def test_status_of_finished_cells_makes_no_configuration(path, counted):
 def test_registering_leaves_nothing_to_parse(path, counted):
   store = ledger.Ledger(path)
   store.register(cells.sweep(*({'train.seed': seed} for seed in range(30))))
-  assert len(store.cells()) == 30
+  assert len(store.entries()) == 30
   assert counted['from_record'] == 0
   clear(counted)
   assert [s.state for s in store.states()] == ['waiting'] * 30
@@ -475,10 +475,10 @@ def test_registering_leaves_nothing_to_parse(path, counted):
 
 def test_who_held_a_cell_is_found_without_the_finished_ones(path, counted):
   store = make_many(path)
-  assert store.claim(store.cells()[12].id)
+  assert store.claim(store.entries()[12].id)
   store.states()
   clear(counted)
-  assert store.held_by(os.getpid()) == [store.cells()[12].id]
+  assert store.held_by(os.getpid()) == [store.entries()[12].id]
   assert counted['from_record'] == 0 and counted['listdir'] <= 20
 
 

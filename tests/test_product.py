@@ -27,7 +27,7 @@ def store(place):
 
 
 def product_of(store) -> pathlib.Path:
-  return pathlib.Path(store.folder(store.cells()[0].id)) / schema.ARTIFACT
+  return pathlib.Path(store.folder(store.entries()[0].id)) / schema.ARTIFACT
 
 
 def run(main, *argv):
@@ -68,7 +68,7 @@ def test_what_sizes_tell_makes_the_cell_invalid_for_everyone(store, harm, capsys
   damage(product_of(store))
   first, second = store.states()
   assert (first.state, second.state) == (schema.INVALID, schema.DONE) and why in first.reason
-  row = read_ledger.load_cells(store.path).set_index('id').loc[first.cell.id]
+  row = read_ledger.load_cells(store.path).set_index('id').loc[first.entry.id]
   if harm != 'no folder':  # an analysis may be of a copy without them
     assert (row['state'], row['reason']) == (schema.INVALID, first.reason)
   (tmp_path / 'trained.py').write_text(
@@ -78,7 +78,7 @@ def test_what_sizes_tell_makes_the_cell_invalid_for_everyone(store, harm, capsys
   run(launch.main, f'--ledger={store.path}', f'--sweep={tmp_path / "trained.py"}', '--dry_run')
   assert 'invalid: sae/' in capsys.readouterr().out
   with pytest.raises(UserError, match=r'sweeps\.retry'):
-    sae_jax.load(store.folder(first.cell.id))
+    sae_jax.load(store.folder(first.entry.id))
   assert run(retry.main, f'--ledger={store.path}') == 0
   assert 'moved result.json to corrupt/result.json-0' in capsys.readouterr().out
   assert [s.state for s in ledger.Ledger(store.path).states()] == [schema.WAITING, schema.DONE]
@@ -119,7 +119,7 @@ def test_ledger_of_an_early_version_is_read_as_unverified(tmp_path, capsys):
   shown, said = capsys.readouterr()
   assert ': 1 done, ' in shown and '1 have no digests' in said
   store = ledger.Ledger(str(path))
-  done = next(s.cell.id for s in store.states() if s.state == schema.DONE)
+  done = next(s.entry.id for s in store.states() if s.state == schema.DONE)
   shutil.rmtree(pathlib.Path(store.folder(done)) / schema.ARTIFACT)  # its result never said that there was one
   assert run(status.main, f'--ledger={path}', '--verify') == 0
 

@@ -149,7 +149,8 @@ def test_a_cancelled_job_saves_and_is_not_requeued(small_jobs):
 def results(folder):
   store = ledger.Ledger(str(folder / 'ledger'))
   return {
-    cell.id: json.loads((pathlib.Path(store.folder(cell.id)) / schema.RESULT).read_text()) for cell in store.cells()
+    entry.id: json.loads((pathlib.Path(store.folder(entry.id)) / schema.RESULT).read_text())
+    for entry in store.entries()
   }
 
 
@@ -162,8 +163,8 @@ def test_launch_finds_its_jobs_again_and_a_third_does_nothing(cluster, tmp_path)
   names = [name for _, name, _ in queue(cluster) if name.endswith(('gang-0', 'gang-1'))]
   assert len(names) == len(set(names)) == 2
   assert len(results(tmp_path)) == 3
-  for cell in ledger.Ledger(str(tmp_path / 'ledger')).cells():
-    assert [p.name for p in (tmp_path / 'ledger/cells' / cell.id / 'claims').glob('*.json')] == ['1.json']
+  for entry in ledger.Ledger(str(tmp_path / 'ledger')).entries():
+    assert [p.name for p in (tmp_path / 'ledger/cells' / entry.id / 'claims').glob('*.json')] == ['1.json']
   before = queue(cluster)
   assert 'todo 0' in finish(argv)[1] and len(queue(cluster)) == len(before)
 
@@ -195,13 +196,13 @@ class Gang:
     code, said = finish([*self.command, '--detach'])
     assert code == 0, said
     self.store = ledger.Ledger(str(folder / 'ledger'))
-    (self.cell,) = self.store.cells()
+    (self.entry,) = self.store.entries()
     self.engine = jobs.slurm_cluster(str(folder / 'site.toml'), self.store.path).engine
     until(self.saved, 'a checkpoint')
-    assert self.engine.states([self.cell.id]) == {self.cell.id: 'running'}
+    assert self.engine.states([self.entry.id]) == {self.entry.id: 'running'}
 
   def saved(self):
-    return [int(p.name) for p in pathlib.Path(self.store.folder(self.cell.id)).glob('ckpt/*') if p.name.isdigit()]
+    return [int(p.name) for p in pathlib.Path(self.store.folder(self.entry.id)).glob('ckpt/*') if p.name.isdigit()]
 
   def nodes(self):
     listing = self.cluster.call('squeue', '-h', '--states=running', '-o', '%N')
@@ -214,7 +215,7 @@ class Gang:
     code, said = finish(self.command)
     assert code == 0, said + logs(self.folder)
     # The cell is done a moment before its processes have ended.
-    until(lambda: self.engine.states([self.cell.id])[self.cell.id] == 'gone', 'the job to end')
+    until(lambda: self.engine.states([self.entry.id])[self.entry.id] == 'gone', 'the job to end')
     (result,) = results(self.folder).values()
     return result
 

@@ -15,13 +15,13 @@ def store(tmp_path):
   """Four cells: done, failed for good, running at step 7, waiting."""
   store = ledger.Ledger(str(tmp_path / 'ledger'))
   store.register(cells.sweep(*({'sae.k': k} for k in (2, 3, 5, 7))))
-  done, failed, running, _ = (store.folder(cell.id) for cell in store.cells())
-  first, _, third, _ = store.cells()
-  cells.finish(done, first.config, nmse=0.125)
+  done, failed, running, _ = (store.folder(entry.id) for entry in store.entries())
+  first, _, third, _ = store.entries()
+  cells.finish(done, first.cell, nmse=0.125)
   metrics.record_failure(failed, UserError('no such \x1b[2J file'))
   spent = {'tokens': 7 * 256, 'wall_s': 14.0, 'flops_dense': 7.0}
   metrics.MetricsFile(running, third.id).write(7, {'eval/nmse': 0.5} | spent)
-  with store.claim(store.cells()[2].id):
+  with store.claim(store.entries()[2].id):
     yield store
 
 
@@ -32,7 +32,7 @@ def run(main, *argv):
 
 
 def test_status_shows_counts_progress_and_reasons(store, capsys):
-  failed_id = store.cells()[1].id
+  failed_id = store.entries()[1].id
   log = pathlib.Path(store.path) / 'logs' / 'worker-0.log'
   log.parent.mkdir()
   log.write_text(f'cell {failed_id} k=3: starts\nlast \x1b[2J words\n\ncell 0123456789ab k=9: starts\nof another\n')
@@ -60,7 +60,7 @@ def test_status_shows_counts_progress_and_reasons(store, capsys):
 
 
 def test_last_words_cost_one_read_of_the_end_of_each_log(store, monkeypatch):
-  second, fourth = (store.cells()[i].id for i in (1, 3))
+  second, fourth = (store.entries()[i].id for i in (1, 3))
   metrics.record_failure(store.folder(fourth), UserError('no such file'))
   logs = pathlib.Path(store.path) / 'logs'
   logs.mkdir()
@@ -97,7 +97,7 @@ def test_watch_ends_when_nothing_is_left(store, capsys, monkeypatch):
   def finish(_):
     for s in store.states():
       if s.state in ('running', 'waiting'):
-        cells.finish(store.folder(s.cell.id), s.cell.config)
+        cells.finish(store.folder(s.entry.id), s.entry.cell)
 
   monkeypatch.setattr(status.time, 'sleep', finish)
   assert run(status.main, f'--ledger={store.path}', '--watch') == 0
@@ -113,7 +113,7 @@ def test_retry_clears_what_failed(store, capsys):
 
 
 def test_retry_refuses_cells_without_a_failure(store):
-  done, failed, running, waiting = (cell.id for cell in store.cells())
+  done, failed, running, waiting = (entry.id for entry in store.entries())
   for cell_id, rule in (
     (done, 'is done'),
     (running, 'is running'),

@@ -68,8 +68,8 @@ def store(tmp_path):
 
 def write_metrics(store: ledger.Ledger, lines: list[dict]) -> None:
   # As another version may have left them: without digests.
-  (cell,) = store.cells()
-  (pathlib.Path(store.folder(cell.id)) / schema.METRICS).write_text('\n'.join(map(json.dumps, lines)))
+  (entry,) = store.entries()
+  (pathlib.Path(store.folder(entry.id)) / schema.METRICS).write_text('\n'.join(map(json.dumps, lines)))
 
 
 def test_one_run_a_cell_and_names_stay_inside(store, tmp_path, capsys):
@@ -82,7 +82,7 @@ def test_one_run_a_cell_and_names_stay_inside(store, tmp_path, capsys):
     with pytest.raises(SystemExit):
       tensorboard.main(argv)
     (found,) = [p for p in (tmp_path / 'out').rglob('*') if p.is_file()]
-    assert found.parent.parent == tmp_path / 'out' and found.parent.name.startswith(store.cells()[0].id)
+    assert found.parent.parent == tmp_path / 'out' and found.parent.name.startswith(store.entries()[0].id)
     assert read(found.read_bytes()) == [
       number for number in READ if number[0] in [line['step'] for line in LINES[:count]]
     ]

@@ -41,7 +41,7 @@ def store(tmp_path):
 def test_export_sends_every_line_once(store, monkeypatch):
   service = Service()
   monkeypatch.setitem(sys.modules, 'wandb', service)
-  first = store.cells()[0]
+  first = store.entries()[0]
   file = metrics.MetricsFile(store.folder(first.id), first.id)
   file.write(1, {'eval/nmse': 0.5})
   assert wandb.export(store, 'p', 'offline') == 1  # the other cell has no metrics: no empty run
@@ -49,7 +49,7 @@ def test_export_sends_every_line_once(store, monkeypatch):
   assert wandb.export(store, 'p', 'offline') == 1
   (run,) = service.runs.values()
   assert run.logged == [(1, {'eval/nmse': 0.5}), (2, {'eval/nmse': 0.25})]
-  assert run.config == first.config.flat() and run.name == grid.label(first.overrides) and not run.open
+  assert run.config == first.cell.flat() and run.name == grid.label(first.overrides) and not run.open
 
 
 def test_export_without_the_package_names_the_extra(store, monkeypatch):

@@ -55,7 +55,7 @@ def run(store, train, **more):
 
 
 def states(store):
-  return {s.cell.overrides['sae.k']: s for s in store.states()}
+  return {s.entry.overrides['sae.k']: s for s in store.states()}
 
 
 def test_run_trains_largest_first(store):
@@ -71,7 +71,7 @@ def test_run_leaves_other_cells_alone_when_one_crashes(store):
   train = FakeTrain({5: [Broken('first'), Broken('second')]})
   assert run(store, train, stop=never) == 0
   assert train.order == [5, 4, 3, 5, 5]
-  assert not files.exists(files.join(store.folder(states(store)[5].cell.id), 'failure.json'))
+  assert not files.exists(files.join(store.folder(states(store)[5].entry.id), 'failure.json'))
 
 
 def test_run_gives_up_after_max_failures(store):
@@ -80,7 +80,7 @@ def test_run_gives_up_after_max_failures(store):
   assert train.order.count(5) == 2
   found = {k: s.state for k, s in states(store).items()}
   assert found == {3: 'done', 4: 'done', 5: 'waiting'}  # two of the three attempts of another limit
-  record = json.loads(files.read(files.join(store.folder(states(store)[5].cell.id), 'failure.json')))
+  record = json.loads(files.read(files.join(store.folder(states(store)[5].entry.id), 'failure.json')))
   assert (record['error'], record['kind'], record['attempts']) == ('1', 'Broken', 2)
   assert 'raise self.raises' in record['traceback']
 
@@ -118,7 +118,7 @@ def test_run_trains_cells_added_meanwhile(store):
 
 
 def test_run_picks_up_the_cell_of_a_worker_that_dies(store):
-  held = states(store)[5].cell.id
+  held = states(store)[5].entry.id
   other = store.claim(held)
   naps = []
 
@@ -150,15 +150,15 @@ def test_run_ends_at_once_when_the_lease_is_lost(store, raises):
 
   with pytest.raises(lease.LeaseLost):
     run(holder, overtaken, stop=never)
-  cell_id = states(store)[5].cell.id
+  cell_id = states(store)[5].entry.id
   assert not files.exists(files.join(store.folder(cell_id), 'failure.json'))
 
 
 def test_run_trains_one_cell_only_when_told_so(store):
   train, five = FakeTrain({4: [Broken(str(i)) for i in range(9)]}), states(store)
-  assert run(store, train, stop=never, only=[five[3].cell.id]) == 0
-  assert run(store, train, stop=never, only=[five[3].cell.id]) == 0
-  assert run(store, train, stop=never, only=[five[4].cell.id], max_failures=2) == work.SOME_FAILED
+  assert run(store, train, stop=never, only=[five[3].entry.id]) == 0
+  assert run(store, train, stop=never, only=[five[3].entry.id]) == 0
+  assert run(store, train, stop=never, only=[five[4].entry.id], max_failures=2) == work.SOME_FAILED
   assert train.order == [3, 4, 4]
   with pytest.raises(UserError, match="no cell '0123456789ab'"):
     run(store, train, stop=never, only=['0123456789ab'])
@@ -194,7 +194,7 @@ def test_error_of_the_host_ends_the_worker_and_is_no_fault_of_the_cell(store, wr
   assert faults.is_host_error(ended.value) and train.order == [5]
   five = states(store)[5]
   assert (five.state, five.attempts) == ('waiting', 0)
-  assert not files.exists(files.join(store.folder(five.cell.id), 'failure.json'))
+  assert not files.exists(files.join(store.folder(five.entry.id), 'failure.json'))
   assert not store.held_by(os.getpid())  # the lease is released
   assert run(store, train, stop=never) == 0
   assert train.order == [5, 5, 4, 3]
