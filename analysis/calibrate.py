@@ -3,7 +3,8 @@
 python -m analysis.calibrate --ledger=SMALL --n_latents=2048,4096 --k=8,64 --out=predictions.json
 python -m analysis.calibrate --check=predictions.json --ledger=LARGE
 
-The file of predictions is created once and never replaced, and names the cells it was made from.
+Cells of a penalised family are asked for by coefficients, --sparsity=0.05,0.1; --activation names the family where the
+ledger has several. The file of predictions is created once and never replaced, and names the cells it was made from.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -19,26 +20,26 @@ from matplotlib.figure import Figure
 from scipy import special
 from tqdm import tqdm
 
-from analysis import plots, read_ledger
+from analysis import laws, plots, read_ledger, sparsity
 from analysis.fit import write_json
 from analysis.fitting import uncertainty
 from analysis.predict import predict
 from sae_jax import files, schema
 from sae_jax.errors import UserError, one_line_errors
 
-_NUMBERS = ('n_latents', 'k', 'nmse', 'low', 'high', 'tokens', 'decades_beyond')
+_NUMBERS = ('nmse', 'low', 'high', 'tokens', 'decades_beyond')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
   """Predictions beside what was measured.
 
-  `cells` has one row a trained cell: n_latents, k, id, predicted, low, high, measured, rel_err (predicted over
+  `cells` has one row a trained cell: n_latents, its target (k or sparsity), id, predicted, low, high, measured, rel_err (predicted over
   measured, less one), inside. `missing` lists predictions without a finished cell.
   """
 
   cells: pd.DataFrame
-  missing: list[dict[str, int]]
+  missing: list[dict[str, float | str]]
   level: float
 
   @property
@@ -66,12 +67,13 @@ class Calibration:
 
   def summary(self) -> str:
     """A table for a terminal and the verdict in two lines."""
-    lines = ['      n    k   predicted   90 % band            measured   error']
+    what = 'k' if 'k' in self.cells else 'sparsity'
+    lines = [f'      n {what:>4s}   predicted   90 % band            measured   error']
     for row in self.cells.to_dict('records'):
       band = f'{row["low"]:.4f} to {row["high"]:.4f}'
       mark = '' if row['inside'] else '   outside'
       lines.append(
-        f'{row["n_latents"]:7.0f} {row["k"]:4.0f}   {row["predicted"]:9.4f}   {band:18s}   {row["measured"]:8.4f}   '
+        f'{row["n_latents"]:7.0f} {row[what]:{max(4, len(what))}g}   {row["predicted"]:9.4f}   {band:18s}   {row["measured"]:8.4f}   '
         f'{row["rel_err"]:+.1%}{mark}'
       )
     error = self.cells['rel_err']
@@ -83,39 +85,37 @@ class Calibration:
       f'error {error.abs().mean():.1%} on average, {error.abs().max():.1%} at most, {error.mean():+.1%} signed'
     )
     if self.missing:
-      sizes = ', '.join(f'n={m["n_latents"]} k={m["k"]}' for m in self.missing)
+      sizes = ', '.join(_said(m) for m in self.missing)
       lines.append(f'predicted and not finished: {sizes}')
     return '\n'.join(lines)
 
 
 def write_predictions(
-  ledger: str, sizes: Sequence[tuple[int, int]], out: str, *, bootstrap: int = 500
+  ledger: str, sizes: Sequence[Mapping[str, float | str]], out: str, *, bootstrap: int = 500
 ) -> dict[str, Any]:
-  """Predicts a cell for every (n_latents, k) and creates `out` with them.
+  """Predicts a cell for every place as `predict` takes it, {'n_latents': 8192, 'k': 32}, and creates `out` with them.
 
   Raises:
     UserError: the ledger cannot carry the law or a band, already holds one of these sizes, or `out` exists.
   """
   seen = read_ledger.load_ledger(ledger)
-  for n, k in sizes:
-    known = seen[(seen['n_latents'] == n) & (seen['k'] == k)]
-    if len(known):
-      raise UserError(f'n={n}, k={k} is cell {known["id"].iloc[0]} of the ledger; predict sizes it does not hold')
+  for at in sizes:
+    if len(known := sparsity.at(seen, at)):
+      raise UserError(f'{_said(at, ", ")} is cell {known["id"].iloc[0]} of the ledger; predict sizes it does not hold')
   if files.exists(out):
     raise UserError(f'{out} exists; predictions are never replaced: choose another --out')
-  found = [
-    predict(ledger, {'n_latents': n, 'k': k}, bootstrap=bootstrap) for n, k in tqdm(sizes, 'predicting', disable=None)
-  ]
+  found = [predict(ledger, at, bootstrap=bootstrap) for at in tqdm(sizes, 'predicting', disable=None)]
   for p in found:
     if not math.isfinite(p.low + p.high):
       raise UserError(
-        f'the band of n={p.at["n_latents"]}, k={p.at["k"]} is unknown: {len(p.fit.table)} cells for the '
+        f'the band of {_said(p.at, ", ")} is unknown: {len(p.fit.table)} cells for the '
         f'{len(p.fit.law.names)} constants of {p.fit.law.name}; finish more cells'
       )
   first = found[0]
   record = {
     'schema': 1,
     'law': first.fit.law.name,
+    'activation': first.fit.table['activation'].iloc[0],
     'level': uncertainty.LEVEL,
     'holdout': first.fit.to_json()['holdout'],
     'fitted_cells': sorted(first.fit.table['id']),
@@ -140,12 +140,15 @@ def check(predictions: str, ledger: str) -> Calibration:
   """
   record = _read(predictions)
   done = read_ledger.load_ledger(ledger)
+  if isinstance(family := record.get('activation'), str):
+    done = sparsity.at(done, {'activation': family})
   fitted = set(record['fitted_cells'])
   rows, missing = [], []
   for p in record['predictions']:
-    mine = done[(done['n_latents'] == p['n_latents']) & (done['k'] == p['k'])]
+    at = {key: p[key] for key in ('n_latents', *sparsity.KEYS) if key in p}
+    mine = sparsity.at(done, at)
     if mine.empty:
-      missing.append({'n_latents': p['n_latents'], 'k': p['k']})
+      missing.append(at)
     for cell in mine.to_dict('records'):
       if cell['id'] in fitted:
         raise UserError(f'cell {cell["id"]} was fitted, so it cannot check the fit; give a ledger of new cells')
@@ -154,9 +157,8 @@ def check(predictions: str, ledger: str) -> Calibration:
           f'cell {cell["id"]} saw {cell["tokens"]:.0f} tokens and was predicted for {p["tokens"]}; train it as predicted'
         )
       rows.append(
-        {
-          'n_latents': p['n_latents'],
-          'k': p['k'],
+        at
+        | {
           'id': cell['id'],
           'predicted': p['nmse'],
           'low': p['low'],
@@ -175,7 +177,8 @@ def _read(path: str) -> dict[str, Any]:
   try:
     record = schema.parse(files.read(path))
     for p in record['predictions']:
-      if not all(math.isfinite(float(p[key])) for key in ('n_latents', 'k', 'nmse', 'low', 'high', 'tokens')):
+      numbers = ('n_latents', *sparsity.target(p), 'nmse', 'low', 'high', 'tokens')
+      if len(numbers) < 6 or not all(math.isfinite(float(p[key])) for key in numbers):
         raise ValueError
     if not 0 < float(record['level']) < 1 or not isinstance(record['fitted_cells'], list):
       raise ValueError
@@ -184,11 +187,23 @@ def _read(path: str) -> dict[str, Any]:
   return record
 
 
+def _said(at: Mapping[str, float | str], between: str = ' ') -> str:
+  """A place in words: n=8192 k=32."""
+  return between.join(f'{laws.SYMBOLS.get(key, key)}={value}' for key, value in at.items())
+
+
 def _save(figure: Figure, path: str) -> None:
   try:
     figure.savefig(path)
   except (OSError, ValueError) as error:  # ValueError: an extension that is no kind of picture
     raise UserError(f'cannot write {path} ({error}); choose another --figure, e.g. calibration.png') from None
+
+
+def _numbers(text: str) -> list[float]:
+  try:
+    return [float(part) for part in text.split(',')]
+  except ValueError:
+    raise UserError(f'{text[:80]!r} is not a list of numbers; write them with commas: 0.05,0.1') from None
 
 
 def _whole(text: str) -> list[int]:
@@ -204,6 +219,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--ledger', required=True, metavar='DIR', help='cells to predict from, or to check with')
   parser.add_argument('--n_latents', metavar='N,N', help='sizes to predict')
   parser.add_argument('--k', metavar='K,K', help='sparsities to predict; every pair of both is')
+  parser.add_argument('--sparsity', metavar='C,C', help='coefficients instead, of a penalised family')
+  parser.add_argument('--activation', metavar='NAME', help='the family, where the ledger has several')
   parser.add_argument('--out', metavar='FILE', help='write the predictions there; must not exist')
   parser.add_argument('--check', metavar='FILE', help='compare these predictions with the ledger')
   parser.add_argument('--json', metavar='OUT', help='write the comparison there')
@@ -217,12 +234,15 @@ def main(argv: list[str]) -> int:
     if args.figure:
       _save(plots.calibration(found.cells), args.figure)
     return 0
-  if not (args.n_latents and args.k and args.out):
+  if not (args.n_latents and (args.k or args.sparsity) and args.out):
     raise UserError('give --n_latents, --k and --out to predict, or --check=FILE to compare')
-  sizes = list(itertools.product(_whole(args.n_latents), _whole(args.k)))
+  targets = [{'k': k} for k in _whole(args.k)] if args.k else [{'sparsity': c} for c in _numbers(args.sparsity)]
+  family = {'activation': args.activation} if args.activation else {}
+  sizes = [{'n_latents': n} | target | family for n, target in itertools.product(_whole(args.n_latents), targets)]
   record = write_predictions(args.ledger, sizes, args.out)
   for p in record['predictions']:
-    print(f'n={p["n_latents"]} k={p["k"]}: NMSE {p["nmse"]:.4f}, 90 % band {p["low"]:.4f} to {p["high"]:.4f}')
+    at = {key: p[key] for key in ('n_latents', *sparsity.KEYS) if key in p}
+    print(f'{_said(at)}: NMSE {p["nmse"]:.4f}, 90 % band {p["low"]:.4f} to {p["high"]:.4f}')
   for w in record['warnings']:
     print(f'warning: {w["code"]}: {w["message"]}')
   print(f'{len(sizes)} predictions from {len(record["fitted_cells"])} cells: {args.out}')

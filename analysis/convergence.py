@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis import frames, table
+from analysis import frames, laws, sparsity, table
 from analysis.fit import Fit, fit_law
 from analysis.fitting import resample
 from sae_jax import checks
@@ -19,6 +19,7 @@ from sae_jax.errors import UserError
 EPS = 0.01  # least relative improvement per doubling of a run that still learns
 _GRID = 2000  # points of ln T at which the improvement is looked at
 _NAMED = 6  # runs named in a warning
+_FACTS = ('n_latents', *sparsity.KEYS, 'learning_rate', 'seed')  # of a cell
 
 
 def tokens_to_convergence(curves: pd.DataFrame, eps: float = EPS) -> pd.DataFrame:
@@ -38,19 +39,19 @@ def tokens_to_convergence(curves: pd.DataFrame, eps: float = EPS) -> pd.DataFram
   frames.frame('curves', curves, ('id', 'n_latents', 'k', 'tokens', 'nmse'))
   done = table.useful(curves[curves['state'] == 'done'] if 'state' in curves else curves)
   frames.labels(done, 'id')
-  for column in ('n_latents', 'k', 'tokens', 'nmse'):
+  sparsity.check(done)
+  for column in ('n_latents', 'tokens', 'nmse'):
     frames.measured(done, column)
   rows = []
   for name, run in done.groupby('id', sort=True):
     tokens, reason = _converged(run[np.isfinite(run['nmse']) & (run['tokens'] > 0)], eps)
-    facts = {key: run[key].iloc[0] for key in ('n_latents', 'k', 'learning_rate', 'seed') if key in run}
+    facts = {key: run[key].iloc[0] for key in _FACTS if key in run}
     rows.append({'id': name} | facts | {'converged_tokens': tokens, 'reason': reason})
-  columns = ['id', 'n_latents', 'k', 'learning_rate', 'seed', 'converged_tokens', 'reason']
-  return pd.DataFrame(rows, columns=pd.Index(columns))
+  return pd.DataFrame(rows, columns=pd.Index(['id', *_FACTS, 'converged_tokens', 'reason']))
 
 
 def fit_convergence(curves: pd.DataFrame, eps: float = EPS, *, bootstrap: int = 500) -> Fit:
-  """The law T = c n^p through the runs that converged; give it runs of one k and of the best learning rate.
+  """The law T = c n^p through the runs that converged; give it runs of one family and target, at the best learning rate.
 
   Raises:
     UserError: fewer than two sizes converged.
@@ -83,22 +84,32 @@ def unconverged_warnings(curves: pd.DataFrame, ids: pd.Series, eps: float = EPS)
 
 
 def risen_cells(best: pd.DataFrame) -> list[str]:
-  """Cells whose loss is not below that of the next smaller n at their k, or the next smaller k at their n.
+  """Cells whose loss is not below that of their neighbour with less to work with, by the family's own rule.
 
-  Both must fall at convergence; each entry names the cells and the comparison.
+  At convergence the loss falls with n at a fixed k, and with k at a fixed n. With a penalty it falls, at a fixed n, with
+  a smaller coefficient. It need not fall with n at a fixed coefficient, where the larger autoencoder may choose to be
+  sparser. Each entry names the cells and the comparison.
   """
-  table.positive(best, ['n_latents', 'k', 'nmse'])
+  table.positive(best, ['n_latents', 'nmse'])
+  sparsity.check(best)
   frames.labels(frames.frame('best', best, ['id']), 'id')
-  means = best.groupby(['n_latents', 'k'], sort=True).agg(nmse=('nmse', 'mean'), ids=('id', list)).reset_index()
+  keys = ['n_latents', *sparsity.keys(best)]
+  means = best.groupby(keys, sort=True, dropna=False).agg(nmse=('nmse', 'mean'), ids=('id', list)).reset_index()
+  penalised = means['k'].isna()
   out = []
-  for fixed, moving, a, b in (('k', 'n_latents', 'k', 'n'), ('n_latents', 'k', 'n', 'k')):
-    for value, line in means.groupby(fixed):
-      rows = line.sort_values(moving).to_dict('records')
-      for smaller, larger in itertools.pairwise(rows):
-        if larger['nmse'] >= smaller['nmse']:
+  for rows, moving, rising in (
+    (means[~penalised], 'n_latents', True),
+    (means[~penalised], 'k', True),
+    (means[penalised], 'sparsity', False),
+  ):
+    symbol = laws.SYMBOLS.get(moving, moving)
+    for _, line in rows.groupby([key for key in keys if key != moving], dropna=False):
+      for less, more in itertools.pairwise(line.sort_values(moving, ascending=rising).to_dict('records')):
+        if more['nmse'] >= less['nmse']:
+          same = sparsity.named(best, more) if moving == 'n_latents' else f'n={more["n_latents"]:g}'
           out.append(
-            f'{", ".join(map(str, larger["ids"]))} ({a}={value:g}: {larger["nmse"]:.4g} at {b}={larger[moving]:g}, '
-            f'{smaller["nmse"]:.4g} at {b}={smaller[moving]:g})'
+            f'{", ".join(map(str, more["ids"]))} ({same}: {more["nmse"]:.4g} at {symbol}={more[moving]:g}, '
+            f'{less["nmse"]:.4g} at {symbol}={less[moving]:g})'
           )
   return out
 
@@ -108,8 +119,9 @@ def risen_warnings(best: pd.DataFrame) -> list[dict[str, str]]:
   risen = risen_cells(best)
   if not risen:
     return []
+  how = 'n and with k' if best['k'].notna().any() else 'a smaller coefficient'
   text = (
-    f'loss must fall with n and with k, and does not at {"; ".join(risen)}. These are not at convergence. The joint '
+    f'loss must fall with {how}, and does not at {"; ".join(risen)}. These are not at convergence. The joint '
     f'law is of converged autoencoders: fitted to these {len(best)} cells it interpolates at this training budget, and '
     'its constants and its extrapolation are worth little'
   )

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from analysis import read_table, seeds, table
+from analysis import read_table, seeds, sparsity, table
 from analysis.laws import Array, Law
 
 # Columns that count something, so that a broken number in them is another unit or another notation.
 COUNTS = ('n_latents', 'k', 'tokens', 'steps', 'step', 'batch_tokens', 'd_model')
 _UNNAMED = 'Unnamed: 0'  # numbers the rows
-_NO_CURVE = ('id', 'seed', 'data_seed', _UNNAMED)  # columns that tell repeats of one curve apart
+_NO_CURVE = ('id', 'seed', 'data_seed', 'target', _UNNAMED)  # tell repeats apart, or repeat another column in words
 _ROUGH = 0.02  # rms log residual below which nothing is looked for
 _FAR = 0.05  # deviation in log loss at equal variables beyond what seeds do
 _EXPLAINED = 0.75  # share of the squares that curves of their own must take away
@@ -39,8 +39,9 @@ def of_residuals(
   u_NQ = np.log(table.positive(points, x))
   shares: dict[str, float] = {}
   likely = []  # columns that could tell curves apart, whether or not so few points show it
+  asked = sparsity.TARGETS if sparsity.MEASURED in x else ()  # what was asked for moves what is measured
   for column in points.columns:
-    if column not in (*x, y, *_NO_CURVE, group):
+    if column not in (*x, y, *_NO_CURVE, *asked, group):
       curve_N = pd.factorize(points[column].astype(str))[0]
       if not _has_curves(curve_N, u_NQ):
         continue

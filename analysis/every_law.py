@@ -1,19 +1,19 @@
 """Fits every law that a ledger's finished cells can carry, and names each refused one with its reason.
 
-The laws of the loss are of one subject and of the longest runs of every size; only those that are about several
-subjects, or about tokens, see more.
+The laws are of one family of autoencoders each. Those of the loss are of one subject and of the longest runs of every
+size; only those that are about several subjects, or about tokens, see more.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
 
-from analysis import convergence, isoflop, learning_rate, read_ledger, table
+from analysis import convergence, isoflop, laws, learning_rate, read_ledger, sparsity, table
 from analysis.allocation import allocate
 from analysis.family import Family, fit_family
-from analysis.findings import Findings, OneK
+from analysis.findings import Findings, OneFamily, OneTarget
 from analysis.fit import fit_law
 from analysis.fit_result import Fit
 from analysis.fitting import resample
@@ -23,6 +23,7 @@ from sae_jax import checks
 from sae_jax.errors import UserError
 
 _LEAST_SIZES = 4  # of a power law with three constants
+_UNEQUAL = 1.1  # ratio of the largest L0 to the smallest beyond which cells are not of one sparsity
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,8 +36,8 @@ class _Data:
   every: pd.DataFrame  # the points of all subjects
   curves: pd.DataFrame  # of one subject
 
-  def at(self, k: int) -> '_Data':
-    return _Data(*(frame[frame['k'] == k] for frame in vars(self).values()))
+  def at(self, where: Mapping[str, float | str]) -> '_Data':
+    return _Data(*(sparsity.at(frame, where) for frame in vars(self).values()))
 
   def measured(self, cells: pd.DataFrame) -> pd.DataFrame:
     """The curves of these cells."""
@@ -66,65 +67,88 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
   warnings, best.attrs['warnings'] = list(best.attrs['warnings']), []  # said once, not again with every law
   every = _longest(best)
   own, notes = _choose_subject(every, subject)
-  points = own(every)
   curves = table.useful(curves[curves['id'].isin(own(cells)['id'])])
-  data = _Data(points, own(best), own(_longest(useful)), every, curves)
-  risen = convergence.risen_warnings(points)
-  warnings += holes + notes + _mixed_settings(points) + risen + convergence.unconverged_warnings(curves, points['id'])
+  data = _Data(own(every), own(best), own(_longest(useful)), every, curves)
+  names = sorted(data.points['activation'].dropna().unique())
+  parts = [data.at({'activation': name}) for name in names] if len(names) > 1 else [data]
+  families = [
+    _one_family(part, name, {'activation': name} if len(names) > 1 else {}, bootstrap)
+    for name, part in zip(names or [''], parts, strict=True)
+  ]
+  return Findings(cells, done, curves, families, warnings + holes + notes)
 
+
+def _one_family(data: _Data, name: str, family: dict[str, str], bootstrap: int) -> OneFamily:
+  """The laws of one family; `family` is what they say of it."""
+  points = data.points
+  risen = convergence.risen_warnings(points)
+  warnings = _mixed_settings(points) + risen + convergence.unconverged_warnings(data.curves, points['id'])
   asked, not_attempted = _asked(data)
-  tries = Tries(bootstrap, _largest(points))
-  joint = tries.floored(
-    'L(n,k)', 'joint_nk', lambda law, b, h: fit_law(points, law, bootstrap=b, holdout=h).warned(*risen)
-  )
+  tries = Tries(bootstrap, _largest(points), family)
+  targets = sparsity.targets(points)
+  sparse = 'k' if points['k'].notna().all() else sparsity.MEASURED
+
+  def all_targets(law: str, b: int, holdout: str | None) -> Fit:
+    if sparse == sparsity.MEASURED and len(targets) < 2:
+      raise UserError(f'{sparsity.said(targets[0])} alone; a law over n and {laws.SYMBOLS[sparse]} needs another one')
+    return fit_law(points, law, ['n_latents', sparse], bootstrap=b, holdout=holdout).warned(*risen)
+
+  joint = tries.floored(f'L(n,{laws.SYMBOLS[sparse]})', 'joint_nk', all_targets, {})
   last = points.sort_values('n_latents').iloc[-1:]  # none in an empty ledger
   cost = float((last['flops_useful'] / last['n_latents'] / last['tokens']).sum())
-  by_k = [_one_k(tries, data.at(k), k, asked, cost) for k in sorted(int(k) for k in points['k'].unique())]
-  return Findings(cells, done, curves, joint, by_k, cost, tries.comparisons, warnings + tries.warnings(), not_attempted)
+  found = [_one_target(tries, data.at(target), target, asked, cost) for target in targets]
+  return OneFamily(name, joint, found, cost, tries.comparisons, warnings + tries.warnings(), not_attempted)
 
 
-def _one_k(tries: Tries, data: _Data, k: int, asked: set[str], cost: float) -> OneK:
+def _one_target(tries: Tries, data: _Data, target: dict[str, float], asked: set[str], cost: float) -> OneTarget:
   points, curves, b = data.points, data.curves, tries.bootstrap
+  unequal = _unequal_sparsity(points, target)
   found: dict[str, Any] = {}
 
   def size(law: str, bootstrap: int, holdout: str | None) -> Fit:
     count = points['n_latents'].nunique()
     if count < _LEAST_SIZES:
       raise UserError(f'{count} sizes, a power law with a floor needs {_LEAST_SIZES}; add sizes')
-    return fit_law(points, law, bootstrap=bootstrap, holdout=holdout)
+    return fit_law(points, law, bootstrap=bootstrap, holdout=holdout).warned(*unequal)
 
-  found['power'] = tries.floored('L(n)', 'power', size, k)
+  found['power'] = tries.floored('L(n)', 'power', size, target)
   for x, name in (('flops_useful', 'frontier'), ('flops_dense', 'frontier_dense')):
 
     def compute(law: str, bootstrap: int, holdout: str | None, x: str = x) -> Fit:
-      return fit_frontier(curves, x, law=law, bootstrap=bootstrap, holdout=holdout)
+      return fit_frontier(curves, x, law=law, bootstrap=bootstrap, holdout=holdout).warned(*unequal)
 
     # Held out in the variable one extrapolates in: the envelope of the last factor of five.
     far = f'{x}>{curves[x].max() / 5:.2g}'
     if name == 'frontier':
-      found[name] = tries.floored('L(C)', 'power', compute, k, far)
+      found[name] = tries.floored('L(C)', 'power', compute, target, far)
     else:
-      found[name] = tries.law('L(C) in dense FLOPs', lambda h, fit=compute: fit('power', b, h), k, far)
+      found[name] = tries.law('L(C) in dense FLOPs', lambda h, fit=compute: fit('power', b, h), target, far)
 
   if 'converged' in asked:
-    found['converged'] = tries.plain('T(n)', lambda: convergence.fit_convergence(data.measured(points), bootstrap=b), k)
+    found['converged'] = tries.plain(
+      'T(n)', lambda: convergence.fit_convergence(data.measured(points), bootstrap=b), target
+    )
   if 'best_size' in asked:
     runs = data.measured(data.best)
-    found['profiles'] = profiles = tries.one('n(C)', lambda: _profiles(runs), k)
+    found['profiles'] = profiles = tries.one('n(C)', lambda: _profiles(runs), target)
     if profiles:
       spent = profiles[1]['budget'].tolist()
-      found['best_size'] = tries.plain('n(C)', lambda: isoflop.fit_best_size(runs, spent, bootstrap=b), k)
+      found['best_size'] = tries.plain(
+        'n(C)', lambda: isoflop.fit_best_size(runs, spent, bootstrap=b).warned(*unequal), target
+      )
   if 'learning_rate' in asked and _several(data.rates, 'learning_rate'):
     found['rates'] = data.rates
-    found['learning_rate'] = tries.plain('lr(n)', lambda: learning_rate.fit_learning_rate(data.rates, bootstrap=b), k)
+    found['learning_rate'] = tries.plain(
+      'lr(n)', lambda: learning_rate.fit_learning_rate(data.rates, bootstrap=b), target
+    )
   if 'tokens' in asked and _several(data.best, 'tokens'):
-    fit = tries.law('L(n,T)', lambda h: fit_law(data.best, 'additive2', bootstrap=b, holdout=h), k)
+    fit = tries.law('L(n,T)', lambda h: fit_law(data.best, 'additive2', bootstrap=b, holdout=h), target)
     most = 10 * float(data.best['flops_useful'].max())
     found['tokens'] = fit
-    found['split'] = fit and tries.one('best split of a budget', lambda: allocate(fit, most, cost), k)
+    found['split'] = fit and tries.one('best split of a budget', lambda: allocate(fit, most, cost), target)
   if 'family' in asked:
-    found['family'] = tries.one('L_s(n)', lambda: _family(data.every, k), k)
-  return OneK(k, **found)
+    found['subjects'] = tries.one('L_s(n)', lambda: _family(data.every, tries.family | target), target)
+  return OneTarget(sparsity.said(target).replace('=', ''), tries.family | target, **found)
 
 
 def _profiles(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -134,11 +158,11 @@ def _profiles(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
   return isoflop.profiles(runs, spent.tolist())
 
 
-def _family(points: pd.DataFrame, k: int) -> Family:
+def _family(points: pd.DataFrame, where: dict[str, float | str]) -> Family:
   """With an irreducible loss of each subject where all have the sizes for one."""
   least = points.groupby('subject')['n_latents'].nunique().min()
   family = fit_family(points, floor=bool(least >= _LEAST_SIZES))
-  common, separate = (dataclasses.replace(fit, where={'k': k}) for fit in (family.common, family.separate))
+  common, separate = (dataclasses.replace(fit, where=where) for fit in (family.common, family.separate))
   return Family(family.subjects, common, separate)
 
 
@@ -167,12 +191,12 @@ def _asked(data: _Data) -> tuple[set[str], list[str]]:
 
 def _several(cells: pd.DataFrame, column: str) -> bool:
   """Whether some size was trained with more than one value of the column."""
-  return bool((cells.groupby(['n_latents', 'k'])[column].nunique() > 1).any())
+  return bool((cells.groupby(['n_latents', *sparsity.TARGETS], dropna=False)[column].nunique() > 1).any())
 
 
 def _longest(cells: pd.DataFrame) -> pd.DataFrame:
   """The cells of every size that saw the most tokens."""
-  keys = [key for key in ('subject', 'n_latents', 'k') if key in cells]
+  keys = [key for key in ('subject', 'n_latents', *sparsity.KEYS) if key in cells]
   most = cells.groupby(keys, dropna=False)['tokens'].transform('max')
   return cells[cells['tokens'] == most].reset_index(drop=True)
 
@@ -202,6 +226,18 @@ def _mixed_settings(points: pd.DataFrame) -> list[dict[str, str]]:
     return []
   text = f'cells with different {", ".join(mixed)} are in one ledger; laws over n and k ignore that'
   return [table.warning('mixed_settings', text)]
+
+
+def _unequal_sparsity(points: pd.DataFrame, target: dict[str, float]) -> list[dict[str, str]]:
+  """A warning where the cells of one coefficient do not have one L0."""
+  low, high = points['l0'].min(), points['l0'].max()
+  if 'k' in target or not high > _UNEQUAL * low:
+    return []
+  text = (
+    f'at {sparsity.said(target)} L0 runs from {low:.3g} to {high:.3g}: a law at one coefficient is of autoencoders of '
+    'unequal sparsity; the one over n and L0 compares them at equal L0'
+  )
+  return [table.warning('unequal_sparsity', text)]
 
 
 def _largest(points: pd.DataFrame) -> str | None:

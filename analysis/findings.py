@@ -1,11 +1,13 @@
-"""The record of what a ledger says: its cells, the laws of every k, comparisons, warnings; and its JSON."""
+"""The record of what a ledger says: its cells, the laws of every family and target, warnings; and its JSON."""
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import pandas as pd
 
+from analysis import table
 from analysis.allocation import Allocation
 from analysis.compare import Comparison
 from analysis.family import Family
@@ -13,10 +15,11 @@ from analysis.fit_result import Fit, warning_lines
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class OneK:
-  """The laws of one k; None where one was refused or is not asked for."""
+class OneTarget:
+  """The laws of one family at one target of sparsity; None where one was refused or is not asked for."""
 
-  k: int
+  name: str  # of the target in names of files: 'k8', 'sparsity0.05'
+  where: dict[str, float | str]  # the target, as {'k': 8}, and the family where the ledger has several
   power: Fit | None = None  # L(n)
   frontier: Fit | None = None  # L(C) in useful FLOPs
   frontier_dense: Fit | None = None  # L(C) in dense FLOPs
@@ -27,22 +30,25 @@ class OneK:
   learning_rate: Fit | None = None  # the best one over n
   tokens: Fit | None = None  # L(n, T)
   split: Allocation | None = None  # of ten times the largest budget spent
-  family: Family | None = None  # L_s(n)
+  subjects: Family | None = None  # L_s(n)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Findings:
-  """A ledger's cells, the laws fitted to them, and everything a reader must be warned of."""
+class OneFamily:
+  """The laws of one family of autoencoders."""
 
-  cells: pd.DataFrame  # all, with state and reason
-  done: pd.DataFrame  # finished cells of all subjects; `best_learning_rate` marks the best rate of every setting
-  curves: pd.DataFrame  # of the subject that the laws are about
+  name: str  # its `activation`
   joint: Fit | None
-  by_k: list[OneK]
+  targets: list[OneTarget]
   cost: float  # useful FLOPs a latent and token, of the largest cell
   comparisons: list[Comparison]  # of joint, power and frontier with the same laws without an irreducible loss
   warnings: list[dict[str, str]]
   not_attempted: list[str]  # laws this sweep was not made for, with what it lacks
+
+  @property
+  def folder(self) -> str:
+    """Its name as that of a folder: whatever a file says it is called, the name leads nowhere else."""
+    return re.sub(r'\W', '', self.name, flags=re.ASCII) or 'family'
 
   @property
   def fits(self) -> list[Fit]:
@@ -54,28 +60,70 @@ class Findings:
       'best_size',
       'learning_rate',
       'tokens',
-      'family',
+      'subjects',
       'frontier_dense',
     )
-    rows = [self.joint, *(getattr(one, kind) for kind in kinds for one in self.by_k)]
+    rows = [self.joint, *(getattr(one, kind) for kind in kinds for one in self.targets)]
     pairs = [(row.common, row.separate) if isinstance(row, Family) else (row,) for row in rows]
     return [fit for pair in pairs for fit in pair if fit]
 
   def to_json(self) -> list[dict[str, Any]]:
-    """The content of laws.json."""
+    """Its entries of laws.json."""
     more: dict[int, dict[str, Any]] = {id(c.floored): {'comparison': c.to_json()} for c in self.comparisons}
-    for one in self.by_k:
+    for one in self.targets:
       if one.split:
         more[id(one.tokens)] = {'allocation': _split_json(one.split, self.cost)}
-      if one.family:
-        more[id(one.family.separate)] = {'family': _family_json(one.family)}
+      if one.subjects:
+        more[id(one.subjects.separate)] = {'family': _family_json(one.subjects)}
     return [fit.to_json() | more.get(id(fit), {}) for fit in self.fits]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Findings:
+  """A ledger's cells, the laws fitted to them, and everything a reader must be warned of."""
+
+  cells: pd.DataFrame  # all, with state and reason
+  done: pd.DataFrame  # finished cells of all subjects; `best_learning_rate` marks the best rate of every setting
+  curves: pd.DataFrame  # of the subject that the laws are about
+  families: list[OneFamily]
+  about: list[dict[str, str]]  # warnings of the ledger as a whole
+
+  @property
+  def fits(self) -> list[Fit]:
+    """Those of every family."""
+    return [fit for one in self.families for fit in one.fits]
+
+  @property
+  def comparisons(self) -> list[Comparison]:
+    """Those of every family."""
+    return [pair for one in self.families for pair in one.comparisons]
+
+  @property
+  def warnings(self) -> list[dict[str, str]]:
+    """Those of the ledger, then those of its families."""
+    return [
+      *self.about,
+      *(table.warning(w['code'], self._of(one, w['message'])) for one in self.families for w in one.warnings),
+    ]
+
+  @property
+  def not_attempted(self) -> list[str]:
+    """Laws this sweep was not made for, with what it lacks."""
+    return [self._of(one, text) for one in self.families for text in one.not_attempted]
+
+  def to_json(self) -> list[dict[str, Any]]:
+    """The content of laws.json."""
+    return [entry for one in self.families for entry in one.to_json()]
 
   def warning_lines(self) -> list[str]:
     """Those of the ledger, then those of the fits that say something else."""
     said = {w['code'] for w in self.warnings}
     own = [line for line in warning_lines(self.fits) if line.partition(':')[0] not in said]
     return [f'{w["code"]}: {w["message"]}' for w in self.warnings] + own
+
+  def _of(self, one: OneFamily, text: str) -> str:
+    """A text about one family, which says whose it is where there are several."""
+    return text if len(self.families) == 1 else f'{one.name}: {text}'
 
 
 def _split_json(split: Allocation, cost: float) -> dict[str, Any]:

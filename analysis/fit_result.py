@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,15 +38,23 @@ class Fit:
   where: dict[str, float | str] = dataclasses.field(default_factory=dict)  # common to all points, e.g. {'k': 32}
 
   @property
-  def label(self) -> str:
-    """Such as 'L(n), k = 8', or 'n(C)' for a best size, or 'L_s(n)' for a family."""
+  def quantity(self) -> str:
+    """Such as 'L(n)', or 'n(C)' for a best size, or 'L_s(n)' for several subjects."""
     family = self.law.name.startswith('family')
     quantity = 'L_s' if family else laws.QUANTITIES.get(self.y, 'L')
     shown = self.x[:1] if family else self.variables  # the others only tell subjects apart
-    symbols = ', '.join(laws.SYMBOLS.get(column, column) for column in shown)
-    return f'{quantity}({symbols})' + ''.join(
-      f', {key} = {value if isinstance(value, str | bool) else f"{value:g}"}' for key, value in self.where.items()
-    )
+    return f'{quantity}({", ".join(laws.SYMBOLS.get(column, column) for column in shown)})'
+
+  @property
+  def label(self) -> str:
+    """The quantity and what its points have in common, such as 'L(n), k = 8'."""
+    return ', '.join([self.quantity, *where_words(self.where)])
+
+  def words(self, text: str) -> str:
+    """A text about the law, such as its formula, in the symbols of the columns that it was fitted over."""
+    pairs = zip(self.law.axes, self.x, strict=True)
+    symbols = {laws.SYMBOLS[axis]: laws.SYMBOLS[x] for axis, x in pairs if {axis, x} <= laws.SYMBOLS.keys()}
+    return re.sub(r'\w+', lambda word: symbols.get(word[0], word[0]), text)
 
   @property
   def variables(self) -> tuple[str, ...]:
@@ -97,12 +106,12 @@ class Fit:
     """An entry of laws.json: strict JSON, null where a number is unknown."""
     record = {
       'law': self.law.name,
-      'formula': self.law.formula,
+      'formula': self.words(self.law.formula),
       'x': list(self.variables),
       'y': self.y,
       'where': self.where,
       'params': self.params,
-      'meaning': {p.name: p.meaning for p in self.law.parameters},
+      'meaning': {p.name: self.words(p.meaning) for p in self.law.parameters},
       'objective': self.objective,
       'n_points': len(self.table),
       'start_agreement': self.start_agreement,
@@ -114,7 +123,7 @@ class Fit:
   def summary(self) -> str:
     """Lines for a terminal: the law, every constant with its interval, the checks; not the warnings."""
     over = f'{self.law.name}: {self.y} over {", ".join(self.variables)}, {len(self.table)} points'
-    lines = [f'{self.label}   ({over})', f'  {self.law.formula}']
+    lines = [f'{self.label}   ({over})', f'  {self.words(self.law.formula)}']
     wide = max(7, *map(len, self.params))
     for name, p in self.params.items():
       estimate, low, high = (nothing_is_zero(name, p[key]) for key in ('estimate', 'low', 'high'))
@@ -181,6 +190,12 @@ def fits_of(value: Fit | Sequence[Fit], variables: int | None = None) -> list[Fi
       f'use {instead}'
     )
   return list(fits)
+
+
+def where_words(where: Mapping[str, float | str]) -> list[str]:
+  """What the points of a fit have in common, such as 'k = 8'; a family is said by its name alone."""
+  shown = {key: value if isinstance(value, str | bool) else f'{value:g}' for key, value in where.items()}
+  return [value if key == 'activation' else f'{key} = {value}' for key, value in shown.items()]
 
 
 def nothing_is_zero(name: str, value: float) -> float:

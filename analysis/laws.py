@@ -18,6 +18,7 @@ Array = np.ndarray
 SYMBOLS = {
   'n_latents': 'n',
   'k': 'k',
+  'l0': 'L0',
   'tokens': 'T',
   'flops_useful': 'C',
   'flops_dense': 'C',

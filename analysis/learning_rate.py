@@ -3,17 +3,13 @@
 A size whose best rate is the lowest or highest tried, or whose valley is flat, gives no point to the law and is named.
 """
 
-from collections.abc import Sequence
-
 import pandas as pd
 
-from analysis import table, valley
+from analysis import sparsity, table, valley
 from analysis.fit import Fit, fit_law
 from analysis.fitting import resample
 from sae_jax import checks
 from sae_jax.errors import UserError
-
-_SETTING = ('n_latents', 'k', 'd_model', 'batch_tokens', 'tokens', 'setting')
 
 
 def valleys(cells: pd.DataFrame, flat: float = valley.FLAT) -> pd.DataFrame:
@@ -25,8 +21,9 @@ def valleys(cells: pd.DataFrame, flat: float = valley.FLAT) -> pd.DataFrame:
     flat: relative rise over all rates below which a valley has no best rate.
   """
   checks.number('flat', flat, 'a number of at least 0', f'the usual choice is {valley.FLAT}', least=0)
-  table.positive(cells, ['n_latents', 'k', 'learning_rate', 'nmse'])
-  keys = [key for key in _SETTING if key in cells]
+  table.positive(cells, ['n_latents', 'learning_rate', 'nmse'])
+  sparsity.check(cells)
+  keys = [key for key in table.SETTING if key in cells]
   rows = []
   for _, group in cells.groupby(keys, sort=True, dropna=False):
     found = valley.fit_valley(group['learning_rate'].to_numpy(), group['nmse'].to_numpy(), flat)
@@ -48,7 +45,8 @@ def valleys(cells: pd.DataFrame, flat: float = valley.FLAT) -> pd.DataFrame:
 
 
 def fit_learning_rate(cells: pd.DataFrame, flat: float = valley.FLAT, *, bootstrap: int = 500) -> Fit:
-  """The law lr = a n^-b through the minima of the valleys; give it cells of one k, or say that k does not matter.
+  """The law lr = a n^-b through the minima of the valleys; give it cells of one family and target, or say that
+  the target does not matter.
 
   Raises:
     UserError: fewer than two sizes have a valley with a bottom.
@@ -56,19 +54,20 @@ def fit_learning_rate(cells: pd.DataFrame, flat: float = valley.FLAT, *, bootstr
   resample.count(bootstrap)
   found = valleys(cells, flat)
   points = found[found['verdict'] == 'minimum'].reset_index(drop=True)
-  refused = found[found['verdict'] != 'minimum'].to_dict('records')
+  refused = found[found['verdict'] != 'minimum']
   if points['n_latents'].nunique() < 2:
-    why = f': {_refusals(refused)}' if refused else ''
+    why = f': {_refusals(refused)}' if len(refused) else ''
     raise UserError(
       f'{points["n_latents"].nunique()} sizes have a best learning rate, the law needs two; try more rates{why}'
     )
   fit = fit_law(points, 'power_no_floor', ['n_latents'], 'learning_rate', bootstrap=bootstrap)
-  if not refused:
+  if refused.empty:
     return fit
   return fit.warned(
     table.warning('edge_minimum', f'{len(refused)} of {len(found)} valleys are left out: {_refusals(refused)}')
   )
 
 
-def _refusals(rows: Sequence[dict]) -> str:
-  return valley.refusals([(f'n={row["n_latents"]:g}, k={row["k"]:g}', row) for row in rows])
+def _refusals(refused: pd.DataFrame) -> str:
+  rows = refused.to_dict('records')
+  return valley.refusals([(f'n={row["n_latents"]:g}, {sparsity.named(refused, row)}', row) for row in rows])

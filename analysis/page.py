@@ -14,9 +14,12 @@ import jinja2
 import numpy as np
 import pandas as pd
 
+from analysis import sparsity
 from analysis.compare import Comparison
-from analysis.findings import Findings
+from analysis.figures import style
+from analysis.findings import Findings, OneFamily
 from analysis.fit_result import Fit, nothing_is_zero, warning_lines
+from analysis.laws import SYMBOLS
 
 # A name that a template uses and is not given raises.
 TEMPLATES = jinja2.Environment(
@@ -31,7 +34,9 @@ TEMPLATES = jinja2.Environment(
 _COLUMNS = {
   'id': 'cell',
   'n_latents': 'n',
+  'activation': 'family',
   'k': 'k',
+  'sparsity': 'sparsity',
   'learning_rate': 'learning rate',
   'seed': 'seed',
   'nmse': 'NMSE',
@@ -45,13 +50,13 @@ _COLUMNS = {
   'site': 'site',
   'best_learning_rate': 'best rate',
 }
-_SAME = ('subject', 'site', 'seed', 'weights')  # shown only where they differ
+_SAME = ('activation', 'sparsity', 'subject', 'site', 'seed', 'weights')  # shown only where they differ
 _FLAG, _NUMBER = (bool, np.bool_), (int, float, np.number)
 _FORMATS = {'flops_useful': '.2e'}  # spans many powers of ten, which line up so
 _CAPTIONS = {
-  'joint': 'Loss at the end of training against n for every k, with the joint law. Dashed: extrapolation.',
+  'joint': 'Loss at the end of training against {x} for every {other}, with the joint law. Dashed: extrapolation.',
   'residuals': 'What the joint law leaves over. A trend is a law that does not fit.',
-  'power': 'The same points with a separate power law for every k.',
+  'power': 'The same points with a separate power law for every {target}.',
   'frontier': 'Loss against training compute: all runs, the envelope, and its power law. Dashed: extrapolation.',
   'converged': 'Tokens until a doubling of them improves the loss by less than 1 %.',
   'isoflop': 'Loss of every size at equal compute. Hollow: no best size there, and why.',
@@ -89,11 +94,7 @@ def render(
     states=[f'{count} {state}' for state, count in states.items()],
     warnings=[line.partition(':') for line in found.warning_lines()],
     not_attempted=found.not_attempted,
-    figures=_figures(pictures),
-    # How FLOPs are counted is a choice; the laws under the other choice stand by, folded.
-    laws=_laws([fit for fit in found.fits if 'flops_dense' not in fit.x]),
-    dense_laws=_laws([fit for fit in found.fits if 'flops_dense' in fit.x]),
-    comparisons=[_comparison(pair) for pair in found.comparisons],
+    families=[_family(one, pictures, several=len(found.families) > 1) for one in found.families],
     cells=_cells(found.done),
     others=[[str(row[key]) for key in ('id', 'state', 'reason')] for row in others.to_dict('records')],
   )
@@ -102,25 +103,47 @@ def render(
 def figure_digests(text: str) -> dict[str, str]:
   """The digests that a page was rendered with, by file name; none of a page of another kind."""
   found = re.search(r'<meta name="figures" content="([^"]*)">', text)
-  return dict(re.findall(r'(?:^| )([a-z_]+[0-9]*\.(?:png|pdf))=([0-9a-f]{64})(?= |$)', found[1] if found else ''))
+  name = r'(?:\w+/)?[a-z_]+[0-9.e-]*\.(?:png|pdf)'
+  return dict(re.findall(rf'(?:^| )({name})=([0-9a-f]{{64}})(?= |$)', found[1] if found else '', re.ASCII))
 
 
-def _figures(pictures: Mapping[str, bytes]) -> list[list[dict[str, str]]]:
-  """Kind by kind; of those drawn once a k, one a k."""
-  kinds: dict[str, list[dict[str, str]]] = {}
+def _family(one: OneFamily, pictures: Mapping[str, bytes], *, several: bool) -> dict[str, Any]:
+  """The figures and laws of one family; the headings of an only one do without its name."""
+  own = {
+    name.rpartition('/')[2]: data for name, data in pictures.items() if not several or name.startswith(f'{one.folder}/')
+  }
+  return {
+    'of': f' of {one.name}' if several else '',
+    'figures': _figures(own, one),
+    # How FLOPs are counted is a choice; the laws under the other choice stand by, folded.
+    'laws': _laws([fit for fit in one.fits if 'flops_dense' not in fit.x]),
+    'dense_laws': _laws([fit for fit in one.fits if 'flops_dense' in fit.x]),
+    'comparisons': [_comparison(pair) for pair in one.comparisons],
+  }
+
+
+def _figures(pictures: Mapping[str, bytes], family: OneFamily) -> list[list[dict[str, str]]]:
+  """Kind by kind; of those drawn once a target, one a target."""
+  targets = {one.name: sparsity.gathered([sparsity.target(one.where)]) for one in family.targets}
+  asked = dict.fromkeys('k' if key == 'k' else 'coefficient' for target in targets.values() for key in target)
+  x, other = style.sides(family.joint) if family.joint else ('', '')
+  words = {'x': SYMBOLS.get(x), 'other': SYMBOLS.get(other or ''), 'target': ' and '.join(asked)}
+  kinds: dict[tuple[str, str], list[dict[str, str]]] = {}
   for name, data in pictures.items():
-    kind, _, k = name.partition('_k')
-    caption = _CAPTIONS[kind] + (f' k = {k}.' if k else '')
+    end = next((end for end in targets if name.endswith(f'_{end}')), '')
+    kind = name.removesuffix(f'_{end}')
+    ((key, value),) = targets[end].items() if end else [('', '')]
+    caption = _CAPTIONS[kind].format(**words) + (f' {key} = {value}.' if end else '')
     source = f'data:image/png;base64,{base64.b64encode(data).decode()}'
-    kinds.setdefault(kind, []).append({'k': k, 'caption': caption, 'source': source})
+    kinds.setdefault((kind, key), []).append({'key': key, 'value': value, 'caption': caption, 'source': source})
   return list(kinds.values())
 
 
 def _laws(fits: Sequence[Fit]) -> list[dict[str, Any]]:
-  """Law by law; fits that differ only in k belong to one."""
+  """Law by law; fits that differ only in their target belong to one."""
   groups: dict[tuple[Any, ...], list[Fit]] = {}
   for fit in fits:
-    groups.setdefault((fit.law.formula, fit.x, fit.y, not fit.where), []).append(fit)
+    groups.setdefault((fit.law.formula, fit.x, fit.y, *sparsity.target(fit.where)), []).append(fit)
   return [_law(group) for group in groups.values()]
 
 
@@ -128,11 +151,11 @@ def _law(fits: Sequence[Fit]) -> dict[str, Any]:
   fit, intervals = fits[0], [one.diagnostics['interval'] for one in fits]
   drawn = [interval['resamples'] for interval in intervals]
   return {
-    'name': fit.label.partition(', k')[0] if fit.where else fit.label,
+    'name': fit.quantity,
     'y': fit.y,
     'x': [x for x in fit.x if not x.startswith('is_')],  # those only tell subjects apart
-    'formula': fit.law.formula,
-    'where': list(fit.where),
+    'formula': fit.words(fit.law.formula),
+    'where': list(sparsity.target(fit.where)),
     'fits': [_fit(one) for one in fits],
     'methods': [method for method in dict.fromkeys(i['method'] for i in intervals) if method != 'none'],
     'resamples': [min(drawn), max(drawn)],
@@ -147,11 +170,11 @@ def _fit(fit: Fit) -> dict[str, Any]:
   # Not of a law of one term: it is linear inside the fit, where the profile only repeats the standard errors.
   profiled = bool(fit.diagnostics['profile']) and len(fit.law.terms) > 1
   return {
-    'where': [_shown(value) for value in fit.where.values()],
+    'where': [_shown(value) for value in sparsity.target(fit.where).values()],
     'constants': [
       {
         'name': p.name,
-        'meaning': p.meaning,
+        'meaning': fit.words(p.meaning),
         'estimate': _shown(nothing_is_zero(p.name, fit.params[p.name]['estimate'])),
         'interval': [_shown(nothing_is_zero(p.name, fit.params[p.name][key])) for key in ('low', 'high')],
         'profile': [_shown(fit.params[p.name][key]) for key in ('profile_low', 'profile_high')] if profiled else [],
@@ -187,9 +210,13 @@ def _comparison(pair: Comparison) -> dict[str, Any]:
 
 def _cells(done: pd.DataFrame) -> dict[str, Any]:
   """The heads of the table of cells and, of every cell, each value twice: to sort and filter by, and to show."""
-  names = [name for name in _COLUMNS if name in done and (name not in _SAME or done[name].nunique(dropna=False) > 1)]
+  asked = [name for name in sparsity.TARGETS if name in done and done[name].notna().any()]
+  differ = [name for name in _SAME if name in done and done[name].nunique(dropna=False) > 1]
+  left_out = {*_SAME, *sparsity.TARGETS} - {*asked, *differ}
+  names = [name for name in _COLUMNS if name in done and name not in left_out]
   columns = [[(_exact(value), _shown(value, _FORMATS.get(name, ''))) for value in done[name]] for name in names]
-  return {'heads': [_COLUMNS[name] for name in names], 'rows': list(zip(*columns, strict=True))}
+  example = 'k=8 n=1024' if 'k' in names else 'sparsity=0.05 n=1024'
+  return {'heads': [_COLUMNS[name] for name in names], 'rows': list(zip(*columns, strict=True)), 'example': example}
 
 
 def _shown(value: Any, form: str = '') -> str:

@@ -14,22 +14,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import convergence, laws, read_ledger, table
+from analysis import convergence, laws, read_ledger, sparsity, table
 from analysis.fit import Fit, fit_law, warning_lines, with_holdout, write_json
-from analysis.fit_result import fits_of
+from analysis.fit_result import fits_of, where_words
 from analysis.fitting import resample, uncertainty
 from sae_jax import checks, flops
 from sae_jax.errors import UserError, one_line_errors
 
 _FAR = 1.0  # decades beyond the data from which an extrapolation is warned of
 _MOST = 10**15  # latents; guards against nonsense, not a limit of anything
+SPARSE = (*sparsity.TARGETS, sparsity.MEASURED)  # what the sparsity of a prediction can be given in
+_WHOLE = ('n_latents', 'k')
+_NEAR = 1.1  # factor within which one L0 is like another
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
   """The loss of a cell of one size with its 90 % interval, what it costs, and what the reader must know."""
 
-  at: dict[str, int]  # n_latents, k
+  at: dict[str, float | str]  # n_latents, one of `SPARSE`, and the family where the ledger has several
   nmse: float
   low: float  # NaN when unknown
   high: float
@@ -64,13 +67,13 @@ class Prediction:
 
   def summary(self) -> str:
     """Lines for a terminal, without the warnings."""
-    n, k = self.at['n_latents'], self.at['k']
+    where = ', '.join(where_words({laws.SYMBOLS.get(key, key): value for key, value in self.at.items()}))
     known = np.isfinite(self.low)
     interval = f'90 % interval {self.low:.4g} to {self.high:.4g}' if known else '90 % interval unknown'
     subject = f', {self.flops_subject:.3g} for the subject' if np.isfinite(self.flops_subject) else ''
     return '\n'.join(
       [
-        f'NMSE {self.nmse:.4g} at n = {n}, k = {k}   {interval}',
+        f'NMSE {self.nmse:.4g} at {where}   {interval}',
         f'  law {self.fit.law.name} through {len(self.fit.table)} cells; {self._where()}',
         f'  held out: {self.fit.holdout_text() or "nothing"}',
         f'  needs {self.tokens:,} tokens as the cells of the ledger: {self.flops_useful:.3g} useful FLOPs, '
@@ -81,7 +84,7 @@ class Prediction:
   def _where(self) -> str:
     words = []
     for column, decades in self.beyond.items():
-      symbol = laws.SYMBOLS[column]
+      symbol = laws.SYMBOLS.get(column, column)
       values = self.fit.table[column]
       if decades:
         side, edge = ('above', values.max()) if decades > 0 else ('below', values.min())
@@ -91,12 +94,13 @@ class Prediction:
     return ', '.join(words)
 
 
-def predict(ledger: str, at: Mapping[str, int], *, bootstrap: int = 500) -> Prediction:
+def predict(ledger: str, at: Mapping[str, float | str], *, bootstrap: int = 500) -> Prediction:
   """Predicts one cell from the cells of a ledger that have the best learning rate of their size.
 
   Args:
     ledger: the folder a sweep wrote.
-    at: `n_latents` and `k`.
+    at: `n_latents` and its sparsity: `k` or `sparsity` as it is asked for, or `l0` as it is measured. `activation` names
+      the family where the ledger has several.
     bootstrap: resamples behind the interval; 0 takes it from standard errors alone.
 
   Raises:
@@ -104,24 +108,29 @@ def predict(ledger: str, at: Mapping[str, int], *, bootstrap: int = 500) -> Pred
   """
   at = _size(at)
   resample.count(bootstrap)
-  done = read_ledger.load_ledger(ledger)
+  done = _family(read_ledger.load_ledger(ledger), at)
   best = table.best_learning_rate(done)
+  place = {key: float(value) for key, value in at.items() if not isinstance(value, str)}
+  sparse = next(key for key in place if key in SPARSE)
+  if lacking := best.loc[best[sparse].isna(), 'id'].tolist():
+    asked = [key for key in sparsity.TARGETS if best[key].notna().all()]
+    raise UserError(f'cell {lacking[0]} has no {sparse}; predict at {" or ".join([*asked, sparsity.MEASURED])}')
   sizes = sorted(best['n_latents'].unique())
-  alone = best['k'].nunique() == 1
-  if alone and best['k'].iloc[0] != at['k']:
-    raise UserError(f'k={at["k"]} cannot be predicted from cells of k={best["k"].iloc[0]:g} alone; add another k')
-  law = 'power' if alone else 'joint_nk'
+  alone = len(sparsity.targets(best)) == 1
+  if alone:
+    _check_near(best, sparse, place[sparse])
+  law, x = ('power', ['n_latents']) if alone else ('joint_nk', ['n_latents', sparse])
   fit = with_holdout(
-    lambda holdout: fit_law(best, law, bootstrap=bootstrap, holdout=holdout),
+    lambda holdout: fit_law(best, law, x, bootstrap=bootstrap, holdout=holdout),
     f'n_latents>{sizes[-2]:g}' if len(sizes) > 1 else None,
   )
-  low, high = interval(fit, at)
-  costs, tokens, notes = _costs(best, at)
-  beyond = {column: _beyond(best[column], at[column]) for column in ('n_latents', 'k')}
+  low, high = interval(fit, place)
+  costs, tokens, notes = _costs(best, place)
+  beyond = {column: _beyond(best[column], place[column]) for column in ('n_latents', sparse)}
   curves = read_ledger.load_curves(ledger)
   return Prediction(
     at=at,
-    nmse=float(fit.predict(at)[0]),
+    nmse=float(fit.predict(place)[0]),
     low=low,
     high=high,
     tokens=tokens,
@@ -150,8 +159,8 @@ def interval(fit: Fit, at: Mapping[str, float]) -> tuple[float, float]:
   return float(low_1[0]), float(high_1[0])
 
 
-def parse_at(text: str) -> dict[str, int]:
-  """'n_latents=8192,k=32' as a mapping. Raises `UserError` for anything else."""
+def parse_at(text: str) -> dict[str, float | str]:
+  """'n_latents=8192,k=32', or with a family 'n_latents=8192,l0=30,activation=relu', as a mapping. Raises `UserError` for anything else."""
   at: dict[str, Any] = {}
   if not isinstance(text, str):
     raise UserError(f'--at {checks.shown(text)} is not a size; write it as n_latents=8192,k=32')
@@ -159,6 +168,9 @@ def parse_at(text: str) -> dict[str, int]:
     key, equals, value = (s.strip() for s in part.partition('='))
     if not equals or not key or key in at:
       raise UserError(f'--at {text[:80]!r} is not a size; write it as n_latents=8192,k=32')
+    if key == 'activation':
+      at[key] = value
+      continue
     try:
       number = float(value)
     except ValueError:
@@ -167,21 +179,57 @@ def parse_at(text: str) -> dict[str, int]:
   return _size(at)
 
 
-def _size(at: Mapping[str, Any]) -> dict[str, int]:
+def _size(at: Mapping[str, Any]) -> dict[str, float | str]:
   if not isinstance(at, Mapping):
     raise UserError(f'at={checks.shown(at)} is not a size; give {{"n_latents": 8192, "k": 32}}')
-  if set(at) != {'n_latents', 'k'}:
+  sparse = [key for key in at if key in SPARSE]
+  if len(sparse) != 1 or {*at} - {'activation'} != {'n_latents', *sparse}:
     names = ', '.join(str(key)[:40] for key in at) or 'nothing'
-    raise UserError(f'a prediction is made at n_latents and k, not at {names}; write n_latents=8192,k=32')
-  for key, value in at.items():
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= _MOST:
-      raise UserError(f'{key}={checks.shown(value)} is not a whole number of at least 1; give one, e.g. {key}=32')
-  if at['k'] > at['n_latents']:
-    raise UserError(f'k={at["k"]} exceeds n_latents={at["n_latents"]}; lower k or raise n_latents')
-  return {key: int(at[key]) for key in ('n_latents', 'k')}
+    raise UserError(
+      f'a prediction is made at n_latents and k (or l0, or sparsity), not at {names}; write n_latents=8192,k=32'
+    )
+  size: dict[str, float | str] = {}
+  for key in ('n_latents', *sparse):
+    value = at[key]
+    if key in _WHOLE:
+      if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= _MOST:
+        raise UserError(f'{key}={checks.shown(value)} is not a whole number of at least 1; give one, e.g. {key}=32')
+      size[key] = int(value)
+    else:
+      size[key] = checks.positive(key, value, 'write n_latents=8192,l0=32')
+  if 'activation' in at:
+    size['activation'] = checks.text('activation', at['activation'], 'name a family of the ledger')
+  active, latents = float(at[sparse[0]]), float(at['n_latents'])
+  if 'sparsity' not in at and active > latents:
+    raise UserError(f'{sparse[0]}={active:g} exceeds n_latents={latents:g}; lower {sparse[0]} or raise n_latents')
+  return size
 
 
-def _costs(best: pd.DataFrame, at: dict[str, int]) -> tuple[dict[str, float], int, list[dict[str, str]]]:
+def _family(done: pd.DataFrame, at: Mapping[str, float | str]) -> pd.DataFrame:
+  """The cells of the family that `at` names, or of the only one."""
+  names = sorted(done['activation'].dropna().unique())
+  if 'activation' not in at:
+    if len(names) > 1:
+      raise UserError(f'the ledger has cells of {", ".join(names)}; name one of them: activation={names[0]}')
+    return done
+  if at['activation'] not in names:
+    raise UserError(f'no finished cell of activation={at["activation"]}; the ledger has {", ".join(names) or "none"}')
+  mine = done[done['activation'] == at['activation']]
+  return mine.reset_index(drop=True)
+
+
+def _check_near(best: pd.DataFrame, sparse: str, value: float) -> None:
+  """Raises `UserError` where cells of one target say nothing of another sparsity."""
+  low, high = float(best[sparse].min()), float(best[sparse].max())
+  reach = _NEAR if sparse == sparsity.MEASURED else 1.0
+  if not low / reach <= value <= high * reach:
+    alone = f'{low:g}' if low == high else f'{low:.3g} to {high:.3g}'
+    raise UserError(
+      f'{sparse}={value:g} cannot be predicted from cells of {sparse}={alone} alone; add another {sparse}'
+    )
+
+
+def _costs(best: pd.DataFrame, at: dict[str, float]) -> tuple[dict[str, float], int, list[dict[str, str]]]:
   """FLOPs, tokens and warnings, at the budget of the ledger's largest cells."""
   if best['d_model'].nunique() > 1:
     widths = ', '.join(f'{d:g}' for d in sorted(best['d_model'].unique()))
@@ -195,13 +243,16 @@ def _costs(best: pd.DataFrame, at: dict[str, int]) -> tuple[dict[str, float], in
   like = best.sort_values(['n_latents', 'tokens'], kind='stable').iloc[-1]
   batch = int(like['batch_tokens'])
   steps = int(like['tokens']) // batch
-  spent = flops.step_flops(at['n_latents'], at['k'], int(like['d_model']), batch)
+  # Useful FLOPs follow the active latents; of a coefficient, one knows those of the cells trained with the nearest.
+  near = (best['sparsity'] / at['sparsity']).apply(np.log).abs().idxmin() if 'sparsity' in at else None
+  active = best.loc[near, 'l0'] if near is not None else at.get('k', at.get('l0'))
+  spent = flops.step_flops(int(at['n_latents']), active, int(like['d_model']), batch)
   subject = like['flops_subject'] if 'flops_subject' in like else math.nan
   costs = {f'flops_{key}': steps * value for key, value in spent.items()} | {'flops_subject': float(subject)}
   return costs, steps * batch, notes
 
 
-def _beyond(values: pd.Series, value: int) -> float:
+def _beyond(values: pd.Series, value: float) -> float:
   low, high = float(values.min()), float(values.max())
   return math.log10(value / high) if value > high else math.log10(value / low) if value < low else 0.0
 
@@ -210,9 +261,7 @@ def _far(fit: Fit, beyond: dict[str, float]) -> list[dict[str, str]]:
   out = []
   for column, decades in beyond.items():
     if abs(decades) > _FAR:
-      text = (
-        f'{laws.SYMBOLS[column]} is {abs(decades):.1f} decades outside the cells: the law itself may not hold there'
-      )
+      text = f'{laws.SYMBOLS.get(column, column)} is {abs(decades):.1f} decades outside the cells: the law itself may not hold there'
       out.append(table.warning('far_extrapolation', text))
   sizes = np.unique(fit.table['n_latents'])
   if fit.holdout and beyond['n_latents'] > 0 and len(sizes) > 1:
@@ -236,7 +285,12 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     '--ledger', required=True, metavar='DIR', help='the folder a sweep wrote; a path or an fsspec URL'
   )
-  parser.add_argument('--at', required=True, metavar='SIZE', help='the cell, e.g. "n_latents=8192,k=32"')
+  parser.add_argument(
+    '--at',
+    required=True,
+    metavar='SIZE',
+    help='the cell, e.g. "n_latents=8192,k=32" or "n_latents=8192,l0=30,activation=relu"',
+  )
   parser.add_argument(
     '--bootstrap', type=int, default=500, metavar='N', help='resamples behind the interval (default: 500)'
   )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import frames
+from analysis import frames, sparsity
 from analysis.table import USELESS, useless_warnings, version_warnings, warning
 from sae_jax import cell, cell_state, checks, files, metrics, schema
 from sae_jax.errors import UserError
@@ -33,7 +33,8 @@ _NOT_SETTING = (
 )
 _CURVES = {field.line: field.name for field in schema.CURVES if field.kind in (int, float) and not field.may}
 _CURVES_MAY = {field.line: field.name for field in schema.CURVES if field.may}
-_FACTS = ('n_latents', 'k', 'learning_rate', 'seed', 'batch_tokens')  # of the cell, repeated on its curve
+# Of the cell, repeated on its curve.
+_FACTS = ('n_latents', 'k', 'sparsity', 'learning_rate', 'seed', 'batch_tokens')
 _NAMED = 6  # cells named in a warning
 
 
@@ -49,7 +50,8 @@ def load_cells(path: str) -> pd.DataFrame:
     raise UserError(f'no ledger at {str(path)!r} (no folder "cells" in it); give --ledger the folder a sweep wrote')
   rows = [_cell(folder, name) for name in names]
   columns = ['id', 'state', 'reason', 'verified', *_MUST, *_NUMBERS, 'setting']
-  rest = list(dict.fromkeys(key for row in rows for key in row if key not in columns))
+  found = [*(key for row in rows for key in row), 'activation', 'sparsity']
+  rest = list(dict.fromkeys(key for key in found if key not in columns))
   return pd.DataFrame(rows, columns=pd.Index(columns + rest))
 
 
@@ -59,13 +61,17 @@ def load_ledger(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
   `attrs['not_done']` lists the others (id, state, reason) and `attrs['warnings']` says so. The column
   `no_better_than_mean` marks autoencoders that reconstruct no better than the mean does, NMSE 1 or more; no law is
   fitted to them. `cells` saves reading them again when `load_cells` has.
+
+  What sparsity was asked for is in `k` or, where that is missing, in `sparsity`: the coefficient of a penalty.
+  `target` says it in words, such as 'k=8'. What came of it is `l0`. `activation` is the family.
   """
   cells = load_cells(path) if cells is None else _cells(path, cells)
   done = cells['state'] == schema.DONE
   table = cells[done].drop(columns=['state', 'reason']).reset_index(drop=True)
-  for column in table.columns.intersection([*_MUST, *_NUMBERS]):
+  for column in table.columns.intersection([*_MUST, *_NUMBERS, 'sparsity']):
     frames.floats(table, column)
     table[column] = pd.to_numeric(table[column])
+  table['target'] = [sparsity.said(sparsity.target(row)) for row in table[[*sparsity.TARGETS]].to_dict('records')]
   table[USELESS] = table['nmse'] >= 1
   others = cells.loc[~done, ['id', 'state', 'reason']].to_dict('records')
   table.attrs = {
@@ -91,16 +97,17 @@ def load_curves(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
       | {new: _number(line[old]) for old, new in _CURVES_MAY.items() if old in line}
       for line in lines
     ]
-    facts = {'id': row['id'], 'state': row['state'], USELESS: _number(row['nmse']) >= 1}
+    facts = {'id': row['id'], 'state': row['state'], 'activation': row['activation']}
+    facts[USELESS] = _number(row['nmse']) >= 1
     facts |= {key: _number(row[key]) for key in _FACTS}
     rows += [facts | line for line in measured]
     if row['state'] == schema.DONE and (planned := _planned(row)):
       if lacking := planned - {line['step'] for line in lines}:
         holes[row['id']] = (len(lacking), len(planned))
   also = [new for new in _CURVES_MAY.values() if any(new in row for row in rows)]
-  curves = pd.DataFrame(rows, columns=pd.Index(['id', 'state', USELESS, *_FACTS, *_CURVES.values(), *also]))
+  number = [*_FACTS, *_CURVES.values(), *also]
+  curves = pd.DataFrame(rows, columns=pd.Index(['id', 'state', 'activation', USELESS, *number]))
   curves[USELESS] = curves[USELESS].astype(bool)
-  number = curves.columns.difference(['id', 'state', USELESS])
   curves[number] = curves[number].astype(float)  # also where there are no rows
   curves.attrs = {'warnings': _holes_warnings(holes)}
   return curves
@@ -109,7 +116,7 @@ def load_curves(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
 def _cells(path: str, cells: pd.DataFrame) -> pd.DataFrame:
   """Cells that a caller read before, as from `load_cells`."""
   checks.path('path', path)
-  frames.frame('cells', cells, ['id', 'state', 'reason', 'verified', *_FACTS, *_MUST])
+  frames.frame('cells', cells, ['id', 'state', 'reason', 'verified', 'activation', *_FACTS, *_MUST])
   for column in ('id', 'state', 'reason'):
     frames.labels(cells, column)
   return cells

@@ -15,15 +15,27 @@ from matplotlib.figure import Figure
 
 from analysis import heading, page, plots
 from analysis.every_law import analyse
-from analysis.findings import Findings
+from analysis.findings import Findings, OneFamily
 from analysis.fit_result import Fit, write_json
 from sae_jax import files, schema
 from sae_jax.errors import UserError, one_line_errors
 
 
 def figures(found: Findings) -> dict[str, Figure]:
-  """The figures that the fits allow, by file name without extension; those of one k end in _k and its value."""
-  notes = [w for w in found.warnings if w['code'] != 'not_fitted']
+  """The figures that the fits allow, by file name without extension; those of one target end in _k8 or _sparsity0.05.
+
+  Where a ledger has several families, each has a folder of its name.
+  """
+  several = len(found.families) > 1
+  return {
+    f'{one.folder}/{name}' if several else name: figure
+    for one in found.families
+    for name, figure in _family_figures(found, one).items()
+  }
+
+
+def _family_figures(found: Findings, family: OneFamily) -> dict[str, Figure]:
+  notes = [w for w in [*found.about, *family.warnings] if w['code'] != 'not_fitted']
   codes = list(dict.fromkeys(w['code'] for w in notes))
 
   def said(fits: Sequence[Fit | None]) -> list[Fit]:
@@ -33,10 +45,10 @@ def figures(found: Findings) -> dict[str, Figure]:
     ]
 
   def each(name: str) -> list[Fit]:
-    return said([getattr(one, name) for one in found.by_k])
+    return said([getattr(one, name) for one in family.targets])
 
   out: dict[str, Figure] = {}
-  for joint in said([found.joint]):
+  for joint in said([family.joint]):
     out |= {'joint': plots.joint(joint), 'residuals': plots.residuals(joint)}
   if fits := each('power'):
     out['power'] = plots.power(fits)
@@ -44,21 +56,21 @@ def figures(found: Findings) -> dict[str, Figure]:
     out['frontier'] = plots.frontier(fits, found.curves[found.curves['state'] == 'done'])
   if fits := each('converged'):
     out['converged'] = plots.growth(fits)
-  for one in found.by_k:
+  for one in family.targets:
     if one.profiles:
-      out[f'isoflop_k{one.k}'] = plots.isoflop(*one.profiles, {'k': one.k}, codes)
+      out[f'isoflop_{one.name}'] = plots.isoflop(*one.profiles, one.where, codes)
   if fits := each('best_size'):
-    rows = [one.profiles[1] for one in found.by_k if one.best_size and one.profiles]
+    rows = [one.profiles[1] for one in family.targets if one.best_size and one.profiles]
     refused = np.unique(np.concatenate([row.loc[row['verdict'] != 'minimum', 'budget'] for row in rows]))
     out['best_size'] = plots.growth(fits, refused.tolist())
-  for one in found.by_k:
+  for one in family.targets:
     if one.rates is not None:
       law = said([one.learning_rate])
-      out[f'learning_rates_k{one.k}'] = plots.learning_rates(one.rates, law[0] if law else None, codes)
+      out[f'learning_rates_{one.name}'] = plots.learning_rates(one.rates, law[0] if law else None, codes, one.where)
     if one.split:
-      out[f'allocation_k{one.k}'] = plots.allocation(said([one.tokens])[0], found.cost)
-    if one.family:
-      out[f'family_k{one.k}'] = plots.family(one.family, codes)
+      out[f'allocation_{one.name}'] = plots.allocation(said([one.tokens])[0], family.cost)
+    if one.subjects:
+      out[f'family_{one.name}'] = plots.family(one.subjects, codes)
   return out
 
 
@@ -77,7 +89,10 @@ def write(found: Findings, out: str, title: str, facts: str = '') -> str:
       digests[f'{name}.{kind}'] = hashlib.sha256(data).hexdigest()
       if kind == 'png':
         pictures[name] = data
-  files.write_output(files.join(out, 'table.csv'), found.done.to_csv(index=False).encode(), '--out')
+  done = found.done
+  if done['sparsity'].isna().all():  # nothing was asked for by a coefficient
+    done = done.drop(columns=['sparsity', 'target'])
+  files.write_output(files.join(out, 'table.csv'), done.to_csv(index=False).encode(), '--out')
   write_json(files.join(out, 'laws.json'), found.to_json())
   path = files.join(out, 'index.html')
   _remove_stale(out, path, set(digests))

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from analysis import table
+from analysis import sparsity, table
 from analysis.laws import Array
 
 _ALIKE = ('setting', 'learning_rate')  # with the variables of the law, what repeats have in common
@@ -22,10 +22,11 @@ def replicates(points: pd.DataFrame, x: Sequence[str]) -> Array | None:
   """Index [N] of the setting of every row; None unless some setting was run with two seeds or more.
 
   Rows are of one setting when they agree in the variables of the law and, where the table has these columns, in
-  `setting` and learning rate.
+  `setting` and learning rate. Repeats never share a measured variable, so there `setting` alone says it.
   """
   seeds = [c for c in _SEEDS if c in points]
-  keys = [*x, *(c for c in _ALIKE if c in points)]
+  asked = [c for c in x if c != sparsity.MEASURED or 'setting' not in points]
+  keys = [*asked, *(c for c in _ALIKE if c in points)]
   if not seeds or not points[[*keys, *seeds]].drop_duplicates()[keys].duplicated().any():
     return None
   return points.groupby(keys, sort=False, dropna=False).ngroup().to_numpy()

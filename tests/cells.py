@@ -68,12 +68,12 @@ def line(c: config.Config, step: int, nmse: float, **changes: Any) -> dict[str, 
     'nmse_ema': nmse,
     'weights': 'ema',
     'mse': nmse / c.sae.d_model,
-    'l0': float(c.sae.k),
+    'l0': float(c.sae.k or 0),
     'dead_fraction': 0.0,
     'train_loss': nmse,
     'train_nmse': nmse,
     'train_aux_loss': 0.0,
-    'train_l0': float(c.sae.k),
+    'train_l0': float(c.sae.k or 0),
   } | changes
   in_line = {name: key for key, name in schema.line_names(schema.CURVES).items()}
   return {'step': step} | {in_line[name]: value for name, value in values.items()}

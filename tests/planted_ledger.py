@@ -1,5 +1,7 @@
 """A ledger folder of cells whose losses follow a known law, for tests of what reads ledgers."""
 
+from typing import Any
+
 import numpy as np
 
 from sae_jax import config
@@ -11,6 +13,7 @@ PLOTTED = dict(
 )
 SIZES, KS = (1024, 2048, 4096, 8192, 16384, 32768), (3, 7, 17)
 D, BATCH, STEPS, PER_DECADE = 13, 11, 512, 9
+COEFFICIENTS, WORSE = (0.01, 0.03, 0.1), 1.2  # of a penalised family
 
 
 def loss(n, k):
@@ -41,7 +44,27 @@ def write(path, sizes=SIZES, ks=KS, noise=0.001, rates=(1.0,), converged=True, d
   return str(path)
 
 
-def cell(n: int, k: int, learning_rate: float, d_model: int = D) -> config.Config:
+def l0(n, coefficient):
+  """What a penalty leaves active: more where it is smaller, and a little more of more latents."""
+  return 0.8 * coefficient**-0.6 * (n / SIZES[0]) ** 0.05
+
+
+def write_penalised(path, sizes=SIZES, coefficients=COEFFICIENTS, noise=0.001, worse=WORSE, rates=(1.0,), seed=1):
+  """One cell a size and coefficient of a family without a k, `worse` times the loss of the others at its L0."""
+  rng = np.random.default_rng(seed)
+  for n in sizes:
+    for coefficient in coefficients:
+      for rate in rates:
+        c = cell(n, None, 0.1 * n**-0.5 * rate, **{'sae.activation': 'relu', 'loss.sparsity': coefficient})
+        active = float(l0(n, coefficient) * np.exp(0.01 * rng.normal()))
+        nmse = float(worse * loss(n, active) * np.exp(0.05 * np.log(rate) ** 2 + noise * rng.normal()))
+        curve = {step: nmse * (1 + (n**0.5 / (BATCH * step)) ** 2) for step in sorted(log_spaced(STEPS, PER_DECADE))}
+        lines = [cells.line(c, step, value, l0=active, **_spent(n, step)) for step, value in curve.items()]
+        cells.write(path, c, lines, nmse=nmse, l0=active, **_spent(n, STEPS))
+  return str(path)
+
+
+def cell(n: int, k: int | None, learning_rate: float, d_model: int = D, **more: Any) -> config.Config:
   return cells.cell(
     **{
       'sae.n_latents': n,
@@ -53,6 +76,7 @@ def cell(n: int, k: int, learning_rate: float, d_model: int = D) -> config.Confi
       'train.tokens': BATCH * STEPS,
       'eval.per_decade': PER_DECADE,
     }
+    | more
   )
 
 

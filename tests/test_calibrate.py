@@ -10,7 +10,7 @@ from sae_jax.errors import UserError
 from tests import cells, planted_ledger
 
 SMALL, LARGE = planted_ledger.SIZES[:4], planted_ledger.SIZES[4:]
-PAIRS = [(n, k) for n in LARGE for k in planted_ledger.KS]
+PAIRS = [{'n_latents': n, 'k': k} for n in LARGE for k in planted_ledger.KS]
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +48,7 @@ def test_calibrate_cells_of_another_law_fall_outside(planted):
 def test_calibrate_predicts_nothing_without_a_band(tmp_path):
   few = planted_ledger.write(tmp_path / 'few', sizes=SMALL[:3], ks=planted_ledger.KS[:2])
   with pytest.raises(UserError, match=r'band of n=.* is unknown: 6 cells for the 6 constants'):
-    calibrate.write_predictions(few, [(LARGE[0], planted_ledger.KS[0])], str(tmp_path / 'x'), bootstrap=20)
+    calibrate.write_predictions(few, PAIRS[:1], str(tmp_path / 'x'), bootstrap=20)
   assert not (tmp_path / 'x').exists()
 
 
@@ -73,7 +73,7 @@ def test_calibrate_refuses_what_would_not_be_a_check(planted, tmp_path):
   with pytest.raises(UserError, match='never replaced'):
     calibrate.write_predictions(small, PAIRS, out, bootstrap=0)
   with pytest.raises(UserError, match='does not hold'):
-    calibrate.write_predictions(small, [(SMALL[0], 3)], str(tmp_path / 'p.json'), bootstrap=0)
+    calibrate.write_predictions(small, [{'n_latents': SMALL[0], 'k': 3}], str(tmp_path / 'p.json'), bootstrap=0)
   with pytest.raises(UserError, match='no finished cell'):
     calibrate.check(out, small)
   fitted = tmp_path / 'fitted.json'

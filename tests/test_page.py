@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from analysis import fit, page
-from analysis.findings import Findings, OneK
+from analysis.findings import Findings, OneFamily, OneTarget
 from tests import full_ledger
 
 # Markup, quotes of both kinds, an entity, control characters, and what a template would run.
@@ -21,6 +21,16 @@ HOSTILE = '"><img src=x onerror=alert(1)><script>alert("x")</script>\'</style>&l
 HARMLESS = 'Lorem'
 N = [1024, 1024, 64, 1024, 128, 2**20]
 NMSE = [0.3, np.nan, 0.25, 9e-7, 0.1, 0.2]
+
+
+def one_family(**change):
+  """A family without laws."""
+  empty = {'joint': None, 'targets': [], 'cost': 0.0, 'comparisons': [], 'warnings': [], 'not_attempted': []}
+  return OneFamily('topk', **(empty | change))
+
+
+def at_three(**laws):
+  return one_family(targets=[OneTarget('k3', {'k': 3}, **laws)])
 
 
 def findings(**change):
@@ -39,15 +49,8 @@ def findings(**change):
   )
   failed = pd.DataFrame({'id': ['bad'], 'state': ['failed'], 'reason': [HOSTILE]})
   cells = pd.concat([done.assign(state='done', reason=''), failed], ignore_index=True)
-  empty = {
-    'curves': pd.DataFrame(),
-    'joint': None,
-    'by_k': [],
-    'cost': 0.0,
-    'comparisons': [],
-    'warnings': [],
-  }
-  return Findings(**({'cells': cells, 'done': done, 'not_attempted': []} | empty | change))
+  plain = {'cells': cells, 'done': done, 'curves': pd.DataFrame(), 'families': [one_family()], 'about': []}
+  return Findings(**(plain | change))
 
 
 class Read(HTMLParser):
@@ -80,14 +83,16 @@ def replaced(value, text):
 
 def test_page_escapes_every_text_that_a_template_is_given(monkeypatch):
   found = full_ledger.findings()
-  some = dataclasses.replace(found, cells=findings().cells, not_attempted=['a'])
+  (full,) = found.families
+  families = [dataclasses.replace(full, name=name, not_attempted=['a']) for name in ('one', 'two')]
+  some = dataclasses.replace(found, cells=findings().cells, families=families)
   seen = {}
   genuine = jinja2.Template.render
   for text in (HARMLESS, HOSTILE):
     with monkeypatch.context() as patched:
       patched.setattr(jinja2.Template, 'render', lambda self, text=text, **data: genuine(self, **replaced(data, text)))
       seen[text] = Read(
-        page.render('t', some, {'joint': b'1', 'isoflop_k3': b'2', 'isoflop_k7': b'3'}, {'joint.png': 'a'})
+        page.render('t', some, {'one/joint': b'1', 'two/isoflop_k3': b'2', 'two/isoflop_k7': b'3'}, {'joint.png': 'a'})
       )
   harmless, hostile = seen[HARMLESS], seen[HOSTILE]
   assert hostile.elements == harmless.elements
@@ -100,7 +105,7 @@ def test_page_escapes_everything_that_comes_from_data():
     done = findings().done.assign(id=text, site=[text, 'b'] * 3, weights=text)
     warnings = [{'code': text, 'message': text}]
     failed = findings().cells.assign(id=text, state=['done'] * 6 + [text], reason=text)
-    found = findings(cells=failed, done=done, warnings=warnings, not_attempted=[text])
+    found = findings(cells=failed, done=done, about=warnings, families=[one_family(not_attempted=[text])])
     return page.render(text, found, {}, {text: text}, text)
 
   html = rendered(HOSTILE)
@@ -112,12 +117,13 @@ def test_page_escapes_everything_that_comes_from_data():
 
 
 def test_page_escapes_subjects_in_laws():
-  one = next(one for one in full_ledger.findings().by_k if one.family)
-  law = one.family.separate.law
+  (family,) = full_ledger.findings().families
+  one = next(one for one in family.targets if one.subjects)
+  law = one.subjects.separate.law
   terms = tuple(tuple(dataclasses.replace(p, meaning=HOSTILE) for p in term) for term in law.terms)
-  separate = dataclasses.replace(one.family.separate, law=dataclasses.replace(law, terms=terms))
-  hostile = dataclasses.replace(one, family=dataclasses.replace(one.family, separate=separate))
-  text = page.render('t', findings(by_k=[hostile]), {})
+  separate = dataclasses.replace(one.subjects.separate, law=dataclasses.replace(law, terms=terms))
+  hostile = dataclasses.replace(one, subjects=dataclasses.replace(one.subjects, separate=separate))
+  text = page.render('t', findings(families=[one_family(targets=[hostile])]), {})
   assert '<img' not in text and '&lt;img' in text
 
 
@@ -135,7 +141,7 @@ def test_page_needs_nothing_from_outside_and_puts_warnings_first():
 
 
 def test_page_folds_what_was_not_attempted():
-  text = page.render('t', findings(not_attempted=['lr(n): one rate']), {})
+  text = page.render('t', findings(families=[one_family(not_attempted=['lr(n): one rate'])]), {})
   assert re.search(r'<details><summary>Not attempted: 1 law [^<]*</summary>\s*<ul[^>]*><li>lr\(n\): one rate', text)
   assert '<p>None.</p>' in text  # and it is no warning
   assert 'Not attempted' not in page.render('t', findings(), {})
@@ -165,15 +171,15 @@ def test_page_shows_profiles_and_seed_noise_where_there_are_any():
   noise = 0.01 * np.random.default_rng(0).normal(size=14)
   points = pd.DataFrame({'n_latents': n, 'seed': [0, 1] * 7, 'nmse': 3 * n**-0.4 * np.exp(noise)})
   one = dataclasses.replace(fit.fit_law(points, 'power', bootstrap=5), where={'k': 3})
-  text = page.render('t', findings(by_k=[OneK(3, power=one)]), {})
+  text = page.render('t', findings(families=[at_three(power=one)]), {})
   assert f'<br>profile [unbounded, {one.params["e"]["profile_high"]:.4g}]' in text
   noise = one.diagnostics['seed_noise']
   assert '<th scope="col">seed noise</th>' in text
   assert f'<td>{noise["sd_log"]:.4f} (p = {noise["lack_of_fit_p"]:.2g})</td>' in text
   linear = dataclasses.replace(fit.fit_law(points, 'power_no_floor', bootstrap=0), where={'k': 3})
-  assert 'rofile' not in page.render('t', findings(by_k=[OneK(3, learning_rate=linear)]), {})
+  assert 'rofile' not in page.render('t', findings(families=[at_three(learning_rate=linear)]), {})
   huber = fit.fit_law(points.drop(columns='seed'), 'power', objective='huber', bootstrap=5)
-  text = page.render('t', findings(joint=huber), {})
+  text = page.render('t', findings(families=[one_family(joint=huber)]), {})
   assert 'rofile' not in text and 'seed noise' not in text
 
 

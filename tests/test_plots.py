@@ -53,7 +53,7 @@ def predictions(**change):
 
 
 def test_frontier_figure_shows_runs_envelope_law_band_and_dashed_extrapolation(found):
-  one = found.by_k[0].frontier
+  one = found.families[0].targets[0].frontier
   mine = found.curves[found.curves['k'] == one.where['k']]
   (ax,) = plots.frontier(one, mine).axes
   thin = [line for line in ax.lines if line.get_linewidth() < 1 and line.get_marker() == 'None']
@@ -69,28 +69,30 @@ def test_frontier_figure_shows_runs_envelope_law_band_and_dashed_extrapolation(f
 
 
 def test_frontier_figure_of_a_joint_fit_shows_its_cells(found):
-  (ax,) = plots.frontier(found.joint).axes
+  (ax,) = plots.frontier(found.families[0].joint).axes
   assert sum(line.get_marker() not in ('None', None) for line in ax.lines) == len(full_ledger.KS)
   with pytest.raises(UserError, match='flops_useful'):
-    plots.frontier(dataclasses.replace(found.joint, table=found.joint.table.drop(columns='flops_useful')))
+    plots.frontier(
+      dataclasses.replace(found.families[0].joint, table=found.families[0].joint.table.drop(columns='flops_useful'))
+    )
 
 
 def test_every_figure_of_a_fit_names_units_law_and_warnings(found):
-  one = found.by_k[0]
+  one = found.families[0].targets[0]
   warned = one.power.warned({'code': 'asymptote_not_identified', 'message': 'x'})
   for figure, words in (
     (plots.power(warned), ('latents n', 'normalised MSE', '$L(n) = e', '! asymptote not identified')),
     (
-      plots.joint(found.joint.warned(*warned.warnings)),
+      plots.joint(found.families[0].joint.warned(*warned.warnings)),
       ('latents n', r'\alpha', '! asymptote not identified'),
     ),
-    (plots.residuals(found.joint.warned(*warned.warnings)), ('in %', '! asymptote not identified')),
+    (plots.residuals(found.families[0].joint.warned(*warned.warnings)), ('in %', '! asymptote not identified')),
     (
       plots.growth(one.converged.warned(*warned.warnings)),
       ('tokens to convergence T', '$T(n) = c', '! asymptote'),
     ),
     (
-      plots.allocation(one.tokens.warned(*warned.warnings), found.cost),
+      plots.allocation(one.tokens.warned(*warned.warnings), found.families[0].cost),
       ('training tokens T', 'C^{\\,p}', '! asymptote'),
     ),
     (
@@ -98,14 +100,14 @@ def test_every_figure_of_a_fit_names_units_law_and_warnings(found):
       ('learning rate', r'$\eta(n) = a', '! few points'),
     ),
     (plots.isoflop(*one.profiles, {'k': 3}, ['few_points']), ('latents n', '$k$ = 3', '! few points')),
-    (plots.family(one.family, ['few_points']), ('latents n', 'planted-a', 'planted-b', '! few points')),
+    (plots.family(one.subjects, ['few_points']), ('latents n', 'planted-a', 'planted-b', '! few points')),
   ):
     shown = drawn(figure)
     assert all(word in shown for word in words), (words, shown)
 
 
 def test_warning_codes_say_for_which_k(found):
-  first, second = (one.power for one in found.by_k)
+  first, second = (one.power for one in found.families[0].targets)
   doubt = {'code': 'few_points', 'message': ''}
   assert style.codes([first.warned(doubt), second]) == [f'few_points (k = {first.where["k"]:g})']
   assert style.codes([first.warned(doubt), second.warned(doubt)]) == ['few_points']
@@ -145,7 +147,7 @@ def test_growth_figure_of_best_sizes_crosses_out_refused_budgets():
 
 
 def test_learning_rate_figure_refuses_a_size_whose_best_rate_is_at_the_edge(found):
-  cells = found.by_k[0].rates
+  cells = found.families[0].targets[0].rates
   largest = cells['n_latents'].max()
   cut = cells[(cells['n_latents'] < largest) | (cells['learning_rate'] < cells['learning_rate'].median())]
   cut = cut[(cut['n_latents'] < largest) | (cut['nmse'] > cells.loc[cells['n_latents'] == largest, 'nmse'].min())]
@@ -211,8 +213,8 @@ def test_calibration_figure_refuses(change):
 
 
 def test_allocation_figure_is_solid_only_inside_the_data(found):
-  one = found.by_k[0]
-  (ax,) = plots.allocation(one.tokens, found.cost).axes
+  one = found.families[0].targets[0]
+  (ax,) = plots.allocation(one.tokens, found.families[0].cost).axes
   solid = next(line for line in ax.lines if line.get_linestyle() == '-' and line.get_linewidth() == 2)
   n, t = solid.get_xdata(), solid.get_ydata()
   assert n.min() >= min(full_ledger.SIZES) and n.max() <= max(full_ledger.SIZES)
@@ -220,7 +222,7 @@ def test_allocation_figure_is_solid_only_inside_the_data(found):
   ratio = full_ledger.BETA * full_ledger.B * t**-full_ledger.BETA
   np.testing.assert_allclose(full_ledger.ALPHA * full_ledger.A * n**-full_ledger.ALPHA, ratio, rtol=0.2)  # the optimum
   with pytest.raises(UserError, match='n_latents and tokens'):
-    plots.allocation(found.joint, found.cost)
+    plots.allocation(found.families[0].joint, found.families[0].cost)
 
 
 def test_colours_stay_apart_in_grey():

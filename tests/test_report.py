@@ -134,7 +134,9 @@ def test_report_of_a_ledger_without_metrics_fits_what_needs_no_curves(tmp_path):
   for path in tmp_path.glob('cells/*/metrics.jsonl'):
     path.unlink()
   found = report.analyse(str(tmp_path), bootstrap=0)
-  assert len(found.joint.table) == len(SIZES) * len(KS) and all(one.power for one in found.by_k)
+  assert len(found.families[0].joint.table) == len(SIZES) * len(KS) and all(
+    one.power for one in found.families[0].targets
+  )
   (holes,) = (w for w in found.warnings if w['code'] == 'holes')
   assert f'of {len(SIZES) * len(KS)} finished cells' in holes['message']
   refused = [w['message'] for w in found.warnings if w['code'] == 'not_fitted']
@@ -166,7 +168,7 @@ def test_report_leaves_out_cells_that_are_no_better_than_the_mean(tmp_path, plai
   # A table that somebody fits by hand, from the ledger or from the file, leaves it out too.
   for points in (read_ledger.load_ledger(str(tmp_path)), rows.reset_index()):
     fit = fit_law(points, 'joint_nk', bootstrap=0)
-    assert constants([fit]) == pytest.approx(constants([plain.joint]), rel=1e-6)
+    assert constants([fit]) == pytest.approx(constants([plain.families[0].joint]), rel=1e-6)
     assert 'no_better_than_mean' in {w['code'] for w in fit.warnings}
 
 
@@ -203,12 +205,13 @@ def test_report_of_an_empty_ledger_is_written(tmp_path):
 
 
 def test_report_written_again_removes_its_own_old_figures_and_nothing_else(tmp_path, plain):
-  only = dataclasses.replace(plain, by_k=[], comparisons=[])
-  report.write(only, str(tmp_path), 'first')
+  alone = dataclasses.replace(plain.families[0], targets=[], comparisons=[])
+  report.write(dataclasses.replace(plain, families=[alone]), str(tmp_path), 'first')
   before = {p.name for p in tmp_path.iterdir()}
   (tmp_path / 'notes.png').write_bytes(b'mine')
   (tmp_path / 'residuals.png').write_bytes(b'mine too')  # in the place of what the report wrote
-  report.write(dataclasses.replace(only, joint=None), str(tmp_path), 'second')
+  none = dataclasses.replace(plain, families=[dataclasses.replace(alone, joint=None)])
+  report.write(none, str(tmp_path), 'second')
   after = {p.name for p in tmp_path.iterdir()}
   assert before - after == {'joint.png', 'joint.pdf', 'residuals.pdf'}
   assert (tmp_path / 'notes.png').read_bytes() + (tmp_path / 'residuals.png').read_bytes() == b'minemine too'
@@ -252,15 +255,15 @@ def test_report_of_several_subjects_fits_one_and_says_which():
   found = full_ledger.findings()
   (warning,) = (w for w in found.warnings if w['code'] == 'several_subjects')
   assert full_ledger.SUBJECTS[0] in warning['message'] and '--subject' in warning['message']
-  assert set(found.joint.table['subject']) == {full_ledger.SUBJECTS[0]}
-  assert set(found.joint.table['tokens']) == {full_ledger.TOKENS[-1]}  # and its longest runs
+  assert set(found.families[0].joint.table['subject']) == {full_ledger.SUBJECTS[0]}
+  assert set(found.families[0].joint.table['tokens']) == {full_ledger.TOKENS[-1]}  # and its longest runs
 
 
 def test_report_of_the_subject_one_asks_for(tmp_path):
   full_ledger.write(tmp_path, ks=(3,))
   found = report.analyse(str(tmp_path), bootstrap=0, subject=full_ledger.SUBJECTS[1])
-  assert set(found.by_k[0].power.table['subject']) == {full_ledger.SUBJECTS[1]}
-  assert found.by_k[0].power.params['b']['estimate'] == pytest.approx(full_ledger.ALPHA - 0.15, abs=0.02)
+  assert set(found.families[0].targets[0].power.table['subject']) == {full_ledger.SUBJECTS[1]}
+  assert found.families[0].targets[0].power.params['b']['estimate'] == pytest.approx(full_ledger.ALPHA - 0.15, abs=0.02)
   with pytest.raises(UserError, match='planted-c'):
     report.analyse(str(tmp_path), bootstrap=0, subject='planted-c')
 

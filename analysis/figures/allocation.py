@@ -1,5 +1,7 @@
 """The figure of an allocation: how to split a budget between latents and tokens."""
 
+import dataclasses
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -72,7 +74,7 @@ def allocation(fit: Fit, flops_per_latent_token: float) -> Figure:
   ax.set_ylim(t_N[0], t_N[-1])
   style.label(ax, 'n_latents', 'tokens')
   style.ticks(ax, 'n_latents', fit.table['n_latents'].to_numpy(float))
-  same = ', '.join(style.where(fit))
+  same = ', '.join(style.where(fit.where))
   ax.set_title(style.equation(fit) + (f', {same}' if same else ''), fontsize=11, pad=10)
   exponent = splits[0].exponent_n
   text = f'best split of a budget:\n$n \\propto C^{{\\,p}}$, $p$ = {style.estimate(*exponent)}'
@@ -81,7 +83,7 @@ def allocation(fit: Fit, flops_per_latent_token: float) -> Figure:
     Line2D([], [], ls=':', color='0.6', label='equal compute, in FLOPs'),
     Line2D([], [], ls='', marker='o', color='0.35', ms=4, label='measured'),
     Line2D([], [], ls=(0, (4, 3)), color='0.35', lw=1, label='the range of the data'),
-    Line2D([], [], ls='', label='\n' + '\n'.join(style.constants(fit).splitlines()[len(fit.where) :])),
+    Line2D([], [], ls='', label='\n' + style.constants(dataclasses.replace(fit, where={}))),
   ]
   style.legend(fig, handles)
   style.warn(fig, style.codes([fit]))

@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis import table
+from analysis import frames, table
 from analysis.figures import style
 from sae_jax.errors import UserError
 
@@ -14,12 +14,13 @@ def calibration(predictions: pd.DataFrame) -> Figure:
   """Predictions made before the cells were trained, with their 90 % intervals, against what was measured.
 
   Args:
-    predictions: columns n_latents, k, predicted, low, high, measured; one row a cell.
+    predictions: columns n_latents, k or sparsity, predicted, low, high, measured; one row a cell.
 
   Raises:
     UserError: a column is missing or not positive.
   """
-  columns = ['n_latents', 'k', 'predicted', 'low', 'high', 'measured']
+  asked = 'sparsity' if 'sparsity' in frames.frame('predictions', predictions) else 'k'
+  columns = ['n_latents', asked, 'predicted', 'low', 'high', 'measured']
   frame = pd.DataFrame(table.positive(predictions, columns), columns=pd.Index(columns))
   if frame.empty:
     raise UserError('predictions has no rows; give one a predicted cell')
@@ -28,19 +29,19 @@ def calibration(predictions: pd.DataFrame) -> Figure:
   left.plot(ends, ends, color='0.4', lw=0.9, zorder=1)
   right.axhline(0, color='0.4', lw=0.9, zorder=1)
   handles = []
-  ks = np.sort(frame['k'].unique())
-  for i, k in enumerate(ks):
-    color, marker = style.look(i, len(ks))
-    mine = frame[frame['k'] == k]
+  targets = np.sort(frame[asked].unique())
+  for i, value in enumerate(targets):
+    color, marker = style.look(i, len(targets))
+    mine = frame[frame[asked] == value]
     hit = ((mine['low'] <= mine['measured']) & (mine['measured'] <= mine['high'])).to_numpy()
     percent = 100 * (mine[['predicted', 'low', 'high']].div(mine['measured'], axis=0) - 1)
-    shift = 1.05 ** (i - (len(ks) - 1) / 2)  # intervals of several k at one n must not cover each other
+    shift = 1.05 ** (i - (len(targets) - 1) / 2)  # intervals of several targets at one n must not cover each other
     style.bars(left, mine['measured'], mine['predicted'], mine['low'], mine['high'], color)
     style.bars(right, mine['n_latents'] * shift, percent['predicted'], percent['low'], percent['high'], color)
     for some, hollow in ((hit, False), (~hit, True)):
       style.points(left, mine['measured'][some], mine['predicted'][some], color, marker, hollow=hollow)
       style.points(right, mine['n_latents'][some] * shift, percent['predicted'][some], color, marker, hollow=hollow)
-    text = f'$k$ = {k:g}: {hit.sum()} of {len(hit)} inside'
+    text = f'${style.symbol(asked)}$ = {value:g}: {hit.sum()} of {len(hit)} inside'
     handles.append(Line2D([], [], color=color, marker=marker, label=text))
   inside = ((frame['low'] <= frame['measured']) & (frame['measured'] <= frame['high'])).sum()
   fig.suptitle(f'{inside} of {len(frame)} measured losses lie inside their 90 % interval', fontsize=11)

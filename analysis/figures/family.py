@@ -46,7 +46,7 @@ def family(found: Family, codes: Sequence[str] = ()) -> Figure:
   verdict = {'separate': 'exponents differ', 'common': 'nothing speaks against one exponent'}
   handles.append(Line2D([], [], ls='', label=verdict.get(found.verdict, found.verdict) + said))
   style.label(ax, x, fit.y)
-  same = ', '.join(style.where(fit))
+  same = ', '.join(style.where(fit.where))
   formula = r'$L_s(n) = e_s + a_s\,n^{-b_s}$' if 'ln_e' in fit.params else r'$L_s(n) = a_s\,n^{-b_s}$'
   ax.set_title(formula + (f', {same}' if same else ''), fontsize=11, pad=10)
   style.ticks(ax, x, fit.table[x].to_numpy(float))

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis import frames
+from analysis import frames, sparsity
 from analysis import frontier as frontiers
 from analysis.figures import style
 from analysis.fit_result import Fit, fits_of
@@ -21,7 +21,7 @@ def frontier(fits: Fit | Sequence[Fit], curves: pd.DataFrame | None = None) -> F
   """Loss against compute: every run thin, the envelope as points, the law with its band, dashed beyond the data.
 
   Args:
-    fits: from `frontier.fit_frontier`: one, or one a k.
+    fits: from `frontier.fit_frontier`: one, or one a target.
     curves: as from `load_curves`; without them only the points of the fit are drawn.
 
   A fit of another law is shown as its cells against the compute they took.
@@ -38,9 +38,7 @@ def frontier(fits: Fit | Sequence[Fit], curves: pd.DataFrame | None = None) -> F
     color, marker = style.look(i, len(fits))
     size = 4.5 if len(fit.table) <= 30 else 3.0
     if len(drawn):
-      mine = drawn
-      for key, value in fit.where.items():
-        mine = mine[mine[key] == value]
+      mine = sparsity.at(drawn, fit.where)
       for _, run in mine.groupby('id'):
         ax.plot(run[x], run[y], color=color, lw=0.6, alpha=0.4)
       envelope = frontiers.envelope(mine, x, y)
@@ -49,7 +47,7 @@ def frontier(fits: Fit | Sequence[Fit], curves: pd.DataFrame | None = None) -> F
       reach.append(envelope[y])
     style.points(ax, fit.table[x], fit.table[y], color, marker, ms=size)
     style.law(ax, fit, {}, color, beyond=10)
-    handles.append(Line2D([], [], color=color, marker=marker, label=style.constants(fit)))
+    handles.append(Line2D([], [], color=color, marker=marker, label=style.constants(fit, fits)))
   # The first steps of large runs lie far above; they would squeeze the envelope into the bottom of the figure.
   top = 1.2 * max(r.max() for r in reach)
   ends = [float(line.get_ydata()[-1]) for line in ax.lines if line.get_linestyle() == '--']
@@ -78,13 +76,13 @@ def _cells_against_compute(fig: Figure, ax: Axes, fit: Fit) -> Figure:
       f'a frontier needs the column {x}, which the points of this fit lack; use plots.joint or plots.power'
     )
   rows = fit.table.sort_values(x)
-  values = np.sort(rows['k'].unique()) if 'k' in rows else np.array([np.nan])
+  targets = sparsity.targets(rows) or [{}]
   handles = []
-  for i, value in enumerate(values):
-    color, marker = style.look(i, len(values))
-    mine = rows[rows['k'] == value] if 'k' in rows else rows
+  for i, target in enumerate(targets):
+    color, marker = style.look(i, len(targets))
+    mine = sparsity.at(rows, target)
     ax.plot(mine[x], mine[fit.y], marker, ms=5, color=color)
     ax.plot(mine[x], np.minimum.accumulate(mine[fit.y]), color=color, lw=1, drawstyle='steps-post')
-    text = f'$k$ = {value:g}' if 'k' in rows else 'cells'
+    text = ', '.join(style.where(target)) or 'cells'
     handles.append(Line2D([], [], color=color, marker=marker, label=text))
   return style.finish(fig, ax, x, [fit], 'finished cells and the best loss so far', handles)

@@ -9,10 +9,13 @@ from analysis.fit_result import Fit, fits_of
 
 
 def joint(fit: Fit) -> Figure:
-  """Loss against n for every k, with the joint law; a column `paper_fit` is drawn underneath as published."""
+  """Loss against n for every k, or against L0 for every n, with the joint law.
+
+  A column `paper_fit` is drawn underneath as published.
+  """
   (fit,) = fits_of([fit], 2)
   fig, (ax,) = style.axes()
-  x, second = fit.x
+  x, second = style.sides(fit)
   values = np.sort(fit.table[second].unique())
   handles = []
   for i, value in enumerate(values):

@@ -12,7 +12,7 @@ from sae_jax import checks
 
 
 def power(fits: Fit | Sequence[Fit]) -> Figure:
-  """Loss against one variable with a power law; several fits (one a k) in one figure."""
+  """Loss against one variable with a power law; several fits (one a target) in one figure."""
   return _one_variable(fits_of(fits, 1), ())
 
 
@@ -36,7 +36,7 @@ def _one_variable(fits: list[Fit], refused: Sequence[float]) -> Figure:
     if {'low', 'high'} <= set(rows.columns):
       style.bars(ax, rows[x], rows[y], rows['low'], rows['high'], color)
     style.law(ax, fit, {}, color, beyond=4)
-    handles.append(Line2D([], [], color=color, marker=marker, label=style.constants(fit)))
+    handles.append(Line2D([], [], color=color, marker=marker, label=style.constants(fit, fits)))
   # By the points: a band that explodes at one end would flatten everything else.
   seen = pd.concat([fit.table[y] for fit in fits])
   ends = [float(line.get_ydata()[-1]) for line in ax.lines if line.get_linestyle() == '--']

@@ -10,15 +10,15 @@ from analysis.fit_result import Fit, fits_of
 
 
 def residuals(fit: Fit) -> Figure:
-  """Residuals of the fit in per cent of the loss, against its first variable; the grey band is one rms."""
+  """Residuals of the fit in per cent of the loss, against the variable along the axis; the grey band is one rms."""
   (fit,) = fits_of([fit])
   fig, (ax,) = style.axes()
-  x = fit.x[0]
+  x, other = style.sides(fit)
   percent = 100 * fit.residuals()
   rms = 100 * fit.diagnostics['rms_log_residual']
   ax.axhspan(-rms, rms, color='0.93', zorder=0)
   ax.axhline(0, color='0.4', lw=0.8)
-  second = fit.table[fit.x[1]] if len(fit.x) == 2 else pd.Series(0, fit.table.index)
+  second = fit.table[other] if other else pd.Series(0, fit.table.index)
   values = np.sort(second.unique())
   handles = []
   for i, value in enumerate(values):
@@ -26,8 +26,8 @@ def residuals(fit: Fit) -> Figure:
     mine = (second == value).to_numpy()
     order = np.argsort(fit.table[x].to_numpy()[mine], kind='stable')
     ax.plot(fit.table[x].to_numpy()[mine][order], percent[mine][order], color=color, marker=marker, ms=5, lw=0.8)
-    if len(fit.x) == 2:
-      handles.append(Line2D([], [], color=color, marker=marker, label=f'${style.symbol(fit.x[1])}$ = {value:g}'))
+    if other:
+      handles.append(Line2D([], [], color=color, marker=marker, label=f'${style.symbol(other)}$ = {value:g}'))
   handles.append(Line2D([], [], color='0.9', lw=6, label=f'rms {rms:.2g} %'))
   style.finish(fig, ax, x, [fit], style.equation(fit), handles)
   style.linear(ax)

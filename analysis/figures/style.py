@@ -19,11 +19,14 @@ from matplotlib.lines import Line2D
 
 from analysis.fit_result import Fit
 from analysis.laws import SYMBOLS, Array
+from analysis.sparsity import MEASURED, at, gathered
 from sae_jax import checks
 
 LABELS = {
   'n_latents': 'latents n',
   'k': 'active latents k',
+  'l0': 'measured L0 (active latents a token)',
+  'sparsity': 'coefficient of the penalty λ (in units of the NMSE)',
   'tokens': 'training tokens T',
   'converged_tokens': 'tokens to convergence T',
   'flops_useful': 'training compute C (FLOPs of the sparse algorithm)',
@@ -38,7 +41,7 @@ _MINUS = '\N{MINUS SIGN}'
 _RAISED = str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹')
 _LOSSES = ('nmse', 'normalized_mse')
 _MARKERS = 'osD^vP*X<>'
-_X_SYMBOLS = SYMBOLS | {'budget': 'C', 'nmse': r'\mathrm{NMSE}'}
+_X_SYMBOLS = SYMBOLS | {'budget': 'C', 'nmse': r'\mathrm{NMSE}', 'l0': 'L_0', 'sparsity': r'\lambda'}
 _Y_SYMBOLS = {'converged_tokens': 'T', 'learning_rate': r'\eta', 'n_latents': r'n_{\mathrm{opt}}'}
 
 
@@ -82,22 +85,29 @@ def refused(ax: Axes, at: Sequence[float]) -> None:
   ax.plot(at, y, 'x', color='0.4', ms=6, transform=ax.get_xaxis_transform(), clip_on=False)
 
 
+def sides(fit: Fit) -> tuple[str, str | None]:
+  """The variable along the axis, and the one whose every value gets a curve of its own.
+
+  No two cells have one L0, so it goes along the axis.
+  """
+  x, *others = fit.x
+  return (others[0], x) if MEASURED in others else (x, others[0] if others else None)
+
+
 def law(ax: Axes, fit: Fit, fixed: Mapping[str, float], color: str, beyond: float) -> None:
   """The law over the data and, dashed, `beyond` times further; its band over both.
 
   Further is to larger values, or to lower ones of a loss.
   """
-  rows = fit.table
-  for key, value in fixed.items():
-    rows = rows[rows[key] == value]
-  x = fit.x[0]
+  rows = at(fit.table, fixed)
+  x = sides(fit)[0]
   low, high = float(rows[x].min()), float(rows[x].max())
   further = (low / beyond, low) if x in _LOSSES else (high, high * beyond)
   for start, stop, style in ((low, high, '-'), (*further, '--')):
-    at = {x: np.geomspace(start, stop, 80)} | {key: np.full(80, value) for key, value in fixed.items()}
-    ax.plot(at[x], fit.predict(at), style, color=color, lw=1.4, zorder=3)
-    below, above = fit.band(at)
-    ax.fill_between(at[x], below, above, color=color, alpha=0.16, lw=0, zorder=2)
+    place = {x: np.geomspace(start, stop, 80)} | {key: np.full(80, value) for key, value in fixed.items()}
+    ax.plot(place[x], fit.predict(place), style, color=color, lw=1.4, zorder=3)
+    below, above = fit.band(place)
+    ax.fill_between(place[x], below, above, color=color, alpha=0.16, lw=0, zorder=2)
 
 
 def label(ax: Axes, x: str, y: str) -> None:
@@ -142,7 +152,9 @@ def warn(fig: Figure, codes: Sequence[str]) -> None:
 def finish(fig: Figure, ax: Axes, x: str, fits: Sequence[Fit], title: str, handles: list[Line2D]) -> Figure:
   """The figure with labels, a title, ticks, a legend and the warnings of its fits."""
   label(ax, x, fits[0].y)
-  ax.set_title(title, fontsize=11, pad=10)
+  families = {fit.where.get('activation', '') for fit in fits}
+  name = families.pop() if len(families) == 1 else ''  # of several, the legend says which is whose
+  ax.set_title(title + (f', {plain(name)}' if name else ''), fontsize=11, pad=10)
   ticks(ax, x, np.concatenate([fit.table[x].to_numpy(float) for fit in fits]))
   legend(fig, handles)
   warn(fig, codes(fits))
@@ -159,9 +171,9 @@ def codes(fits: Sequence[Fit]) -> list[str]:
   out = []
   for code in dict.fromkeys(w['code'] for fit in fits for w in fit.warnings):
     hit = [fit for fit in fits if any(w['code'] == code for w in fit.warnings)]
-    where = ', '.join(f'{value:g}' for fit in hit for value in fit.where.values())
-    key = next(iter(hit[0].where), '')
-    out.append(code if len(hit) == len(fits) or not key else f'{code} ({key} = {where})')
+    own = gathered(dict([*fit.where.items()][-1:]) for fit in hit)  # the target, which tells them apart
+    said = ', '.join(f'{key} = {values}' for key, values in own.items())
+    out.append(code if len(hit) == len(fits) or not said else f'{code} ({said})')
   return out
 
 
@@ -180,9 +192,10 @@ def symbol(column: str) -> str:
   return _X_SYMBOLS.get(column, 'x')
 
 
-def constants(fit: Fit) -> str:
-  """Every constant with its 90 % interval, one a line, and the held-out error."""
-  lines = where(fit)
+def constants(fit: Fit, fits: Sequence[Fit] = ()) -> str:
+  """Every constant with its 90 % interval, one a line, and the held-out error; before them what tells it from `fits`."""
+  shared = {'activation'} if len({one.where.get('activation') for one in fits}) < 2 else set()
+  lines = where({key: value for key, value in fit.where.items() if key not in shared})
   for name, p in fit.params.items():
     stem, _, index = name.partition('_')
     letter = (f'\\{stem}' if len(stem) > 1 else stem) + (f'_{index}' if index else '')
@@ -193,9 +206,9 @@ def constants(fit: Fit) -> str:
   return '\n'.join(lines)
 
 
-def where(fit: Fit) -> list[str]:
-  """What the points of a fit have in common, such as k = 8."""
-  return [f'${symbol(key)}$ = {value:g}' for key, value in fit.where.items()]
+def where(common: Mapping[str, float | str]) -> list[str]:
+  """What the points of a fit have in common, such as k = 8, in mathtext; texts stand for themselves."""
+  return [plain(value) if isinstance(value, str) else f'${symbol(key)}$ = {value:g}' for key, value in common.items()]
 
 
 def estimate(value: float, low: float, high: float, nothing: float = 0.0) -> str:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis import frames, learning_rate, table
+from analysis import frames, learning_rate, sparsity, table
 from analysis.figures import style
 from analysis.fit_result import Fit, fits_of
 from sae_jax import checks
@@ -24,14 +24,14 @@ from sae_jax.errors import UserError
 def isoflop(
   points: pd.DataFrame,
   best: pd.DataFrame,
-  where: Mapping[str, float] | None = None,
+  where: Mapping[str, float | str] | None = None,
   codes: Sequence[str] = (),
 ) -> Figure:
   """Loss against n for every compute budget, its parabola in log n and the best size.
 
   Args:
-    points, best: as from `isoflop.profiles`, of runs of one k.
-    where: what the runs have in common, for the title.
+    points, best: as from `isoflop.profiles`, of runs of one family and target.
+    where: what the runs have in common, for the title: {'k': 32}, or {'activation': 'relu', 'sparsity': 0.05}.
     codes: of warnings to show.
   """
   frames.frame('points', points, ('budget', 'id', 'n_latents'))
@@ -53,25 +53,33 @@ def isoflop(
     handles.append(_valley(ax, 'n_latents', mine, row | {'x': row['n_latents'], 'y': row[y]}, look, text))
   style.label(ax, 'n_latents', y)
   style.ticks(ax, 'n_latents', points['n_latents'].to_numpy(float))
-  same = ', '.join(f'${style.symbol(key)}$ = {value:g}' for key, value in where.items())
+  same = ', '.join(style.where(where))
   ax.set_title('Loss against size at equal compute' + (f', {same}' if same else ''), fontsize=11, pad=10)
   style.legend(fig, handles + _key(best))
   style.warn(fig, [*_codes(best, 'budgets'), *codes])
   return fig
 
 
-def learning_rates(cells: pd.DataFrame, fit: Fit | None = None, codes: Sequence[str] = ()) -> Figure:
+def learning_rates(
+  cells: pd.DataFrame,
+  fit: Fit | None = None,
+  codes: Sequence[str] = (),
+  where: Mapping[str, float | str] | None = None,
+) -> Figure:
   """Loss against learning rate for every size, and the law of the best rate when there is one.
 
   Args:
-    cells: as from `read_ledger.load_ledger`, of one k.
+    cells: as from `read_ledger.load_ledger`, of one family and target.
     fit: from `learning_rate.fit_learning_rate` of the same cells.
     codes: of warnings to show.
+    where: what the cells have in common, for the title; by default their targets.
   """
   found = learning_rate.valleys(cells)
   codes = style.given_codes(codes)
+  asked = sparsity.gathered(sparsity.targets(cells))
+  same = style.where(_given_where(where)) or [f'${style.symbol(key)}$ = {values}' for key, values in asked.items()]
   if found.empty:
-    raise UserError('cells has no rows, so there is no valley to draw; give the cells of one k')
+    raise UserError('cells has no rows, so there is no valley to draw; give the cells of one target')
   if fit is not None:
     (fit,) = fits_of([fit], 1)
     frames.frame('the points of fit', fit.table, ('n_latents', 'learning_rate', 'low', 'high'))
@@ -80,15 +88,15 @@ def learning_rates(cells: pd.DataFrame, fit: Fit | None = None, codes: Sequence[
   handles = []
   for i, row in enumerate(found.to_dict('records')):
     keys = [key for key in found.columns[: found.columns.get_loc('rates')] if key in cells]
-    mine = cells[np.logical_and.reduce([(cells[key] == row[key]).to_numpy() for key in keys])]
+    equal = [(cells[key] == row[key]) | (cells[key].isna() & pd.isna(row[key])) for key in keys]  # a k may be missing
+    mine = cells[np.logical_and.reduce([one.to_numpy() for one in equal])]
     mine = mine.rename(columns={'nmse': 'y'})
     look = style.look(i, len(found))
     text = f'$n$ = {row["n_latents"]:g}: '
     handles.append(_valley(ax, 'learning_rate', mine, row | {'x': row['learning_rate'], 'y': row['nmse']}, look, text))
   style.label(ax, 'learning_rate', 'nmse')
   style.ticks(ax, narrow=fit is not None)
-  ks = ', '.join(f'{k:g}' for k in np.sort(cells['k'].unique()))
-  ax.set_title(f'Loss against learning rate, $k$ = {ks}', fontsize=11, pad=10)
+  ax.set_title(', '.join(['Loss against learning rate', *same]), fontsize=11, pad=10)
   handles += _key(found)
   notes = [*_codes(found, 'sizes'), *codes]
   if fit is not None:
@@ -119,13 +127,14 @@ def _check_found(best: pd.DataFrame, columns: Sequence[str]) -> None:
   table.positive(best[best['verdict'] == 'minimum'], [c for c in columns if c not in ('low', 'high')])
 
 
-def _given_where(where: Mapping[str, float] | None) -> dict[str, float]:
+def _given_where(where: Mapping[str, float | str] | None) -> dict[str, float | str]:
   if not isinstance(where, Mapping | None):
     raise UserError(f'where={checks.shown(where)} does not say what the runs have in common; write {{"k": 32}}')
-  return {
-    checks.text('a key of where', key, 'write {"k": 32}'): checks.positive(str(key), value, 'write {"k": 32}')
-    for key, value in (where or {}).items()
-  }
+  given: dict[str, float | str] = {}
+  for key, value in (where or {}).items():
+    rule = checks.text if key == 'activation' else checks.positive
+    given[checks.text('a key of where', key, 'write {"k": 32}')] = rule(str(key), value, 'write {"k": 32}')
+  return given
 
 
 def _valley(ax: Axes, x: str, rows: pd.DataFrame, found: dict[str, Any], look: tuple[str, str], text: str) -> Line2D:
