@@ -39,7 +39,8 @@ def of_residuals(
   u_NQ = np.log(table.positive(points, x))
   shares: dict[str, float] = {}
   likely = []  # columns that could tell curves apart, whether or not so few points show it
-  asked = sparsity.TARGETS if sparsity.MEASURED in x else ()  # what was asked for moves what is measured
+  # What was asked for moves what is measured, and tells no curves apart.
+  asked = (*sparsity.TARGETS, 'setting') if sparsity.MEASURED in x else ()
   for column in points.columns:
     if column not in (*x, y, *_NO_CURVE, *asked, group):
       curve_N = pd.factorize(points[column].astype(str))[0]

@@ -192,6 +192,7 @@ def _size(at: Mapping[str, Any]) -> dict[str, float | str]:
   for key in ('n_latents', *sparse):
     value = at[key]
     if key in _WHOLE:
+      value = int(value) if isinstance(value, float) and value.is_integer() else value  # as a column with gaps holds it
       if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= _MOST:
         raise UserError(f'{key}={checks.shown(value)} is not a whole number of at least 1; give one, e.g. {key}=32')
       size[key] = int(value)

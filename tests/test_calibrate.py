@@ -5,7 +5,8 @@ import pathlib
 
 import pytest
 
-from analysis import calibrate
+from analysis import calibrate, plots
+from analysis.fitting import solve
 from sae_jax.errors import UserError
 from tests import cells, planted_ledger
 
@@ -101,3 +102,30 @@ def test_calibrate_command_line(planted, tmp_path, capsys):
   with pytest.raises(SystemExit):
     calibrate.main(['--ledger', small, '--n_latents', '2e3', '--k', '3', '--out', str(tmp_path / 'x')])
   assert 'whole numbers' in capsys.readouterr().err
+
+
+def test_calibrate_cells_that_are_asked_for_by_a_coefficient(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(solve, '_STARTS', 16)  # these tables are easy, and starts are most of the time
+  small = planted_ledger.write_penalised(tmp_path / 'ledger', sizes=SMALL, noise=0.003)
+  planted_ledger.write(small, sizes=SMALL[:2], ks=(3,))
+  large = planted_ledger.write_penalised(tmp_path / 'large', sizes=LARGE, noise=0.003, seed=3)
+  planted_ledger.write(large, sizes=LARGE[:1], ks=(3,))
+  out, how = str(tmp_path / 'p.json'), f'--n_latents={LARGE[0]} --sparsity=0.1,0.3 --activation=relu'
+  with pytest.raises(SystemExit) as code:
+    calibrate.main([f'--ledger={small}', f'--out={out}', *how.split()])
+  assert code.value.code == 0 and f'n={LARGE[0]} activation=relu sparsity=0.1: NMSE' in capsys.readouterr().out
+  found = calibrate.check(out, large)
+  assert found.cells['sparsity'].tolist() == [0.1] and found.cells['rel_err'].abs().max() < 0.03
+  assert found.missing == [{'n_latents': LARGE[0], 'activation': 'relu', 'sparsity': 0.3}]
+  assert 'sparsity   predicted' in found.summary() and 'sparsity=0.3' in found.summary()
+  (left, _) = plots.calibration(found.cells).axes
+  assert 'predicted' in left.get_ylabel()
+
+
+def test_calibrate_compares_with_cells_of_its_family_alone(planted, tmp_path):
+  record = planted[3]
+  assert record['activation'] == 'topk'
+  other = tmp_path / 'other.json'
+  other.write_text(json.dumps(record | {'activation': 'another'}))
+  with pytest.raises(UserError, match='no finished cell'):
+    calibrate.check(str(other), planted_ledger.write(tmp_path / 'ledger', sizes=LARGE[:1]))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import analysis
+from analysis.fitting import solve
 from tests import planted_ledger
 
 FOLDER = pathlib.Path(analysis.__file__).parent / 'notebooks'
@@ -17,7 +18,8 @@ FOLDER = pathlib.Path(analysis.__file__).parent / 'notebooks'
 
 @pytest.fixture(scope='module')
 def ledger(tmp_path_factory):
-  return planted_ledger.write(tmp_path_factory.mktemp('notebooks'), rates=(0.3, 1.0, 3.0))
+  path = planted_ledger.write(tmp_path_factory.mktemp('notebooks'), rates=(0.3, 1.0, 3.0))
+  return planted_ledger.write_penalised(path, coefficients=planted_ledger.COEFFICIENTS[:2])
 
 
 @pytest.fixture
@@ -54,6 +56,15 @@ def test_notebook_fits_a_ledger(run, capsys):
   truth = planted_ledger.loss(2 * planted_ledger.SIZES[-1], planted_ledger.KS[-1])
   assert seen['found'].low < truth < seen['found'].high
   assert 'growth: converged_tokens' in capsys.readouterr().out
+
+
+def test_notebook_fits_a_family_that_has_no_k(run, monkeypatch):
+  monkeypatch.setenv('SAE_FAMILY', 'relu')
+  monkeypatch.setenv('SAE_BOOTSTRAP', '0')
+  monkeypatch.setattr(solve, '_STARTS', 16)  # these tables are easy, and starts are most of the time
+  seen = run('fit_a_ledger')
+  assert seen['joint'].x == ('n_latents', 'l0') and set(seen['runs']['activation']) == {'relu'}
+  assert seen['envelope'] and seen['budgets'] and seen['at']['sparsity'] == planted_ledger.COEFFICIENTS[1]
 
 
 def test_notebook_refits_the_published_figure(run, capsys):

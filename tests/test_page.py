@@ -166,6 +166,32 @@ def test_page_of_laws_has_a_row_for_every_k():
   assert dict(sections)['L(n)'].count('<tr>') == len(full_ledger.KS)
 
 
+def test_page_has_a_section_for_every_family():
+  (full,) = full_ledger.findings().families
+  families = [dataclasses.replace(full, name=name) for name in ('one', 'two')]
+  text = page.render('t', findings(families=families), {'one/joint': b'1', 'two/joint': b'2', 'two/isoflop_k3': b'3'})
+  heads = re.findall('<h2>(.*?)</h2>', text)
+  own = [f'{what} of {name}' for name in ('one', 'two') for what in ('Figures', 'Laws', 'Is there an irreducible loss')]
+  assert heads == [
+    'Warnings',
+    *(f'{head}?' if 'there' in head else head for head in own),
+    'Finished cells',
+    'Other cells',
+  ]
+  parts = re.split('<h2>Figures of', text)
+  assert [part.count('<figure>') for part in parts] == [0, 1, 2] and 'MQ==' in parts[1] and 'Mg==' in parts[2]
+
+
+def test_page_shows_the_coefficients_of_cells_that_have_no_k():
+  done = findings().done.assign(activation=['one'] * 3 + ['two'] * 3, sparsity=[np.nan] * 3 + [0.05, 0.1, 0.2])
+  mixed = page.render('t', findings(done=done.assign(k=[1, 16, 1] + [np.nan] * 3)), {})
+  heads = re.findall('<button type="button">(.*?)</button>', mixed)
+  assert heads[:5] == ['cell', 'n', 'family', 'k', 'sparsity'] and '<td data-v="0.05">0.05</td>' in mixed
+  penalised = page.render('t', findings(done=done[3:].assign(k=np.nan)), {})
+  heads = re.findall('<button type="button">(.*?)</button>', penalised)
+  assert heads[:4] == ['cell', 'n', 'sparsity', 'learning rate'] and 'filter, e.g. sparsity=0.05' in penalised
+
+
 def test_page_shows_profiles_and_seed_noise_where_there_are_any():
   n = np.repeat(2.0 ** np.arange(6, 13), 2)
   noise = 0.01 * np.random.default_rng(0).normal(size=14)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from analysis import predict
+from analysis.fitting import solve
 from sae_jax import flops, schema
 from sae_jax.errors import UserError
 from tests import planted_ledger
@@ -151,3 +152,63 @@ def test_predict_command_prints_the_held_out_error_and_writes_strict_json(ledger
   shown = capsys.readouterr().out
   assert 'held out: 3 with n_latents>16384' in shown and '2.48 decades above n = 32768' in shown
   assert 'far_extrapolation' in shown
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory):
+  ledger = planted_ledger.write(tmp_path_factory.mktemp('families'), ks=(3, 7))
+  return planted_ledger.write_penalised(ledger)
+
+
+@pytest.fixture
+def families(written, monkeypatch):
+  """Cells of two families: one asked for k, the other for coefficients."""
+  monkeypatch.setattr(solve, '_STARTS', 16)  # these tables are easy, and starts are most of the time
+  return written
+
+
+def test_predict_at_a_measured_l0(families):
+  found = predict.predict(families, {'n_latents': 65536, 'l0': 6.5, 'activation': 'relu'}, bootstrap=0)
+  truth = planted_ledger.WORSE * planted_ledger.loss(65536, 6.5)
+  assert found.nmse == pytest.approx(truth, rel=0.01) and found.low < truth < found.high
+  assert found.fit.x == ('n_latents', 'l0') and found.beyond['l0'] == 0
+  assert set(found.fit.table['activation']) == {'relu'}
+  assert 'NMSE 0.' in found.summary() and 'at n = 65536, L0 = 6.5, relu' in found.summary()
+  assert found.to_json()['at'] == {'n_latents': 65536, 'l0': 6.5, 'activation': 'relu'}
+  # Useful FLOPs follow the active latents.
+  steps, batch, d = planted_ledger.STEPS, planted_ledger.BATCH, planted_ledger.D
+  assert found.flops_useful == pytest.approx(steps * flops.step_flops(65536, 6.5, d, batch)['useful'])
+  far = predict.predict(families, {'n_latents': 2048, 'l0': 200, 'activation': 'relu'}, bootstrap=0)
+  assert any(w['message'].startswith('L0 is 1.1 decades outside') for w in far.warnings)
+
+
+def test_predict_at_a_coefficient(families):
+  coefficient = planted_ledger.COEFFICIENTS[1]
+  found = predict.predict(families, {'n_latents': 65536, 'sparsity': coefficient, 'activation': 'relu'}, bootstrap=0)
+  truth = planted_ledger.WORSE * planted_ledger.loss(65536, planted_ledger.l0(65536, coefficient))
+  assert found.fit.x == ('n_latents', 'sparsity') and found.nmse == pytest.approx(truth, rel=0.02)
+
+
+def test_predict_at_the_l0_of_a_family_with_a_k(families):
+  found = predict.predict(families, {'n_latents': 65536, 'l0': 7, 'activation': 'topk'}, bootstrap=0)
+  assert found.nmse == pytest.approx(planted_ledger.loss(65536, 7), rel=0.01)
+
+
+def test_predict_names_the_families_and_what_they_were_asked_for(families, capsys):
+  at = {'n_latents': 65536, 'k': 7}
+  with pytest.raises(SystemExit):
+    predict.main([f'--ledger={families}', '--at=n_latents=65536,k=7'])
+  assert 'the ledger has cells of relu, topk; name one of them: activation=relu' in capsys.readouterr().err
+  assert predict.parse_at('n_latents=65536,k=7,activation=topk') == at | {'activation': 'topk'}
+  with pytest.raises(UserError, match='no finished cell of activation=gated; the ledger has relu, topk'):
+    predict.predict(families, at | {'activation': 'gated'}, bootstrap=0)
+  with pytest.raises(UserError, match='has no k; predict at sparsity or l0'):
+    predict.predict(families, at | {'activation': 'relu'}, bootstrap=0)
+
+
+def test_predict_from_one_coefficient_stays_near_its_l0(tmp_path):
+  ledger = planted_ledger.write_penalised(tmp_path, coefficients=(0.03,))
+  found = predict.predict(ledger, {'n_latents': 65536, 'l0': 7.9}, bootstrap=0)
+  assert found.fit.law.name == 'power'
+  with pytest.raises(UserError, match=r'l0=20 cannot be predicted from cells of l0=6\.\d+ to 7\.\d+ alone'):
+    predict.predict(ledger, {'n_latents': 65536, 'l0': 20}, bootstrap=0)

@@ -141,3 +141,23 @@ def test_load_ledger_warns_of_mixed_versions(tmp_path):
   assert read_ledger.load_ledger(str(tmp_path)).attrs['warnings'] == []
   cells.write(str(tmp_path), cell(n=256), versions={'jax': '2'})
   assert [w['code'] for w in read_ledger.load_ledger(str(tmp_path)).attrs['warnings']] == ['mixed_versions']
+
+
+def test_a_cell_without_a_k_is_done_and_says_its_coefficient(tmp_path):
+  cells.write(str(tmp_path), cell(k=3), {100: 0.25})
+  penalised = cells.cell(**{'sae.activation': 'relu', 'sae.k': None, 'loss.sparsity': 0.05})
+  cells.write(str(tmp_path), penalised, {20: 0.25}, l0=9.5)
+  waiting = cells.cell(**{'sae.activation': 'relu', 'sae.k': None, 'loss.sparsity': 0.1})
+  cells.write(str(tmp_path), waiting, {5: 0.5}, finished=False)
+  done = read_ledger.load_ledger(str(tmp_path)).set_index('id')
+  assert len(done) == 2 and done.attrs['not_done'][0]['state'] == 'waiting'
+  found = done.loc[penalised.id, ['activation', 'sparsity', 'l0', 'target']].tolist()
+  assert found == ['relu', 0.05, 9.5, 'sparsity=0.05']
+  (other,) = done.index.difference([penalised.id])
+  assert done.loc[other, ['activation', 'k', 'target']].tolist() == ['topk', 3, 'k=3']
+  assert done.index[done['k'].isna()].tolist() == [penalised.id] and done.index[done['sparsity'].isna()].tolist() == [
+    other
+  ]
+  curves = read_ledger.load_curves(str(tmp_path)).set_index('id')
+  assert curves.loc[[penalised.id, waiting.id], 'sparsity'].tolist() == [0.05, 0.1]
+  assert curves['activation'].value_counts().to_dict() == {'relu': 2, 'topk': 1}

@@ -4,8 +4,9 @@ import json
 import numpy as np
 import pytest
 
-from analysis import read_ledger, report, table
+from analysis import page, read_ledger, report, table
 from analysis.fit import fit_law
+from analysis.fitting import solve
 from sae_jax import files, metrics
 from sae_jax.cell import log_spaced
 from sae_jax.errors import UserError
@@ -278,3 +279,96 @@ def test_report_says_a_refusal_once_for_all_k(tmp_path):
   found = report.analyse(str(tmp_path), bootstrap=0)
   (refused,) = (w for w in found.warnings if w['code'] == 'not_fitted' and w['message'].startswith('T(n)'))
   assert refused['message'].startswith(f'T(n) at k={", ".join(map(str, planted_ledger.KS[:2]))}: 0 of 3 runs converged')
+
+
+@pytest.fixture(scope='module')
+def families(tmp_path_factory):
+  """What a ledger of two families says, of which one was asked for k and the other for coefficients; one has curves."""
+  ledger = planted_ledger.write(tmp_path_factory.mktemp('families'), sizes=planted_ledger.SIZES[:5], ks=(3, 17))
+  few = {'sizes': planted_ledger.SIZES[:5], 'coefficients': (0.01, 0.1)}
+  planted_ledger.write_penalised(ledger, **few)
+  planted_ledger.write_penalised(ledger, **few, rates=(3.0,), seed=5)
+  done = read_ledger.load_ledger(ledger)
+  for cell_id in done.loc[done['target'] != 'sparsity=0.1', 'id']:
+    files.remove(files.join(ledger, 'cells', cell_id, 'metrics.jsonl'))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(solve, '_STARTS', 16)  # these tables are easy, and starts are most of the time
+    return report.analyse(ledger, bootstrap=0)
+
+
+def test_report_of_two_families_has_the_laws_of_each(families):
+  by_l0, by_k = families.families
+  assert (by_l0.name, by_k.name) == ('relu', 'topk') and len(by_k.fits) == 3 < len(by_l0.fits)
+  for one in families.families:
+    assert {fit.where['activation'] for fit in one.fits} == {one.name}
+    assert all(set(fit.table.get('activation', [one.name])) == {one.name} for fit in one.fits)
+  assert by_k.joint.x == ('n_latents', 'k') and by_l0.joint.x == ('n_latents', 'l0')
+  # Families are compared at equal L0, where one is planted worse than the other.
+  ratio = by_l0.joint.predict({'n_latents': 4096, 'l0': 9}) / by_k.joint.predict({'n_latents': 4096, 'k': 9})
+  assert ratio[0] == pytest.approx(planted_ledger.WORSE, rel=0.01)
+  wheres = [entry['where'] for entry in families.to_json() if entry['law'] == 'power' and entry['x'] == ['n_latents']]
+  assert wheres == [
+    {'activation': 'relu', 'sparsity': 0.01},
+    {'activation': 'relu', 'sparsity': 0.1},
+    {'activation': 'topk', 'k': 3},
+    {'activation': 'topk', 'k': 17},
+  ]
+  assert by_l0.joint.label == 'L(n, L0), relu' and by_l0.targets[0].power.label == 'L(n), relu, sparsity = 0.01'
+  assert 'lr(n)' not in ' '.join(by_l0.not_attempted) and 'lr(n)' in ' '.join(by_k.not_attempted)
+
+
+def test_report_of_two_families_says_whose_a_warning_is(families):
+  refused = [w['message'] for w in families.warnings if w['code'] == 'not_fitted']
+  assert refused and all(text.startswith(('relu: ', 'topk: ')) for text in refused)
+  assert any(text.startswith('topk: L(C) at k=3, 17: there are no curves') for text in refused)
+  assert any(text.startswith('relu: lr(n) at sparsity=0.01: 0 sizes') for text in refused)
+  unequal = {one.name: [w['code'] for one in one.targets for w in one.power.warnings] for one in families.families}
+  assert 'unequal_sparsity' in unequal['relu'] and 'unequal_sparsity' not in unequal['topk']
+  assert {text.partition(':')[0] for text in families.not_attempted} == {'relu', 'topk'}
+
+
+def test_report_of_two_families_has_a_folder_of_figures_each(families, tmp_path):
+  drawn = report.figures(families)
+  same = {'joint', 'residuals', 'power'}
+  assert drawn.keys() >= {f'{name}/{kind}' for name in ('relu', 'topk') for kind in same}
+  assert drawn.keys() >= {'relu/frontier', 'relu/isoflop_sparsity0.1', 'relu/learning_rates_sparsity0.01'}
+  for key, figure in drawn.items():
+    said = [ax.get_title() for ax in figure.axes] + [
+      text.get_text() for box in figure.legends for text in box.get_texts()
+    ]
+    assert any(key.partition('/')[0] in text for text in said), key
+  (ax,) = drawn['relu/joint'].axes  # against L0: a line for every n
+  assert 'L0' in ax.get_xlabel() and 'L_0' in ax.get_title()
+  kept = {name: drawn[name] for name in ('relu/isoflop_sparsity0.1', 'topk/joint')}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(report, 'figures', lambda found: kept)
+    path = report.write(families, str(tmp_path), 'two')
+    assert page.figure_digests(files.read(path).decode()).keys() == {
+      f'{name}.{kind}' for name in kept for kind in ('png', 'pdf')
+    }
+    kept = {}
+    report.write(families, str(tmp_path), 'none')
+  assert [p.name for p in tmp_path.rglob('*.p*')] == []
+  rows = table.read_csv(str(tmp_path / 'table.csv'))
+  assert rows.groupby('activation')['target'].unique().map(sorted).to_dict() == {
+    'relu': ['sparsity=0.01', 'sparsity=0.1'],
+    'topk': ['k=17', 'k=3'],
+  }
+  mine = rows[rows['activation'] == 'relu']
+  fit = fit_law(mine[mine['best_learning_rate']], 'joint_nk', ['n_latents', 'l0'], bootstrap=0)
+  assert constants_of(fit) == pytest.approx(constants_of(families.families[0].joint), rel=1e-4)
+
+
+def constants_of(fit):
+  return [p['estimate'] for p in fit.params.values()]
+
+
+def test_report_of_one_coefficient_has_no_law_over_l0(tmp_path):
+  planted_ledger.write_penalised(tmp_path, sizes=planted_ledger.SIZES[:4], coefficients=(0.03,))
+  found = report.analyse(str(tmp_path), bootstrap=0)
+  (one,) = found.families
+  assert one.joint is None and one.targets[0].power and one.targets[0].where == {'sparsity': 0.03}
+  refused = [w['message'] for w in found.warnings if w['code'] == 'not_fitted']
+  assert 'L(n,L0): sparsity=0.03 alone; a law over n and L0 needs another one' in refused
+  names = set(report.figures(found))
+  assert {'power', 'isoflop_sparsity0.03'} <= names and 'joint' not in names

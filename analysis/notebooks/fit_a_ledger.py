@@ -29,13 +29,19 @@ BOOTSTRAP = int(os.environ.get('SAE_BOOTSTRAP', '500'))
 # %% [markdown]
 # ## The cells
 #
-# One row a finished cell. What is not finished is listed, never filled in.
+# One row a finished cell. What is not finished is listed, never filled in. A law is of one family of autoencoders: the one
+# with most cells, or `SAE_FAMILY`. What sparsity was asked for is k or the coefficient of a penalty; a law over both n and
+# the sparsity takes k or, where there is none, the measured L0.
 
 # %%
 table = analysis.load_ledger(LEDGER)
 curves = analysis.load_curves(LEDGER)
 print(f'{len(table)} finished cells; not finished: {table.attrs["not_done"] or "none"}')
-print(table.pivot_table('nmse', 'n_latents', 'k').round(4))
+family = os.environ.get('SAE_FAMILY', table['activation'].mode()[0])
+table, curves = table[table['activation'] == family], curves[curves['activation'] == family]
+asked, sparse = ('k', 'k') if table['k'].notna().all() else ('sparsity', 'l0')
+print(family)
+print(table.pivot_table('nmse', 'n_latents', asked).round(4))
 
 # %% [markdown]
 # ## The joint law
@@ -46,7 +52,7 @@ print(table.pivot_table('nmse', 'n_latents', 'k').round(4))
 # %%
 best = analysis.best_learning_rate(table)
 sizes = np.sort(best['n_latents'].unique())
-joint = analysis.fit_law(best, 'joint_nk', bootstrap=BOOTSTRAP, holdout=f'n_latents>{sizes[-2]}')
+joint = analysis.fit_law(best, 'joint_nk', ['n_latents', sparse], bootstrap=BOOTSTRAP, holdout=f'n_latents>{sizes[-2]}')
 print(joint.summary())
 for warning in joint.warnings:
   print('warning:', warning['message'])
@@ -56,12 +62,12 @@ analysis.plots.joint(joint)
 analysis.plots.residuals(joint)
 
 # %% [markdown]
-# The exponent of n at a given k is `beta_n + gamma ln k`, not `beta_n`: that one is for k = 1.
+# The exponent of n at a given k, or L0, is `beta_n + gamma ln k`, not `beta_n`: that one is for k = 1.
 
 # %%
-for k in np.sort(best['k'].unique()):
-  exponent = joint.params['beta_n']['estimate'] + joint.params['gamma']['estimate'] * np.log(k)
-  print(f'k = {k:g}: the reducible loss falls as n^{exponent:.3f}')
+for value, level in best.groupby(asked)[sparse].mean().items():
+  exponent = joint.params['beta_n']['estimate'] + joint.params['gamma']['estimate'] * np.log(level)
+  print(f'{asked} = {value:g}: the reducible loss falls as n^{exponent:.3f}')
 
 # %% [markdown]
 # ## Is this at convergence?
@@ -81,13 +87,13 @@ except UserError as error:
 growth and analysis.plots.growth(growth)
 
 # %% [markdown]
-# ## Loss against compute, at one k
+# ## Loss against compute, at one target
 #
-# A larger k lowers every loss, so runs of one k are compared.
+# A larger k lowers every loss, so runs of one k are compared, or of one coefficient.
 
 # %%
-k = np.sort(best['k'].unique())[-1]
-mine = curves[curves['k'] == k]
+value = best[asked].max()
+mine = curves[curves[asked] == value]
 envelope = None
 try:
   envelope = frontier.fit_frontier(mine, bootstrap=BOOTSTRAP)
@@ -107,7 +113,7 @@ runs = mine[mine['id'].isin(best['id'])]
 budgets = isoflop.budgets(runs).tolist()
 measured, profiles = isoflop.profiles(runs, budgets)
 print(profiles[['budget', 'sizes', 'n_latents', 'verdict', 'reason']].to_string(index=False))
-analysis.plots.isoflop(measured, profiles, {'k': k}) if budgets else None
+analysis.plots.isoflop(measured, profiles, {asked: value}) if budgets else None
 
 # %%
 best_size = None
@@ -125,10 +131,10 @@ best_size and analysis.plots.growth(best_size, refused)
 # The same valleys over learning rates, where the sweep tried several.
 
 # %%
-cells = table[table['k'] == k]
+cells = table[table[asked] == value]
 valleys = learning_rate.valleys(cells)
 tried = valleys[valleys['rates'] > 1]
-print(tried[['n_latents', 'k', 'rates', 'learning_rate', 'verdict', 'reason']].to_string(index=False))
+print(tried[['n_latents', asked, 'rates', 'learning_rate', 'verdict', 'reason']].to_string(index=False))
 rate = None
 if len(tried):
   try:
@@ -146,7 +152,8 @@ analysis.plots.learning_rates(cells, rate) if len(tried) else print('one learnin
 # `python -m analysis.predict --ledger=DIR --at "n_latents=8192,k=32"`
 
 # %%
-found = predict.predict(LEDGER, {'n_latents': int(2 * sizes[-1]), 'k': int(k)}, bootstrap=BOOTSTRAP)
+at = {'n_latents': 2 * sizes[-1], asked: value, 'activation': family}
+found = predict.predict(LEDGER, at, bootstrap=BOOTSTRAP)
 print(found.summary())
 for warning in found.warnings:
   print('warning:', warning['message'])

@@ -11,7 +11,7 @@
 # # Plan the next sweep
 #
 # What would larger autoencoders reach, what would they cost, and which cells would teach most? Reads a ledger (that of
-# `make demo`, or `SAE_LEDGER`) and trains nothing.
+# `make demo`, or `SAE_LEDGER`) and trains nothing. It plans for the family with most cells, or `SAE_FAMILY`.
 
 # %%
 # %matplotlib inline
@@ -28,6 +28,9 @@ LEDGER = os.environ.get('SAE_LEDGER', 'runs/demo/ledger')
 BOOTSTRAP = int(os.environ.get('SAE_BOOTSTRAP', '300'))
 cells = analysis.load_ledger(LEDGER)
 curves = analysis.load_curves(LEDGER)
+family = os.environ.get('SAE_FAMILY', cells['activation'].mode()[0])
+cells, curves = cells[cells['activation'] == family], curves[curves['activation'] == family]
+asked = 'k' if cells['k'].notna().all() else 'sparsity'
 best = analysis.best_learning_rate(cells)
 
 # %% [markdown]
@@ -38,8 +41,8 @@ best = analysis.best_learning_rate(cells)
 # %%
 rows = []
 for factor in (2, 4, 8):
-  for k in np.sort(best['k'].unique()):
-    at = {'n_latents': int(factor * best['n_latents'].max()), 'k': int(k)}
+  for value in np.sort(best[asked].unique()):
+    at = {'n_latents': int(factor * best['n_latents'].max()), asked: value, 'activation': family}
     p = predict.predict(LEDGER, at, bootstrap=BOOTSTRAP)
     rows.append(
       at
@@ -59,12 +62,11 @@ print('held out:', p.fit.holdout_text() or 'nothing')
 # %% [markdown]
 # ## More tokens or more latents?
 #
-# A law over n and T through the curves of one k, then the split of a budget in closed form. Points of one run are not
+# A law over n and T through the curves of one k, or coefficient, then the split of a budget in closed form. Points of one run are not
 # independent, so runs are resampled, not points. The first tenth of every run is left out.
 
 # %%
-k = np.sort(best['k'].unique())[-1]
-mine = curves[(curves['k'] == k) & curves['id'].isin(best['id']) & np.isfinite(curves['nmse'])]
+mine = curves[(curves[asked] == best[asked].max()) & curves['id'].isin(best['id']) & np.isfinite(curves['nmse'])]
 late = mine[mine['tokens'] > 0.1 * mine.groupby('id')['tokens'].transform('max')].reset_index(drop=True)
 splits = []
 try:
