@@ -25,7 +25,7 @@ T = TypeVar('T')
 SCHEMA = 1  # of a cell's identity: another number would give every cell another id
 
 # Where and how a cell runs, which does not decide its result.
-_NOT_IDENTITY = ('mesh', 'train.checkpoint_every', 'data.path')
+_NOT_IDENTITY = ('mesh', 'train.checkpoint_every', 'train.extends', 'data.path')
 _OUTSIDE_ID = frozenset(('schema', 'id', schema.DIGEST, *_NOT_IDENTITY))
 _BELOW_OUTSIDE_ID = tuple(f'{key}.' for key in _NOT_IDENTITY)
 # Keys that are gone: the one value that still means what it did, and what to do instead of another.
@@ -91,6 +91,10 @@ class TrainConfig:
   seed: int  # initialisation only
   checkpoint_every: int  # steps
   compute_dtype: str  # of matmul inputs: 'float32' or 'bfloat16'
+  # Ends when a doubling of the tokens lowers the held-out NMSE by less than this share. 0: trains on all tokens.
+  stop_gain: float = added(0.0)
+  # A finished cell with fewer tokens whose last state is where this one goes on, see sae_jax.extend.
+  extends: str = added('')
 
   @property
   def steps(self) -> int:
@@ -195,7 +199,7 @@ _AT_LEAST = {
   'data.planted.n_features': 1,
   'data.planted.noise': 0,
 }
-_BELOW_ONE = ('optim.beta1', 'optim.beta2', 'optim.ema_decay', 'loss.dead_share')
+_BELOW_ONE = ('train.stop_gain', 'optim.beta1', 'optim.beta2', 'optim.ema_decay', 'loss.dead_share')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +227,11 @@ class Config:
     if not 0 < self.sae.recall_target < 1:
       raise UserError(f"sae.recall_target={self.sae.recall_target} is not in (0, 1); for 1 use sae.selection='exact'")
     self._check_family()
+    if self.train.stop_gain and not self.one_curve:
+      raise UserError(
+        f'train.stop_gain={self.train.stop_gain} but averages follow the budget and feign convergence; set recipe.horizon='
+        "'so far'"
+      )
     n, k = self.sae.n_latents, self.sae.k
     if k is not None and k > n:
       raise UserError(f'sae.k={k} exceeds sae.n_latents={n}; lower k or raise n_latents')
@@ -282,6 +291,15 @@ class Config:
     flat: dict[str, Any] = {}
     _flat_into(flat, self, '')
     return flat
+
+  def identity(self) -> dict[str, Any]:
+    """Dotted keys and values of what decides the result."""
+    return identity_of(_record(self))
+
+  @property
+  def one_curve(self) -> bool:
+    """Whether no horizon depends on the budget: the curve of a long run then passes through the ends of shorter ones."""
+    return self.optim.ema_width > 0 and self.loss.dead_share > 0
 
   @functools.cached_property
   def id(self) -> str:
@@ -346,12 +364,17 @@ def plain(value: Any) -> Any:
 
 def id_of(record: dict[str, Any]) -> str:
   """The id of a configuration by its record alone: what config.json should say of itself."""
-  identity = {'schema': SCHEMA} | {
+  text = json.dumps({'schema': SCHEMA} | identity_of(record), sort_keys=True, allow_nan=False)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def identity_of(record: dict[str, Any]) -> dict[str, Any]:
+  """Dotted keys and values of a record that decide the result."""
+  return {
     key: value
     for key, value in flatten(record).items()
     if key not in _OUTSIDE_ID and not key.startswith(_BELOW_OUTSIDE_ID)
   }
-  return hashlib.sha256(json.dumps(identity, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
 
 
 def from_json(data: bytes) -> Config:

@@ -105,7 +105,15 @@ def template() -> ml_collections.ConfigDict:
     ema_decay=unset_float(),
     ema_width=unset_float(),
   )
-  c.train = dict(batch_tokens=131_072, tokens=1_000_000_000, seed=0, checkpoint_every=500, compute_dtype='float32')
+  c.train = dict(
+    batch_tokens=131_072,
+    tokens=1_000_000_000,
+    seed=0,
+    checkpoint_every=500,
+    compute_dtype='float32',
+    stop_gain=0.0,
+    extends='',
+  )
   c.eval = dict(tokens=16_384, per_decade=4, batch_tokens=4096)
   c.data = dict(
     source='store',

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sae_jax import artifact, cell_state, files, flops, metrics, optim, schema
+from sae_jax import artifact, cell_state, convergence, extend, files, flops, metrics, optim, schema
 from sae_jax.cell import log_spaced
 from sae_jax.checkpoint import Checkpoints, combined_digest
 from sae_jax.config import Config, from_json
@@ -85,11 +85,34 @@ class Member:
     restored = self._checkpoints.restore(
       abstract, lambda text: print(f'{self.config.id}: {text}', file=sys.stderr), schema.FACTS
     )
+    if restored is None and self.config.train.extends:
+      restored = self._extended(abstract)
     self.state, saved = restored or (fresh(), self._facts)
     # What checkpoints from before a fact was kept mean: the only way there was, and nothing known of the machine.
     saved = self._facts | {'row_chunks': 1, 'products': 'auto'} | saved
     same = all(saved[key] == value for key, value in self._facts.items() if key not in ('bit_exact', 'wall_s'))
     self._facts |= {'bit_exact': saved['bit_exact'] and same, 'wall_s': saved['wall_s']}
+    self._facts |= {key: saved[key] for key in ('extends', 'curve') if saved.get(key)}
+    self._train_metrics = saved.get('last') or {}
+
+  def _extended(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    """The last state of the cell that this one extends, whose lines become the first of this one's."""
+    folder, cell_id = extend.shorter(self.config, self.workdir)
+    checkpoints = Checkpoints(folder, cell_id)
+    found = checkpoints.restore(abstract, lambda text: print(f'{cell_id}: {text}', file=sys.stderr), schema.FACTS)
+    checkpoints.close()
+    if found is None:
+      raise UserError(
+        f'train.extends={self.config.train.extends!r}: {folder} has no checkpoint left (sweeps.gc removes them); train '
+        'without train.extends'
+      )
+    state, facts = found
+    step = int(state.step)
+    if self._log:
+      for line in metrics.read_metrics(folder, cell_id):
+        if line['step'] <= step and line['step'] in self._evaluation_steps:
+          self._log.write(line['step'], {key: value for key, value in line.items() if key != 'step'})
+    return state, facts | {'extends': {'cell': cell_id, 'step': step}, 'last': None}
 
   def begin(self) -> None:
     """Starts the clock behind `wall_s`."""
@@ -104,7 +127,8 @@ class Member:
     return step in self._evaluation_steps
 
   def saves_at(self, step: int) -> bool:
-    return step % self.config.train.checkpoint_every == 0
+    at_end = step == self.config.train.steps
+    return self.config.one_curve if at_end else step % self.config.train.checkpoint_every == 0
 
   def evaluate(self, at: int) -> None:
     """Measures raw and EMA weights on held-out tokens and writes a line. Not finite, the cell has diverged."""
@@ -134,10 +158,19 @@ class Member:
       if self._log:
         self._log.write(at, line)
       self._line = line
+      if self.config.train.stop_gain:
+        before = [point for point in self._facts.get('curve', []) if point[0] < at]
+        self._facts['curve'] = [*before, [at, best.nmse]]
+
+  @property
+  def converged(self) -> bool:
+    """Whether the last doubling of the tokens gained less than `train.stop_gain`."""
+    return convergence.has_converged(self._facts.get('curve', []), self.config.train.stop_gain)
 
   def save(self, at: int) -> None:
     self._before_write()
-    self._checkpoints.save(at, self.state, self._facts | {'wall_s': self._wall_s()})
+    last = {'last': self._train_metrics} if self.config.one_curve else {}
+    self._checkpoints.save(at, self.state, self._facts | {'wall_s': self._wall_s()} | last)
 
   def close(self) -> None:
     """Waits for checkpoints in flight."""
@@ -176,11 +209,12 @@ class Member:
           'seed': config.train.seed,
           'learning_rate': config.optim.learning_rate,
           'batch_tokens': config.train.batch_tokens,
-          'steps': config.train.steps,
+          'steps': int(state.step),
           'tokens_asked': config.train.tokens,
           'aux_steps': int(state.aux_steps),
           'params_digest': digest,
           'bit_exact': self._facts['bit_exact'],
+          **({'extends': self._facts['extends']} if 'extends' in self._facts else {}),
           'device_kind': self._facts['device_kind'],
           'n_devices': self.mesh.size,
           'n_cores': self._facts.get('n_cores'),

@@ -136,6 +136,7 @@ RESULTS = (
     'of sae.json, which has those of the tensor files; early results lack it',
     may=True,
   ),
+  Field('extends', dict, 'cell and step whose state this one went on from', may=True),
   Field('artifact_bytes', dict, 'of the files in sae/, by name; early results lack it', may=True),
 )
 ARTIFACTS = (
@@ -186,6 +187,9 @@ FACTS = (
   Field('versions', dict, 'of what decides the bits'),
   Field('bit_exact', bool, 'whether all of it was the same from the first step on'),
   Field('wall_s', float, 'seconds of training so far'),
+  Field('extends', dict, 'cell and step whose state this one went on from', may=True),
+  Field('curve', list, 'steps and held-out NMSE so far; where convergence ends the run', may=True),
+  Field('last', dict, 'metrics of the last step; of runs that can be extended', may=True),
 )
 # measures.json: {'values': {'<measure>/<value>': MEASURE_VALUE}}.
 MEASURE_VALUE = (

@@ -9,7 +9,7 @@ from sae_jax.data.source import Source
 from sae_jax.errors import UserError
 
 SAMPLE = 256  # rows that stand for the start-up sample where its products with latents are wanted
-_SAMPLE_TOKENS = 32_768  # as in the reference code
+SAMPLE_TOKENS = 32_768  # as in the reference code
 _LEAST_VARIANCE = 1e-30  # of a component
 
 
@@ -19,7 +19,7 @@ def start_up_sample(source: Source, tokens: int) -> tuple[np.ndarray, np.ndarray
   `tokens` is what the run may read; at most 32,768 are. Raises `UserError` when they do not vary or are not finite,
   and warns on stderr when their norms are far from 1.
   """
-  x_TD = source.rows(0, min(_SAMPLE_TOKENS, tokens)).astype(np.float64)
+  x_TD = source.rows(0, min(SAMPLE_TOKENS, tokens)).astype(np.float64)
   variance = float(np.mean((x_TD - x_TD.mean(axis=0)) ** 2))
   soundness.check_varies(
     f'the first {len(x_TD)} training rows', variance, float(np.mean(x_TD**2)), 'train on other rows'

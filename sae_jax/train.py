@@ -116,7 +116,7 @@ def _train_together(
   compiled = functools.lru_cache(maxsize=1)(lambda *going: make_group_step([m.config for m in going], mesh))
 
   def going() -> list[Member]:
-    return [m for m in members if not isinstance(m.outcome, Diverged)]
+    return [m for m in members if m.outcome == 'preempted']
 
   def newest() -> dict[Member, dict[str, jax.Array]]:
     return {m: m.values for m in going()}
@@ -125,9 +125,23 @@ def _train_together(
     """Fetches the metrics of a step. A member whose metrics are not finite trains no further."""
     lines = [{key: float(value) for key, value in line.items()} for line in jax.device_get([*values.values()])]
     for member, line in zip(values, lines, strict=True):
-      member.hear(at, line)
+      if line:
+        member.hear(at, line)
     if any(lines):
-      progress.update(at * batch, f'step {at}/{steps}  nmse {min(line["train/nmse"] for line in lines):.4f}')
+      nmse = min(line['train/nmse'] for line in lines if line)
+      progress.update(at * batch, f'step {at}/{steps}  nmse {nmse:.4f}')
+
+  def finish(ended: list[Member], evaluated: bool = True) -> None:
+    for member in ended:
+      if not evaluated:
+        member.evaluate(start)
+      if member.saves_at(steps):
+        member.save(int(member.state.step))
+      member.close()
+    if ended:
+      should_stop()  # a holder that lost its lease ends here rather than write beside its successor
+    for member in ended:
+      member.finish()
 
   progress = Progress(label, steps * batch, start * batch, visible=jax.process_index() == 0)
   with contextlib.closing(progress):
@@ -135,6 +149,8 @@ def _train_together(
       progress.note(_products(config, mesh))
     for member in members:
       member.begin()
+    # Whoever ended between its last checkpoint and its result.
+    finish([m for m in members if m.converged], evaluated=False)
     for at, x_BD in enumerate(feed.batches(source, mesh, batch, start, steps), start + 1):
       before = newest()
       states, values = compiled(*before)(tuple(m.state for m in before), x_BD)
@@ -146,6 +162,7 @@ def _train_together(
         report(at, newest())  # never save a state whose loss is not finite
         for member in [m for m in going() if m.evaluates_at(at)]:
           member.evaluate(at)
+        finish([m for m in going() if m.evaluates_at(at) and m.converged])
         for member in [m for m in going() if stop or m.saves_at(at)]:
           member.save(at)
       if (stop and at < steps) or not going():
@@ -155,11 +172,7 @@ def _train_together(
     report(steps, newest())
     for member in going():
       member.evaluate(steps)
-  for member in going():
-    member.close()
-  should_stop()  # a holder that lost its lease ends here rather than write beside its successor
-  for member in going():
-    member.finish()
+    finish(going())
 
 
 def _products(config: Config, mesh: Mesh) -> str:

@@ -1,0 +1,108 @@
+"""One run is one curve: longer runs pass through the ends of shorter ones, go on from them, and stop where they converge."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sae_jax import convergence, extend, recipe, startup
+from sae_jax import train as training
+from sae_jax.errors import UserError
+from tests import cells
+
+OPEN = {'recipe.horizon': 'so far', 'optim.ema_decay': None, 'loss.dead_tokens': None}
+
+
+def cell(steps: int, **overrides):
+  return cells.cell(**OPEN | {'train.tokens': 40 * steps, 'train.checkpoint_every': 50} | overrides)
+
+
+def result(folder):
+  return json.loads((folder / 'result.json').read_text())
+
+
+def lines(folder):
+  return {line['step']: line for line in map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())}
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """Of 18 steps, of 32, and of 32 from the end of the first; 18 is where every longer run is evaluated, too."""
+  folder = tmp_path_factory.mktemp('runs')
+  with pytest.MonkeyPatch.context() as patch:
+    for module in (extend, startup):
+      patch.setattr(module, 'SAMPLE_TOKENS', 700)
+    assert training.train(cell(18), str(folder / 'short')) == 'done'
+    assert training.train(cell(32), str(folder / 'long')) == 'done'
+    assert training.train(cell(32, **{'train.extends': 'short'}), str(folder / 'extended')) == 'done'
+  return folder
+
+
+def test_a_long_run_passes_through_the_end_of_a_short_one(runs):
+  short, at_18 = result(runs / 'short'), lines(runs / 'long')[18]
+  assert short['nmse_raw'] == at_18['eval/nmse_raw'] and short['nmse_ema'] == at_18['eval/nmse_ema']
+
+
+def test_an_extended_run_ends_with_the_bits_of_one_from_the_start(runs):
+  long, extended = result(runs / 'long'), result(runs / 'extended')
+  assert long['id'] == extended['id'] and long['params_digest'] == extended['params_digest']
+  assert extended['extends'] == {'cell': cell(18).id, 'step': 18} and 'extends' not in long
+  assert {step: line['eval/nmse'] for step, line in lines(runs / 'long').items()} == {
+    step: line['eval/nmse'] for step, line in lines(runs / 'extended').items()
+  }
+
+
+@pytest.mark.parametrize(
+  'overrides, message',
+  [
+    ({'train.extends': 'nobody'}, "train.extends='nobody': .* holds no cell"),
+    ({'train.seed': 3}, r"train.extends='short' differs in train\.seed; only train\.tokens may be larger"),
+    ({'train.tokens': 40 * 18}, 'no fewer than the 720 here; raise train.tokens'),
+    ({}, 'has train.tokens=720, and a longer run starts from a sample of 32768; train anew'),
+  ],
+)
+def test_what_is_no_extension_is_refused(runs, tmp_path, overrides, message):
+  config = cell(32, **{'train.extends': 'short'} | overrides)
+  with pytest.raises(UserError, match=message):
+    extend.shorter(config, str(runs / 'new'))
+
+
+def test_a_run_whose_horizons_follow_the_budget_cannot_be_extended(tmp_path):
+  for name, tokens in (('short', 800), ('long', 1600)):
+    (tmp_path / name).mkdir()
+    config = cells.cell(**{'train.tokens': tokens, 'train.extends': 'short' if name == 'long' else ''})
+    (tmp_path / name / 'config.json').write_bytes(config.to_json())
+    (tmp_path / name / 'result.json').write_text('{}')
+  with pytest.raises(UserError, match='follow the budget, so a longer run is another'):
+    extend.shorter(config, str(tmp_path / 'long'))
+  with pytest.raises(UserError, match='feign convergence'):
+    cells.cell(**{'train.stop_gain': 0.1})
+
+
+def test_a_run_ends_where_it_has_converged_and_resumes_into_the_same(tmp_path):
+  config = cell(2000, **{'train.stop_gain': 0.05})
+  assert training.train(config, str(tmp_path / 'whole')) == 'done'
+  seen = iter([False] * 79 + [True])
+  assert training.train(config, str(tmp_path / 'halves'), should_stop=lambda: next(seen)) == 'preempted'
+  assert training.train(config, str(tmp_path / 'halves')) == 'done'
+  whole, halves = result(tmp_path / 'whole'), result(tmp_path / 'halves')
+  assert 100 <= whole['steps'] < 2000 and whole['tokens'] == 40 * whole['steps'] and whole['tokens_asked'] == 80_000
+  assert (whole['steps'], whole['params_digest']) == (halves['steps'], halves['params_digest'])
+  (tmp_path / 'whole' / 'result.json').unlink()  # killed after the last checkpoint
+  assert training.train(config, str(tmp_path / 'whole')) == 'done'
+  assert result(tmp_path / 'whole')['params_digest'] == halves['params_digest']
+
+
+def test_convergence_is_the_gain_of_the_last_doubling():
+  steps = np.array([1, 10, 32, 56, 100, 178, 316, 562, 1000])
+  falling = [[int(t), float(t**-0.2)] for t in steps]  # gains 13 % at every doubling
+  assert convergence.has_converged(falling, 0.14) and not convergence.has_converged(falling, 0.12)
+  assert not convergence.has_converged(falling, 0.0)
+  assert not convergence.has_converged([[1, 1.0], [10, 1.0], [56, 1.0]], 0.5)  # too early to tell
+  assert not convergence.has_converged([[400, 1.0], [500, 1.0]], 0.5)  # nothing is known of half the steps
+
+
+def test_the_open_recipe_is_the_paper_s_but_for_its_horizons():
+  sizes = {'n_latents': 4096, 'd_model': 576, 'batch_tokens': 2048}
+  short, long = (recipe.ONE_CURVE.hyperparameters(tokens=tokens, **sizes) for tokens in (10**6, 10**9))
+  assert short == long and short['optim.ema_width'] == short['loss.dead_share'] == 0.1
