@@ -10,7 +10,7 @@ import numpy as np
 
 from analysis.fit_result import Fit, fits_of
 from analysis.fitting import uncertainty
-from analysis.laws import Array
+from analysis.law import Array
 from sae_jax import checks
 from sae_jax.errors import UserError
 

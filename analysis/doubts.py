@@ -7,7 +7,7 @@ import pandas as pd
 from scipy import special
 
 from analysis import read_table, seeds, sparsity, table
-from analysis.laws import Array, Law
+from analysis.law import Array, Law
 
 # Columns that count something, so that a broken number in them is another unit or another notation.
 COUNTS = ('n_latents', 'k', 'tokens', 'steps', 'step', 'batch_tokens', 'd_model')

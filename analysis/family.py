@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from analysis import frames, laws, table
+from analysis import frames, table
 from analysis.fit import Fit, fit_weighted
 from analysis.fitting import solve, uncertainty
+from analysis.law import Law, Parameter
 from sae_jax import checks
 from sae_jax.errors import UserError
 
@@ -111,26 +112,26 @@ def fit_family(
   return Family(subjects, *fits)
 
 
-def _law(subjects: tuple[str, ...], separate: bool, floor: bool) -> laws.Law:
+def _law(subjects: tuple[str, ...], separate: bool, floor: bool) -> Law:
   """Constants of the first subject, and of every other its difference to the first. Axis s is that of subject s."""
   first, others = subjects[0], list(enumerate(subjects))[1:]
-  power = [laws.Parameter('ln_a', f'log of the loss at n = 1, {first}', ())]
-  power += [laws.Parameter(f'ln_a_{s}', f'the same of {name}, less that of {first}', (s,)) for s, name in others]
-  power += [laws.Parameter('b', f'exponent of n{f", {first}" if separate else ""}', (0,), 'exponent')]
+  power = [Parameter('ln_a', f'log of the loss at n = 1, {first}', ())]
+  power += [Parameter(f'ln_a_{s}', f'the same of {name}, less that of {first}', (s,)) for s, name in others]
+  power += [Parameter('b', f'exponent of n{f", {first}" if separate else ""}', (0,), 'exponent')]
   if separate:
     power += [
-      laws.Parameter(f'b_{s}', f'exponent of {name}, less that of {first}', (0, s), 'exponent') for s, name in others
+      Parameter(f'b_{s}', f'exponent of {name}, less that of {first}', (0, s), 'exponent') for s, name in others
     ]
   terms = [tuple(power)]
   if floor:
     terms.append(
       (
-        laws.Parameter('ln_e', f'log of the irreducible loss, {first}', ()),
-        *(laws.Parameter(f'ln_e_{s}', f'the same of {name}, less that of {first}', (s,)) for s, name in others),
+        Parameter('ln_e', f'log of the irreducible loss, {first}', ()),
+        *(Parameter(f'ln_e_{s}', f'the same of {name}, less that of {first}', (s,)) for s, name in others),
       )
     )
   kind = 'b_s' if separate else 'b'
   formula = f'L_s(n) = {"e_s + " if floor else ""}a_s n^-{kind}'
   axes = ('n_latents', *(f'is_{s}' for s, _ in others))
   # No floor is named: whether one is identified is a question to each subject's own power law.
-  return laws.Law(f'family_{"separate" if separate else "common"}', formula, formula, axes, tuple(terms), None)
+  return Law(f'family_{"separate" if separate else "common"}', formula, formula, axes, tuple(terms), None)

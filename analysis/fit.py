@@ -16,6 +16,7 @@ import pandas as pd
 from analysis import doubts, laws, seeds, table
 from analysis.fit_result import Fit, warning_lines, write_json
 from analysis.fitting import likelihood_profile, resample, solve, uncertainty
+from analysis.law import Law
 from sae_jax import checks
 from sae_jax.errors import UserError, one_line_errors
 
@@ -126,7 +127,7 @@ def fit_law(
 
 def resamples(
   points: pd.DataFrame,
-  law: laws.Law,
+  law: Law,
   x: Sequence[str],
   group: str | None,
   bootstrap: int,
@@ -145,7 +146,7 @@ def resamples(
 
 def fit_weighted(
   points: pd.DataFrame,
-  law: laws.Law,
+  law: Law,
   x: tuple[str, ...],
   y: str,
   weight_BN: Array,
@@ -221,7 +222,7 @@ def fit_weighted(
 
 
 def _held_out(
-  law: laws.Law,
+  law: Law,
   x: tuple[str, ...],
   u_NQ: Array,
   v_N: Array,

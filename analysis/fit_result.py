@@ -11,6 +11,7 @@ import pandas as pd
 
 from analysis import laws, table
 from analysis.fitting import uncertainty
+from analysis.law import Law
 from sae_jax import checks, files
 from sae_jax.errors import UserError
 
@@ -21,7 +22,7 @@ Array = np.ndarray
 class Fit:
   """A law with estimates, intervals, diagnostics and the points it was fitted to."""
 
-  law: laws.Law
+  law: Law
   x: tuple[str, ...]
   y: str
   objective: str

@@ -16,6 +16,7 @@ from analysis import frames, laws, table
 from analysis.fit import fit_law, fit_weighted, resamples, with_holdout
 from analysis.fit_result import Fit
 from analysis.fitting import solve, uncertainty
+from analysis.law import Law
 from sae_jax import checks
 from sae_jax.errors import UserError
 
@@ -128,7 +129,7 @@ def _values(points: pd.DataFrame, by: str, used: tuple[str, ...]) -> tuple[str, 
 
 def _common(
   points: pd.DataFrame,
-  law: laws.Law,
+  law: Law,
   x: tuple[str, ...],
   y: str,
   by: str,
@@ -170,9 +171,7 @@ def _common(
   return dataclasses.replace(shown_fit, diagnostics=shown_fit.diagnostics | {'by': by, 'values': list(values)})
 
 
-def _laws(
-  law: laws.Law, by: str, values: tuple[str, ...], inside: list[str]
-) -> tuple[laws.Law, laws.Law, dict[str, tuple[str, ...]]]:
+def _laws(law: Law, by: str, values: tuple[str, ...], inside: list[str]) -> tuple[Law, Law, dict[str, tuple[str, ...]]]:
   """The common law twice, and of every constant of the second the constants of the first whose sum it is.
 
   The first has the constants of the first curve and differences to it, and is solved for. The second has those of
@@ -197,13 +196,13 @@ def _laws(
   formula = f'{law.formula}, with {", ".join(p.name for p in law.parameters if not p.factors)} of each {by}'
   both = [
     # No floor is named: whether one is identified is a question to each curve's own fit.
-    laws.Law(law.name, formula, law.latex, (*law.axes, *columns), tuple(map(tuple, terms)), None, len(columns))
+    Law(law.name, formula, law.latex, (*law.axes, *columns), tuple(map(tuple, terms)), None, len(columns))
     for terms, columns in ((solved, inside[1:]), (read, inside))
   ]
   return both[0], both[1], parts
 
 
-def _by_curve(fit: Fit, shown: laws.Law, parts: dict[str, tuple[str, ...]], x: tuple[str, ...], delta: float) -> Fit:
+def _by_curve(fit: Fit, shown: Law, parts: dict[str, tuple[str, ...]], x: tuple[str, ...], delta: float) -> Fit:
   """The same fit with the constants of every curve in place of differences to the first."""
   change_PP = np.array([[float(name in parts[p.name]) for name in fit.law.names] for p in shown.parameters])
   theta_P, draws_BP = change_PP @ fit.theta_P, fit.draws_BP @ change_PP.T

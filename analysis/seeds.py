@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import special
 
 from analysis import sparsity, table
-from analysis.laws import Array
+from analysis.law import Array
 
 _ALIKE = ('setting', 'learning_rate')  # with the variables of the law, what repeats have in common
 _SEEDS = ('seed', 'data_seed')

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import special
 
 from analysis.fitting.uncertainty import TAILS
-from analysis.laws import Array
+from analysis.law import Array
 
 FLAT = 0.003  # relative rise over the whole valley below which no choice is better than another
 _NAMED = 6  # reasons given in a message

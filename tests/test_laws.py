@@ -1,9 +1,13 @@
+import importlib
+import json
 import pathlib
+import re
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from analysis import laws, table
+from analysis import fit, laws, plots, table
 
 GAO = str(pathlib.Path(laws.__file__).parent / 'data' / 'gao2024_gpt4_L_n_k.csv')
 PLOTTED = dict(
@@ -67,3 +71,24 @@ def test_law_starts_are_finite_and_at_the_level_of_the_data(law):
   assert theta_MP.shape == (50, len(law.names))
   f_MN, *_ = law.log_prediction(theta_MP, u_NQ)
   assert np.isfinite(f_MN).all() and abs(np.median(f_MN) - v_N.mean()) < 1
+
+
+def test_a_law_is_added_by_one_file_and_its_entry(tmp_path, monkeypatch, capsys):
+  """The file is the one that docs/add_a_law.md shows."""
+  page = (pathlib.Path(laws.__file__).parents[1] / 'docs' / 'add_a_law.md').read_text()
+  (tmp_path / 'bent.py').write_text(re.findall(r'```python\n(.*?)```', page, re.DOTALL)[0])
+  monkeypatch.syspath_prepend(tmp_path)
+  added = importlib.import_module('bent').BENT
+  monkeypatch.setitem(laws.LAWS, added.name, added)
+  n = np.geomspace(100, 10_000, 7)
+  table_of = pd.DataFrame({'n_latents': n, 'nmse': 3 * n ** -(0.2 + 0.02 * np.log(n))})
+  table_of.to_csv(tmp_path / 'points.csv', index=False)
+  how = ['--law=bent', '--bootstrap=5', '--holdout=n_latents>5000', f'--json={tmp_path / "fit.json"}']
+  with pytest.raises(SystemExit) as code:
+    fit.main([str(tmp_path / 'points.csv'), *how])
+  assert code.value.code == 0 and added.formula in capsys.readouterr().out
+  entry = json.loads((tmp_path / 'fit.json').read_text())
+  assert [p['estimate'] for p in entry['params'].values()] == pytest.approx([3, 0.2, 0.02], rel=1e-6)
+  assert entry['holdout']['max_rel_err'] < 1e-6
+  (ax,) = plots.power(fit.fit_law(table_of, 'bent', bootstrap=0)).axes
+  assert r'n^{-(b + c \ln n)}' in ax.get_title()

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.fit_result import Fit
-from analysis.laws import SYMBOLS, Array
+from analysis.law import Array
+from analysis.laws import SYMBOLS
 from analysis.sparsity import MEASURED, at, gathered
 from sae_jax import checks
 

@@ -9,7 +9,7 @@ from scipy import special
 
 from analysis.fitting import solve
 from analysis.fitting.uncertainty import LEVEL
-from analysis.laws import Array, Law
+from analysis.law import Array, Law
 
 _FAR = 30.0  # change of the log of a term, beyond the level of the data, at which the search ends
 _ROUNDS = 80

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import frames
-from analysis.laws import Array
+from analysis.law import Array
 from sae_jax import checks
 from sae_jax.errors import UserError
 

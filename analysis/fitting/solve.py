@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis.laws import Array, Law
+from analysis.law import Array, Law
 from sae_jax.errors import UserError
 
 _STARTS = 200

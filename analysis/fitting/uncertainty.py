@@ -4,7 +4,7 @@ import numpy as np
 from scipy import special
 
 from analysis import table
-from analysis.laws import Array, Law
+from analysis.law import Array, Law
 
 LEVEL = 0.9  # of every interval
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
