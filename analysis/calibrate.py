@@ -199,18 +199,12 @@ def _save(figure: Figure, path: str) -> None:
     raise UserError(f'cannot write {path} ({error}); choose another --figure, e.g. calibration.png') from None
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(text: str, kind: type[int] | type[float] = int) -> list[float]:
   try:
-    return [float(part) for part in text.split(',')]
+    return [kind(part) for part in text.split(',')]
   except ValueError:
-    raise UserError(f'{text[:80]!r} is not a list of numbers; write them with commas: 0.05,0.1') from None
-
-
-def _whole(text: str) -> list[int]:
-  try:
-    return [int(part) for part in text.split(',')]
-  except ValueError:
-    raise UserError(f'{text[:80]!r} is not a list of whole numbers; write them with commas: 2048,4096') from None
+    what, example = ('whole numbers', '2048,4096') if kind is int else ('numbers', '0.05,0.1')
+    raise UserError(f'{text[:80]!r} is not a list of {what}; write them with commas: {example}') from None
 
 
 @one_line_errors
@@ -236,9 +230,11 @@ def main(argv: list[str]) -> int:
     return 0
   if not (args.n_latents and (args.k or args.sparsity) and args.out):
     raise UserError('give --n_latents, --k and --out to predict, or --check=FILE to compare')
-  targets = [{'k': k} for k in _whole(args.k)] if args.k else [{'sparsity': c} for c in _numbers(args.sparsity)]
+  targets = (
+    [{'k': k} for k in _numbers(args.k)] if args.k else [{'sparsity': c} for c in _numbers(args.sparsity, float)]
+  )
   family = {'activation': args.activation} if args.activation else {}
-  sizes = [{'n_latents': n} | target | family for n, target in itertools.product(_whole(args.n_latents), targets)]
+  sizes = [{'n_latents': n} | target | family for n, target in itertools.product(_numbers(args.n_latents), targets)]
   record = write_predictions(args.ledger, sizes, args.out)
   for p in record['predictions']:
     at = {key: p[key] for key in ('n_latents', *sparsity.KEYS) if key in p}

@@ -1,7 +1,7 @@
 """Whether autoencoders are at convergence, and the tokens that takes: T ~ n^p.
 
-The criterion: a run has converged at the first T from which on a doubling of its tokens improves NMSE by less
-than eps, relative. Runs that never show that are named and left out; they are not counted as converged at their end.
+The criterion: a run has converged at the first T from which on a doubling of its tokens improves NMSE by less than eps,
+relative. Runs that never show that are named and left out. They do not count as converged at their end.
 """
 
 import itertools

@@ -1,7 +1,11 @@
-"""L_s(n) of several subjects: does a larger subject only need more latents, or is its exponent another one too?
+"""L_s(n), the law of the loss of several subjects s.
 
-Both are fitted: one exponent common to all subjects, and one each; levels are always each subject's own. As a sum of
-exponentials of linear forms this is one law, with a column per subject that is e inside it and 1 outside.
+The question: does a larger subject need more latents for the same loss, or does its loss also fall with another exponent?
+So the same points are fitted twice. In one fit all subjects share one exponent. In the other each has its own. The level
+of the loss is each subject's own in both.
+
+Either fit is one law over all points. What tells the subjects apart is a column for each of them, which is e in its own
+rows and 1 in the others: its log, 1 or 0, switches a constant of that subject on or off.
 """
 
 import dataclasses

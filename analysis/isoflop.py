@@ -1,7 +1,7 @@
 """IsoFLOP profiles: for a compute budget, the loss of every size trained with it, and the size that does best.
 
-A profile is a valley in log n (see `valley`); budgets whose best size is at the edge of those tried, or whose
-parabola opens downwards, or is flat, are refused and named. Through the others goes n_opt = c C^p.
+A profile is a valley in log n (see `valley`). A budget is refused, and named, where the valley has no bottom: the best size
+is at the edge of those tried, the parabola opens downwards, or it is flat. Through the others goes n_opt = c C^p.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def profiles(
   """The points of every profile, and one row a budget.
 
   A run's loss at a budget is interpolated in logs between its measurements; runs that had not spent it, or were in
-  the first twentieth of theirs, are not in that profile. Compare runs of one k.
+  the first twentieth of theirs, are not in that profile. Compare runs of one family and target.
 
   Returns:
     points: budget, id, n_latents, y.
@@ -113,10 +113,10 @@ def fit_best_size(
 ) -> Fit:
   """The law n_opt = c C^p through the minima of the profiles.
 
-  Budgets read the same runs, so their minima err together and the scatter around the law does not show it. The
-  intervals therefore come from resamples of whole runs: every profile and minimum is built again without the runs
-  left out, and the law through those minima; or from standard errors where these are wider. Still a little narrow:
-  on planted valleys a 90 % interval held the exponent in 83 % of sets of 9 runs and of 27.
+  Budgets read the same runs, so their minima err together, and the scatter around the law does not show it. The intervals
+  therefore come from resamples of whole runs. In each, every profile is built again without the runs left out, then its
+  minimum, then the law through the minima. Where standard errors are wider, those count. Even so the intervals are a
+  little too narrow (LOG.md has the coverage).
 
   Raises:
     UserError: fewer than two budgets have a minimum.

@@ -1,8 +1,8 @@
 """What an autoencoder of a size not trained yet would reach, and what it would cost.
 
-The prediction is of one new cell trained like the ledger's: same tokens, same data. Its 90 % interval holds the
-uncertainty of the law and the scatter of cells around it; it cannot hold the law being wrong far from the data, so
-the decades of extrapolation and the error on held-out cells stand beside it.
+The prediction is of one new cell of one family, trained like the ledger's: same tokens, same data. Its 90 % interval holds
+the uncertainty of the law and the scatter of cells around it. It cannot hold the law being wrong far from the data. So the
+decades of extrapolation and the error on held-out cells stand beside it.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from sae_jax.errors import UserError, one_line_errors
 _FAR = 1.0  # decades beyond the data from which an extrapolation is warned of
 _MOST = 10**15  # latents; guards against nonsense, not a limit of anything
 SPARSE = (*sparsity.TARGETS, sparsity.MEASURED)  # what the sparsity of a prediction can be given in
-_WHOLE = ('n_latents', 'k')
 _NEAR = 1.1  # factor within which one L0 is like another
 
 
@@ -182,41 +181,39 @@ def parse_at(text: str) -> dict[str, float | str]:
 def _size(at: Mapping[str, Any]) -> dict[str, float | str]:
   if not isinstance(at, Mapping):
     raise UserError(f'at={checks.shown(at)} is not a size; give {{"n_latents": 8192, "k": 32}}')
-  sparse = [key for key in at if key in SPARSE]
-  if len(sparse) != 1 or {*at} - {'activation'} != {'n_latents', *sparse}:
+  sparse = next((key for key in at if key in SPARSE), '')
+  if {*at} - {'activation'} != {'n_latents', sparse}:
     names = ', '.join(str(key)[:40] for key in at) or 'nothing'
     raise UserError(
       f'a prediction is made at n_latents and k (or l0, or sparsity), not at {names}; write n_latents=8192,k=32'
     )
-  size: dict[str, float | str] = {}
-  for key in ('n_latents', *sparse):
-    value = at[key]
-    if key in _WHOLE:
-      value = int(value) if isinstance(value, float) and value.is_integer() else value  # as a column with gaps holds it
-      if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= _MOST:
-        raise UserError(f'{key}={checks.shown(value)} is not a whole number of at least 1; give one, e.g. {key}=32')
-      size[key] = int(value)
-    else:
-      size[key] = checks.positive(key, value, 'write n_latents=8192,l0=32')
+  size = {key: _whole(key, at[key]) for key in ('n_latents', sparse) if key in ('n_latents', 'k')}
+  if sparse not in size:
+    size[sparse] = checks.positive(sparse, at[sparse], 'write n_latents=8192,l0=32')
+  if sparse != 'sparsity' and size[sparse] > size['n_latents']:
+    raise UserError(f'{sparse}={size[sparse]} exceeds n_latents={size["n_latents"]}; lower {sparse} or raise n_latents')
   if 'activation' in at:
-    size['activation'] = checks.text('activation', at['activation'], 'name a family of the ledger')
-  active, latents = float(at[sparse[0]]), float(at['n_latents'])
-  if 'sparsity' not in at and active > latents:
-    raise UserError(f'{sparse[0]}={active:g} exceeds n_latents={latents:g}; lower {sparse[0]} or raise n_latents')
+    return size | {'activation': checks.text('activation', at['activation'], 'name a family of the ledger')}
   return size
+
+
+def _whole(key: str, value: Any) -> int:
+  if isinstance(value, float) and value.is_integer():  # a column of whole numbers with gaps holds them so
+    value = int(value)
+  if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= _MOST:
+    raise UserError(f'{key}={checks.shown(value)} is not a whole number of at least 1; give one, e.g. {key}=32')
+  return int(value)
 
 
 def _family(done: pd.DataFrame, at: Mapping[str, float | str]) -> pd.DataFrame:
   """The cells of the family that `at` names, or of the only one."""
   names = sorted(done['activation'].dropna().unique())
-  if 'activation' not in at:
-    if len(names) > 1:
-      raise UserError(f'the ledger has cells of {", ".join(names)}; name one of them: activation={names[0]}')
-    return done
-  if at['activation'] not in names:
-    raise UserError(f'no finished cell of activation={at["activation"]}; the ledger has {", ".join(names) or "none"}')
-  mine = done[done['activation'] == at['activation']]
-  return mine.reset_index(drop=True)
+  name = at.get('activation', names[0] if len(names) == 1 else None)
+  if names and name is None:
+    raise UserError(f'the ledger has cells of {", ".join(names)}; name one of them: activation={names[0]}')
+  if name is not None and name not in names:
+    raise UserError(f'no finished cell of activation={name}; the ledger has {", ".join(names) or "none"}')
+  return done if len(names) < 2 else done[done['activation'] == name].reset_index(drop=True)
 
 
 def _check_near(best: pd.DataFrame, sparse: str, value: float) -> None:

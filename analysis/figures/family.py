@@ -1,4 +1,4 @@
-"""The figure of a family: loss against latents, one line a subject."""
+"""The figure of several subjects: loss against latents, one line a subject."""
 
 from collections.abc import Sequence
 

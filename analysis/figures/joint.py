@@ -1,4 +1,4 @@
-"""The figure of a law over two variables: one curve a value of the second."""
+"""The figure of a law over two variables: one along the axis, a curve for every value of the other."""
 
 import numpy as np
 from matplotlib.figure import Figure

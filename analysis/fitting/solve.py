@@ -1,10 +1,10 @@
 """Fits a law many times at once: hundreds of starts and resamples in one batched Levenberg-Marquardt.
 
-Steps are turned to second order, for a law with a floor has narrow curved valleys.
+Ours, because scipy solves one problem at a time. The objective is the sum over points of r^2 / 2, or of Huber(r), where r
+is ln predicted - ln observed. Least squares is Huber with delta = inf. Everything is float64 and in fit coordinates.
 
-Everything is float64 and in fit coordinates. The objective is the sum over points of r^2 / 2, or Huber(r), where r
-is ln predicted - ln observed; logls is delta = inf. No variable projection: on logs a sum of terms is not linear in
-its amplitudes, so projecting needs an inner iteration, which finds the same optimum.
+A law with a floor has narrow curved valleys, so every step follows their bend (see `_solve_chunk`). Amplitudes are not
+projected out: on logs a sum of terms is not linear in them.
 """
 
 import dataclasses
@@ -25,13 +25,24 @@ _CHUNK = 2_000_000  # numbers in one batch of Jacobians
 def estimate(
   law: Law, u_NQ: Array, v_N: Array, weight_N: Array, delta: float, rng: np.random.Generator
 ) -> tuple[Array, float, float, Array]:
-  """Best parameters of many starts, their objective, the share of starts that agree, and how far those lie apart."""
+  """The best fit of many starts.
+
+  Args:
+    weight_N: of every row; a row of weight 0 is not fitted.
+    delta: where Huber turns from squares to absolute values; inf for least squares.
+
+  Returns:
+    The parameters, in fit coordinates, and their objective.
+    The share of starts that agree: those that end within 1 % of the best objective.
+    The range of every published constant over the starts that agree. Where it is wide, the points do not determine the
+    constant.
+  """
   on = weight_N > 0
   u, v = u_NQ[on], v_N[on]
   every = np.zeros(_STARTS, int)
   theta_MP, value_M = _solve(law, u, v, weight_N[None, on], every, law.starts(u, v, _STARTS, rng), delta)
   best = np.nanargmin(value_M)
-  # An exact fit ends in rounding noise, where 1 % of the objective means nothing: count rms 1e-6 as equal too.
+  # An exact fit ends in rounding noise, where 1 % of the objective means nothing. So an rms of 1e-6 agrees, too.
   agree_M = value_M <= 1.01 * value_M[best] + 0.5e-12 * weight_N.sum()
   spread_P = np.ptp(law.outside(theta_MP[agree_M]), axis=0)
   return theta_MP[best], float(value_M[best]), float(agree_M.mean()), spread_P

@@ -46,9 +46,10 @@ def band(
 ) -> tuple[Array, Array]:
   """Ends [M] of the 90 % interval of the log loss at points: of the law, or of one new observation with `residual_N`.
 
-  The wider, at each end, of two: resampled laws (with resampled residuals, scaled for the constants that were
-  fitted), and standard errors with Student's t. Alone, the first is too narrow on few points, where resamples leave
-  out whole sizes, and the second knows nothing of a curved law far away. NaN when there is neither.
+  It is the wider, at each end, of two. One is from resampled laws. For a new observation, resampled residuals are added
+  to them, scaled for the constants that were fitted. Alone it is too narrow on few points, where resamples leave out
+  whole sizes. The other is from standard errors with Student's t. Alone it knows nothing of a curved law far away. The
+  ends are NaN where there is neither.
   """
   f_MM, gradient_MMP, _ = law.log_prediction(theta_P[None], u_MQ)
   center_M, gradient_MP = f_MM[0], gradient_MMP[0]
@@ -83,17 +84,30 @@ def correlation(jacobian_NP: Array) -> list[list[float]] | None:
 def params(
   law: Law, theta_P: Array, draws_BP: Array, covariance_PP: Array | None, freedom: int, profile_2P: Array | None = None
 ) -> tuple[dict[str, dict[str, float]], str]:
-  """Estimates with intervals, and how the intervals were made: from resamples, standard errors, both, or 'none'.
+  """Every constant's estimate with the interval to quote, and how the intervals were made.
 
-  Percentiles of resamples are too narrow on the few points a sweep has (measured: a 90 % interval holds the truth in
-  74 % of tables of 4 points of a power law, in 80-86 % of 9 or of 24 of the joint law), so the wider end of both is
-  taken. The ends of the profile (`profile_2P`, as from `likelihood_profile.ends`) stand in for standard errors where there are
-  none, and for those of an irreducible loss that is not identified, which would put it above the data: resamples of
-  such a loss may all end at nothing, or all at the estimate.
+  The interval reaches from `low` to `high`. It is the wider, at each end, of two. One is from the percentiles of
+  resamples. Alone it is too narrow on the few points that a sweep has (LOG.md has the coverage). The other is from
+  standard errors. Without resamples it is from standard errors alone.
 
-  This `low` to `high` is the interval to quote: the resamples in it are of runs or settings, so it holds where points
-  are not independent, and it exists for every objective. The profile beside it is for independent residuals and least
-  squares only; it shows curvature and what nothing bounds.
+  In two cases the profile stands in for standard errors. There are none: the points do not determine the covariance. Or
+  the constant is an irreducible loss that is not identified: its standard error is so large that its end would lie above
+  the data, and its resamples may all end at nothing, or all at the estimate.
+
+  This interval exists for every objective, and it holds where points are not independent, for whole runs or settings are
+  resampled. The profile beside it needs independent residuals and least squares. It shows curvature, and which side of a
+  constant nothing bounds.
+
+  Args:
+    theta_P: the estimates in fit coordinates.
+    draws_BP: the same of every resample; none may have been made.
+    covariance_PP: of the estimates; None where the points do not determine it.
+    freedom: points beyond the constants.
+    profile_2P: as from `likelihood_profile.ends`.
+
+  Returns:
+    By name of the constant its estimate, low, high and standard_error; and the method in words, 'none' where there are no
+    intervals.
   """
   estimate_P = law.outside(theta_P[None])[0]
   deviation_P = np.full(len(theta_P), np.nan) if covariance_PP is None else np.sqrt(np.diagonal(covariance_PP))
