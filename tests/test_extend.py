@@ -80,9 +80,9 @@ def test_a_run_whose_horizons_follow_the_budget_cannot_be_extended(tmp_path):
 
 
 def test_a_run_ends_where_it_has_converged_and_resumes_into_the_same(tmp_path):
-  config = cell(2000, **{'train.stop_gain': 0.12})
+  config = cell(2000, **{'train.stop_gain': 0.2})
   assert training.train(config, str(tmp_path / 'whole')) == 'done'
-  seen = iter([False] * 79 + [True])
+  seen = iter([False] * 58 + [True])
   assert training.train(config, str(tmp_path / 'halves'), should_stop=lambda: next(seen)) == 'preempted'
   assert training.train(config, str(tmp_path / 'halves')) == 'done'
   whole, halves = result(tmp_path / 'whole'), result(tmp_path / 'halves')
