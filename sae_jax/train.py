@@ -151,6 +151,8 @@ def _train_together(
       member.begin()
     # Whoever ended between its last checkpoint and its result.
     finish([m for m in members if m.converged], evaluated=False)
+    if not going():
+      return
     for at, x_BD in enumerate(feed.batches(source, mesh, batch, start, steps), start + 1):
       before = newest()
       states, values = compiled(*before)(tuple(m.state for m in before), x_BD)
