@@ -11,7 +11,7 @@ import jax.numpy as jnp
 _START = 0.05  # coefficient, in units of the NMSE
 _MEMORY = 0.9  # of the running mean of the error
 _PULL, _DAMPING, _MOST = 0.01, 1.0, 0.1
-_FULL_STEPS = 200  # with full gains
+_FULL_STEPS = 1000  # with full gains; then they fall as 1 over the steps
 
 
 def start() -> dict[str, jax.Array]:

@@ -14,10 +14,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import sae_jax
-from sae_jax import sae, sharding
+from experiments import tiny
+from sae_jax import config, sae, sharding, topk
 from sae_jax import train as training
 from sae_jax.axes import Shard
 from sae_jax.config import LossConfig, MeshConfig, SAEConfig
+from sae_jax.data.source import open_source
+from sae_jax.families import cs294a
 from sae_jax.families.family import NAMES, family
 from tests import cells
 
@@ -261,3 +264,87 @@ def test_flops_of_a_penalised_cell_count_the_latents_that_were_active(tmp_path):
   per_active = (result['flops_useful'] - encoder) / (20 * 8 * d * batch)  # without AuxK, which the threshold leaves out
   l0s = [line['train/l0'] for line in lines]
   assert min(l0s) < per_active < max(l0s) and result['k'] == 9
+
+
+# ----- a planted dictionary
+
+
+def recovered(folder, config) -> float:
+  """Mean over the planted directions of the largest cosine with a decoder row."""
+  w_FD = np.asarray(sae_jax.load(folder, 'raw').sae.w_dec_FD[...])
+  cosine_GF = open_source(config).dictionary_GD @ (w_FD / np.linalg.norm(w_FD, axis=1, keepdims=True)).T
+  return float(cosine_GF.max(1).mean())
+
+
+def planted(name: str, steps: int, **overrides):
+  """64 directions, 3 of them active on average."""
+  known = family(name)
+  own = {'sae.k': 3} if known.penalised and known.steered else {'sae.k': 4}
+  own = own if known.steered else {'sae.k': None, 'loss.sparsity': 0.01}
+  settings = {'sae.activation': name, 'train.tokens': 256 * steps, 'train.checkpoint_every': 10**6} | own | overrides
+  return config.resolve(config.override(tiny.get_config(), settings))
+
+
+def test_steering_finds_its_target_without_swings_and_directions_are_recovered(tmp_path):
+  steered = [planted(name, 1600, **{'sae.k_aux': 0, 'eval.per_decade': 12}) for name in ('relu', 'gated')]
+  folders = [tmp_path / one.sae.activation for one in steered]
+  training.train_group([(one, str(folder)) for one, folder in zip(steered, folders, strict=True)])
+  for one, folder in zip(steered, folders, strict=True):
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    late = [line['eval/l0'] for line in lines if line['step'] > 800]
+    assert len(late) > 3 and max(abs(np.log(l0 / 3)) for l0 in late) < 0.1, late
+    assert lines[0]['train/l0'] > 50 and recovered(folder, one) > 0.9
+
+
+@pytest.mark.storm
+@pytest.mark.parametrize('mesh', [(1, 1), (2, 4)])
+# The sigmoid autoencoder of the notes has no sparse codes, and finds no directions.
+@pytest.mark.parametrize('name', [name for name in NAMES if name != 'cs294a'])
+def test_a_planted_dictionary_is_recovered(name, mesh, tmp_path):
+  one = planted(name, 800, **{'mesh.data': mesh[0], 'mesh.latent': mesh[1]})
+  assert training.train(one, str(tmp_path)) == 'done'
+  assert recovered(tmp_path, one) > 0.9
+
+
+# ----- what families share
+
+
+def codes_of(name: str, product_BF, **latents):
+  zeros = {'b_enc_F': jnp.zeros(F)} | {key: jnp.zeros(F) for key in sae.kind_of(size_of(name)).latents}
+  zs, penalty_B = sae.kind_of(size_of(name)).codes(product_BF, zeros | latents, size_of(name))
+  return zs, penalty_B
+
+
+def test_families_meet_where_their_parameters_do():
+  product_BF = jax.random.normal(jax.random.key(0), (B, F))
+  (relu_BF,), sum_B = codes_of('relu', product_BF)
+  (gated_BF, gate_BF), gate_B = codes_of('gated', product_BF)
+  for found in (gated_BF, gate_BF, codes_of('jumprelu_step', product_BF, log_theta_F=jnp.full(F, -30.0))[0][0]):
+    np.testing.assert_array_equal(found, relu_BF)
+  np.testing.assert_array_equal(gate_B, sum_B)
+  for name in ('prolu_relu', 'prolu_ste'):  # a bias that is not negative changes nothing
+    np.testing.assert_array_equal(codes_of(name, product_BF, b_enc_F=jnp.full(F, 0.5))[0][0], relu_BF)
+  counted_B = codes_of('jumprelu_step', product_BF, log_theta_F=jnp.zeros(F))[1]
+  np.testing.assert_array_equal(counted_B, (product_BF > 1).sum(1))
+
+
+def test_selections_are_topk_where_there_is_nothing_else_to_choose():
+  def select(name, rows, **knobs):
+    bias_F, xc_BD = jnp.zeros(F), jnp.zeros((rows, D))
+    product_BF = jax.random.normal(jax.random.key(1), (rows, F))
+    pre = topk.Preactivations(product_BF, lambda _: product_BF, xc_BD, bias_F)
+    kind, size = sae.kind_of(size_of(name)), size_of(name, **knobs)
+    parts = kind.parts(pre, size, Shard(), jnp.asarray(10**6)) if kind.parts else (kind.select(pre, size, Shard()),)
+    dense_BF = np.zeros((rows, F))
+    for part in parts[: kind.main % len(parts) + 1]:
+      np.put_along_axis(dense_BF, np.asarray(part.idx_BK), np.asarray(part.z_BK), axis=1)
+    return dense_BF
+
+  np.testing.assert_array_equal(select('batchtopk', 1), select('topk', 1))
+  for name, knobs in (('multitopk', {}), ('matryoshka', {'levels': 1}), ('ksparse', {})):
+    np.testing.assert_array_equal(select(name, B, **knobs), select('topk', B))
+
+
+def test_the_penalty_of_the_notes_is_at_rest_where_the_mean_is_as_asked():
+  pull = jax.grad(lambda mean: cs294a.divergence(mean, 0.05))
+  assert abs(float(pull(0.05))) < 1e-6 and float(pull(0.2)) > 0 > float(pull(0.01))
