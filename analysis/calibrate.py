@@ -34,8 +34,8 @@ _NUMBERS = ('nmse', 'low', 'high', 'tokens', 'decades_beyond')
 class Calibration:
   """Predictions beside what was measured.
 
-  `cells` has one row a trained cell: n_latents, its target (k or sparsity), id, predicted, low, high, measured, rel_err (predicted over
-  measured, less one), inside. `missing` lists predictions without a finished cell.
+  `cells` has one row a trained cell: n_latents, its target (k or sparsity), id, predicted, low, high, measured, rel_err
+  (predicted over measured, less one), inside. `missing` lists predictions without a finished cell.
   """
 
   cells: pd.DataFrame
@@ -100,6 +100,10 @@ def write_predictions(
   """
   seen = read_ledger.load_ledger(ledger)
   for at in sizes:
+    if not sparsity.target(at):
+      raise UserError(
+        f'{_said(at, ", ")} is asked of no cell, which has a k or a coefficient; predict at k or sparsity'
+      )
     if len(known := sparsity.at(seen, at)):
       raise UserError(f'{_said(at, ", ")} is cell {known["id"].iloc[0]} of the ledger; predict sizes it does not hold')
   if files.exists(out):

@@ -51,7 +51,9 @@ def tokens_to_convergence(curves: pd.DataFrame, eps: float = EPS) -> pd.DataFram
 
 
 def fit_convergence(curves: pd.DataFrame, eps: float = EPS, *, bootstrap: int = 500) -> Fit:
-  """The law T = c n^p through the runs that converged; give it runs of one family and target, at the best learning rate.
+  """The law T = c n^p through the runs that converged.
+
+  Give it runs of one family and target, at the best learning rate.
 
   Raises:
     UserError: fewer than two sizes converged.
@@ -86,9 +88,9 @@ def unconverged_warnings(curves: pd.DataFrame, ids: pd.Series, eps: float = EPS)
 def risen_cells(best: pd.DataFrame) -> list[str]:
   """Cells whose loss is not below that of their neighbour with less to work with, by the family's own rule.
 
-  At convergence the loss falls with n at a fixed k, and with k at a fixed n. With a penalty it falls, at a fixed n, with
-  a smaller coefficient. It need not fall with n at a fixed coefficient, where the larger autoencoder may choose to be
-  sparser. Each entry names the cells and the comparison.
+  At convergence the loss falls with n at a fixed k, and with k at a fixed n. With a penalty it falls, at a fixed n,
+  with a smaller coefficient. It need not fall with n at a fixed coefficient, where the larger autoencoder may choose to
+  be sparser. Each entry names the cells and the comparison.
   """
   table.positive(best, ['n_latents', 'nmse'])
   sparsity.check(best)

@@ -1,8 +1,8 @@
 """L_s(n), the law of the loss of several subjects s.
 
-The question: does a larger subject need more latents for the same loss, or does its loss also fall with another exponent?
-So the same points are fitted twice. In one fit all subjects share one exponent. In the other each has its own. The level
-of the loss is each subject's own in both.
+The question: does a larger subject need more latents for the same loss, or does its loss also fall with another
+exponent? So the same points are fitted twice. In one fit all subjects share one exponent. In the other each has its
+own. The level of the loss is each subject's own in both.
 
 Either fit is one law over all points. What tells the subjects apart is a column for each of them, which is e in its own
 rows and 1 in the others: its log, 1 or 0, switches a constant of that subject on or off.

@@ -1,8 +1,8 @@
 """L(C): the best loss any run reached for a given compute, and the power law through it.
 
 A point of the envelope is fitted only where runs of at least two sizes had been measured on both sides of its compute.
-Elsewhere it is the learning curve of the one size that exists there, not the best choice of a size. The first steps of a
-run do not count: their loss is that of the initialisation, which falls with n for free.
+Elsewhere it is the learning curve of the one size that exists there, not the best choice of a size. The first steps of
+a run do not count: their loss is that of the initialisation, which falls with n for free.
 """
 
 from typing import Any
@@ -47,7 +47,8 @@ def fit_frontier(
   """The law L(C) through the envelope of finished runs. Its intervals come from resampling runs, not points.
 
   Args:
-    curves: as from `read_ledger.load_curves`; compare runs of one family and target, since a larger k lowers every loss.
+    curves: as from `read_ledger.load_curves`; compare runs of one family and target, since a larger k lowers
+      every loss.
     x: column of the compute.
     holdout: one comparison on the columns of `curves`, e.g. 'n_latents>=8192': the envelope is built again without
       those measurements and predicts the points they contributed.

@@ -1,10 +1,10 @@
 """Several curves in one table: a fit to each of them, and one law that they have in common.
 
-In the common law, exponents are shared and levels are not. An exponent is a constant that multiplies the log of a variable.
-A level multiplies none: e, a, alpha, zeta. So every curve has a level of its own.
+In the common law, exponents are shared and levels are not. An exponent is a constant that multiplies the log of a
+variable. A level multiplies none: e, a, alpha, zeta. So every curve has a level of its own.
 
-The common law is solved like any other. A column for each curve is e in its own rows and 1 in the others: its log, 1 or 0,
-switches the level of that curve on or off.
+The common law is solved like any other. A column for each curve is e in its own rows and 1 in the others: its log, 1 or
+0, switches the level of that curve on or off.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """IsoFLOP profiles: for a compute budget, the loss of every size trained with it, and the size that does best.
 
-A profile is a valley in log n (see `valley`). A budget is refused, and named, where the valley has no bottom: the best size
-is at the edge of those tried, the parabola opens downwards, or it is flat. Through the others goes n_opt = c C^p.
+A profile is a valley in log n (see `valley`). A budget is refused, and named, where the valley has no bottom: the best
+size is at the edge of those tried, the parabola opens downwards, or it is flat. Through the others goes n_opt = c C^p.
 """
 
 from collections.abc import Sequence
@@ -113,10 +113,10 @@ def fit_best_size(
 ) -> Fit:
   """The law n_opt = c C^p through the minima of the profiles.
 
-  Budgets read the same runs, so their minima err together, and the scatter around the law does not show it. The intervals
-  therefore come from resamples of whole runs. In each, every profile is built again without the runs left out, then its
-  minimum, then the law through the minima. Where standard errors are wider, those count. Even so the intervals are a
-  little too narrow (LOG.md has the coverage).
+  Budgets read the same runs, so their minima err together, and the scatter around the law does not show it. The
+  intervals therefore come from resamples of whole runs. In each, every profile is built again without the runs left
+  out, then its minimum, then the law through the minima. Where standard errors are wider, those count. Even so the
+  intervals are a little too narrow (LOG.md has the coverage).
 
   Raises:
     UserError: fewer than two budgets have a minimum.

@@ -1,6 +1,6 @@
 """What a law is: a sum of exponentials of linear forms in the logarithms of its variables.
 
-That one shape gives log loss, its gradient and its starting points once for all laws. The laws themselves are in `laws`.
+That one shape gives log loss, its gradient and its starting points once for all laws. The laws are in `laws`.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """What an autoencoder of a size not trained yet would reach, and what it would cost.
 
-The prediction is of one new cell of one family, trained like the ledger's: same tokens, same data. Its 90 % interval holds
-the uncertainty of the law and the scatter of cells around it. It cannot hold the law being wrong far from the data. So the
-decades of extrapolation and the error on held-out cells stand beside it.
+The prediction is of one new cell of one family, trained like the ledger's: same tokens, same data. Its 90 % interval
+holds the uncertainty of the law and the scatter of cells around it. It cannot hold the law being wrong far from the
+data. So the decades of extrapolation and the error on held-out cells stand beside it.
 """
 
 import argparse
@@ -98,7 +98,8 @@ def predict(ledger: str, at: Mapping[str, float | str], *, bootstrap: int = 500)
 
   Args:
     ledger: the folder a sweep wrote.
-    at: `n_latents` and its sparsity: `k` or `sparsity` as it is asked for, or `l0` as it is measured. `activation` names
+    at: `n_latents` and its sparsity: `k` or `sparsity` as it is asked for, or `l0` as it is measured. `activation`
+    names
       the family where the ledger has several.
     bootstrap: resamples behind the interval; 0 takes it from standard errors alone.
 
@@ -159,7 +160,10 @@ def interval(fit: Fit, at: Mapping[str, float]) -> tuple[float, float]:
 
 
 def parse_at(text: str) -> dict[str, float | str]:
-  """'n_latents=8192,k=32', or with a family 'n_latents=8192,l0=30,activation=relu', as a mapping. Raises `UserError` for anything else."""
+  """'n_latents=8192,k=32', or with a family 'n_latents=8192,l0=30,activation=relu', as a mapping.
+
+  Raises `UserError` for anything else.
+  """
   at: dict[str, Any] = {}
   if not isinstance(text, str):
     raise UserError(f'--at {checks.shown(text)} is not a size; write it as n_latents=8192,k=32')

@@ -1,7 +1,7 @@
 """The bottom of a valley: a parabola of the log loss in the log of what was varied, and when there is no bottom.
 
-A least value at the edge of what was tried is no minimum. A parabola that opens downwards has none. A valley flatter than
-its scatter has no best value. Each is refused by name, never passed on as a number.
+A least value at the edge of what was tried is no minimum. A parabola that opens downwards has none. A valley flatter
+than its scatter has no best value. Each is refused by name, never passed on as a number.
 """
 
 import dataclasses

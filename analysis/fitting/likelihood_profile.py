@@ -20,10 +20,11 @@ _ROUNDING = 1e-12  # scatter in log loss that is none
 def ends(law: Law, u_NQ: Array, v_N: Array, theta_P: Array, covariance_PP: Array | None) -> Array:
   """Ends [2, P] of the 90 % profile intervals in fit coordinates, lower first; infinite where there is no end.
 
-  An end is where the sum of squares, least over all other constants, has risen by s^2 F: s^2 is the variance of the
-  residuals and F the 90 % point of F(1, N - P), right for a variance that is estimated too (many points make it the
-  chi-square). No end: the sum stays below that until the constant's term alone would have changed by e^30 beyond
-  the level of the data. All ends are searched at once. NaN with no more points than constants.
+  An end is where the sum of squares, least over all other constants, has risen by s^2 F. Here s^2 is the variance of the
+  residuals and F the 90 % point of F(1, N - P), which is right for a variance that is estimated too.
+
+  There is no end where the sum stays below that until the constant's term alone would have changed by e^30 beyond the
+  level of the data. All ends are searched at once. They are NaN with no more points than constants.
   """
   freedom, width = len(v_N) - len(theta_P), len(theta_P)
   if freedom < 1:

@@ -39,9 +39,9 @@ def weights(
 ) -> Array:
   """Weights [1 + B, N]: ones, then resamples that still have `least` different settings (up to `count` of them).
 
-  Labels are drawn with replacement. With `within`, the rows of a label (its seeds) are drawn again inside it, as often as
-  the label was drawn times their number. That counts the scatter of seeds a little twice. The spread of resamples is too
-  wide for it by a factor of sqrt(3/2) at most: with two seeds and no other scatter.
+  Labels are drawn with replacement. With `within`, the rows of a label (its seeds) are drawn again inside it, as often
+  as the label was drawn times their number. That counts the scatter of seeds a little twice. The spread of resamples is
+  too wide for it by a factor of sqrt(3/2) at most: with two seeds and no other scatter.
   """
   row_N = np.arange(len(label_N))
   members = [row_N[label_N == g] for g in range(int(label_N.max()) + 1)]

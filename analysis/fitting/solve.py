@@ -1,7 +1,7 @@
 """Fits a law many times at once: hundreds of starts and resamples in one batched Levenberg-Marquardt.
 
-Ours, because scipy solves one problem at a time. The objective is the sum over points of r^2 / 2, or of Huber(r), where r
-is ln predicted - ln observed. Least squares is Huber with delta = inf. Everything is float64 and in fit coordinates.
+Ours, because scipy solves one problem at a time. The objective is the sum over points of r^2 / 2, or of Huber(r), where
+r is ln predicted - ln observed. Least squares is Huber with delta = inf. Everything is float64 and in fit coordinates.
 
 A law with a floor has narrow curved valleys, so every step follows their bend (see `_solve_chunk`). Amplitudes are not
 projected out: on logs a sum of terms is not linear in them.

@@ -15,11 +15,15 @@ _VAGUE = np.log(4)  # reach of the log of an irreducible loss beyond which it ma
 def covariance(residual_N: Array, jacobian_NP: Array, delta: float = np.inf) -> Array | None:
   """Covariance of the estimates in fit coordinates; None when the points do not determine it.
 
-  Least squares: s^2 (J^T J)^-1. Huber: the sandwich A^-1 B A^-1 of an M-estimate with slope psi = min(|r|, delta) sign r
-  (Huber 1973): B = sum psi^2 / (N - P) J^T J and A = m J^T J, where m is the mean of psi', that is, the share of
-  residuals within delta. Few residuals are, when delta is below the noise, and the constants draw P of them there; so
-  m is counted within a wider window, less those P, and scaled by delta over its half-width. With delta beyond all
-  residuals both are the same. Independent residuals of one distribution are assumed; outliers may be part of it.
+  Least squares has s^2 (J^T J)^-1.
+
+  Huber has the sandwich A^-1 B A^-1 of an M-estimate (Huber 1973) with slope psi = min(|r|, delta) sign r. In it,
+  B = sum psi^2 / (N - P) J^T J and A = m J^T J, where m is the mean of psi': the share of residuals within delta. Where
+  delta is below the noise few residuals are, and the constants draw P of them there. So m is counted within a wider
+  window, less those P, and scaled by delta over the half-width of the window.
+
+  With delta beyond all residuals both are the same. Both assume independent residuals of one distribution, of which
+  outliers may be part.
   """
   count, width = jacobian_NP.shape
   if count <= width or np.linalg.cond(jacobian_NP) > 1e10:
@@ -91,12 +95,12 @@ def params(
   standard errors. Without resamples it is from standard errors alone.
 
   In two cases the profile stands in for standard errors. There are none: the points do not determine the covariance. Or
-  the constant is an irreducible loss that is not identified: its standard error is so large that its end would lie above
-  the data, and its resamples may all end at nothing, or all at the estimate.
+  the constant is an irreducible loss that is not identified: its standard error is so large that its end would lie
+  above the data, and its resamples may all end at nothing, or all at the estimate.
 
-  This interval exists for every objective, and it holds where points are not independent, for whole runs or settings are
-  resampled. The profile beside it needs independent residuals and least squares. It shows curvature, and which side of a
-  constant nothing bounds.
+  This interval exists for every objective, and it holds where points are not independent, for whole runs or settings
+  are resampled. The profile beside it needs independent residuals and least squares. It shows curvature, and which side
+  of a constant nothing bounds.
 
   Args:
     theta_P: the estimates in fit coordinates.
@@ -106,8 +110,8 @@ def params(
     profile_2P: as from `likelihood_profile.ends`.
 
   Returns:
-    By name of the constant its estimate, low, high and standard_error; and the method in words, 'none' where there are no
-    intervals.
+    By name of the constant its estimate, low, high and standard_error; and the method in words, 'none' where there are
+    no intervals.
   """
   estimate_P = law.outside(theta_P[None])[0]
   deviation_P = np.full(len(theta_P), np.nan) if covariance_PP is None else np.sqrt(np.diagonal(covariance_PP))

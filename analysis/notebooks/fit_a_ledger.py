@@ -29,9 +29,9 @@ BOOTSTRAP = int(os.environ.get('SAE_BOOTSTRAP', '500'))
 # %% [markdown]
 # ## The cells
 #
-# One row a finished cell. What is not finished is listed, never filled in. A law is of one family of autoencoders: the one
-# with most cells, or `SAE_FAMILY`. What sparsity was asked for is k or the coefficient of a penalty; a law over both n and
-# the sparsity takes k or, where there is none, the measured L0.
+# One row a finished cell. What is not finished is listed, never filled in. A law is of one family of autoencoders: here of
+# the one with most cells, or of `SAE_FAMILY`. What sparsity was asked for is k or the coefficient of a penalty. A law
+# over n and the sparsity takes k or, where there is none, the measured L0.
 
 # %%
 table = analysis.load_ledger(LEDGER)

@@ -62,8 +62,8 @@ print('held out:', p.fit.holdout_text() or 'nothing')
 # %% [markdown]
 # ## More tokens or more latents?
 #
-# A law over n and T through the curves of one k, or coefficient, then the split of a budget in closed form. Points of one run are not
-# independent, so runs are resampled, not points. The first tenth of every run is left out.
+# A law over n and T through the curves of one k or coefficient, then the split of a budget in closed form. Points of one
+# run are not independent, so runs are resampled, not points. The first tenth of every run is left out.
 
 # %%
 mine = curves[(curves[asked] == best[asked].max()) & curves['id'].isin(best['id']) & np.isfinite(curves['nmse'])]
