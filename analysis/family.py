@@ -74,7 +74,7 @@ def fit_family(
 ) -> Family:
   """Fits L_s(n) = a_s n^-b and L_s(n) = a_s n^-b_s, or with an irreducible loss e_s of each subject when `floor`.
 
-  Points of one k (and one recipe) belong together. Intervals are from standard errors.
+  Points of one target (and one recipe) belong together. Intervals are from standard errors.
 
   Raises:
     UserError: fewer than two subjects, or a subject with fewer sizes than it has constants.

@@ -76,7 +76,7 @@ def budgets(curves: pd.DataFrame, x: str = 'flops_useful') -> np.ndarray:
   """Compute at which at least three sizes can be compared: what cells were trained for, else six in equal ratios.
 
   Args:
-    curves: as from `load_curves`, of finished runs of one k.
+    curves: as from `load_curves`, of finished runs of one family and target.
     x: column of the compute.
 
   Returns:
