@@ -146,7 +146,7 @@ def _train_together(
   progress = Progress(label, steps * batch, start * batch, visible=jax.process_index() == 0)
   with contextlib.closing(progress):
     if not family(config.sae.activation).penalised:
-      progress.note(_products(config, mesh))
+      progress.say(_products(config, mesh))
     for member in members:
       member.begin()
     # Whoever ended between its last checkpoint and its result.

@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: one bar over the cells, or one plain line a change when nobody watches."""
+"""How far a sweep is: one bar over its cells when a person watches, a plain line a change otherwise."""
 
 import sys
 import time
@@ -6,22 +6,21 @@ import time
 from tqdm import tqdm
 
 from sae_jax import flops, schema
+from sae_jax.progress import Display
 from sweeps import grid, ledger, status
 
 
-class Board:
+class Board(Display):
   """Shows the states of cells, with the time left at the speed of this launch so far."""
 
   def __init__(self, store: ledger.Ledger, states: list[ledger.EntryState]):
+    tqdm.monitor_interval = 0  # no thread of its own: workers are forked from this process
+    super().__init__(sys.stdout, total=len(states), bar_format='{n_fmt}/{total_fmt} cells |{bar}|{postfix} [{elapsed}]')
     self._store, self._begin = store, time.monotonic()
-    self._cost = {s.entry.id: flops.cell_flops(s.entry.cell)['dense'] for s in states}
+    self._cost: dict[str, float] = {}
     self._at_start: float | None = None
     self._line = ''
     self._told: dict[str, int] = {s.entry.id: s.attempts for s in states}
-    self._bar = None
-    if sys.stderr.isatty():
-      tqdm.monitor_interval = 0  # no thread of its own: workers are forked from this process
-      self._bar = tqdm(total=len(states), bar_format='{n_fmt}/{total_fmt} cells |{bar}|{postfix} [{elapsed}]')
 
   def show(self, states: list[ledger.EntryState], jobs: str = '') -> None:
     """Brings the display up to date; `jobs` is said after the cells."""
@@ -35,18 +34,8 @@ class Board:
       self._bar.total, self._bar.n = len(states), counts['done']
       self._bar.set_postfix_str(f'{line}{self._left(states)}')
     elif line != self._line:
-      print(f'{line}{self._left(states)}', flush=True)
+      self.say(f'{line}{self._left(states)}')
     self._line = line
-
-  def say(self, line: str) -> None:
-    if self._bar is not None:
-      self._bar.write(line, file=sys.stderr)
-    else:
-      print(line, flush=True)
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()
 
   def _left(self, states: list[ledger.EntryState]) -> str:
     """Part of the work done, and time left at the speed of this launch so far; cells weigh by their FLOPs."""
@@ -55,7 +44,7 @@ class Board:
       if s.entry.id not in self._cost:
         self._cost[s.entry.id] = flops.cell_flops(s.entry.cell)['dense']
       cost = self._cost[s.entry.id]
-      last = status.progress(self._store, s.entry.id) if s.state == 'running' else None
+      last = status.last_line(self._store, s.entry.id) if s.state == 'running' else None
       ready = min(1.0, last['step'] / s.entry.cell.train.steps) if last else float(s.state == 'done')
       spent += ready * cost
       left += (1 - ready) * cost if s.state in schema.UNFINISHED else 0.0

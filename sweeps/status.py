@@ -31,7 +31,7 @@ _CLEAR = '\033[H\033[2J'
 _TAIL = 1 << 16  # bytes of a log that are searched for the last words of cells
 
 
-def progress(store: ledger.Ledger, cell_id: str) -> dict[str, Any] | None:
+def last_line(store: ledger.Ledger, cell_id: str) -> dict[str, Any] | None:
   """The last line of a cell's metrics, or None before the first."""
   lines = metrics.read_metrics(store.folder(cell_id), cell_id)
   return lines[-1] if lines else None
@@ -71,7 +71,7 @@ def report(store: ledger.Ledger, max_failures: int, every_byte: bool = False) ->
     cost = 0.0 if s.result is not None else flops.cell_flops(s.entry.cell)['dense']
     if s.result is not None:
       row |= {'step': s.result['steps'], 'nmse': s.result['nmse']}
-    elif last := progress(store, s.entry.id):
+    elif last := last_line(store, s.entry.id):
       row |= {'step': last['step'], 'nmse': last.get('eval/nmse')}
       cost *= 1 - min(1.0, last['step'] / row['steps'])
       if s.state == 'running' and all(last.get(key) for key in ('wall_s', 'step', 'tokens', 'flops_dense')):
