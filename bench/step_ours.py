@@ -42,7 +42,10 @@ def just_below(x_BD: np.ndarray, w_FD: np.ndarray, k: int, share: float) -> tupl
 def begin(
   shape: Shape, mesh: tuple[int, ...], ema: bool, dead: float, pool_PBD: np.ndarray, w_FD: np.ndarray
 ) -> tuple[worker.Work, worker.Facts]:
-  """A state with the given weights, its compiled step, and what they report."""
+  """A state with the given weights, its compiled step, and what they report.
+
+  Call it once a process with these sizes: a compiled step is kept, with or without the average of the weights.
+  """
   k = shape[3]
   # Weights that move would wake the latents planted as dead. At rate 0 the update is computed all the same.
   conf = paper_cell(shape, mesh, 0.0 if dead else 1e-4)
@@ -58,7 +61,6 @@ def begin(
 
   # The configuration has no switch for the average of the weights; the peers keep none.
   patch = contextlib.nullcontext() if ema else mock.patch.object(optim, 'ema_update', lambda ema, *_: ema)
-  stepping._programs.cache_clear()  # or a step compiled without this patch would be taken
   with patch:
     init, step = stepping.make_step(conf, devices)
     state = init(jnp.zeros(shape[0]), jnp.float32(shape[0]), jnp.zeros((SAMPLE, shape[0])))
