@@ -490,7 +490,12 @@ def _flat_into(flat: dict[str, Any], section: Any, prefix: str) -> None:
 
 
 def _record(section: Any) -> dict[str, Any]:
-  """The nested values of a configuration that its record holds; see `added` for those that it leaves out."""
+  """What the record of a section holds: its values by name, those of its own sections nested.
+
+  Left out is what would change ids for nothing. Such fields are marked by `schema.added`:
+  a field of some families, in a cell of another family. `of` names the owner and the families.
+  Any other added field, while it has the neutral value.
+  """
   record = {}
   for name, field in section.__dataclass_fields__.items():
     value = getattr(section, name)

@@ -1,7 +1,7 @@
 """Several processes as one program: joining the gang, stopping together, and never leaving a half-dead one.
 
-One process is joined too many when something fails: a Python exception in one rank leaves the others waiting in a
-collective (3 of 5 trials past 50 s), so a rank that raises ends at once and the engine restarts the gang.
+A Python exception in one rank can leave the others waiting in a collective for ever. So a rank that raises ends at once,
+the coordination service ends the others, and the engine restarts the gang.
 """
 
 import atexit
@@ -159,7 +159,7 @@ def _take_preemption_service() -> None:
   """Keeps the service from Orbax, whose thread that ends a save polls it too, with the number of the saved step.
 
   The service takes every number for how far this rank is. After such a poll a SIGTERM stopped the ranks at different
-  steps, and the gang crashed in its next collective (2 of 4 trials with a save just before the signal; none of 6 since).
+  steps, and the gang crashed in its next collective.
   """
   state = _jax_distributed.global_state
   _service.append(state.preemption_sync_manager)

@@ -46,7 +46,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
 
 
 def _is_retired(argument: str) -> bool:
-  """Whether `--config.KEY=VALUE` names a key that is gone. Raises `UserError` unless its value is the neutral one."""
+  """Whether `--config.KEY=VALUE` names a key that is gone. Raises `UserError` when its value is not the neutral one."""
   key, _, text = argument.removeprefix('--config.').partition('=')
   if key in cell.RETIRED and text != str(cell.RETIRED[key][0]):
     cell.without_retired({key: text})

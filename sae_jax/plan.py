@@ -190,10 +190,13 @@ def _large_temporaries(config: Config) -> dict[str, int]:
 
 
 def carries_batch_by_latents(shapes: tuple[str, ...], config: Config) -> bool:
-  """Whether a collective moves something as large as a chip's own block of pre-activations.
+  """Whether a collective moves something as large as a chip's own block of pre-activations, tokens by latents.
 
-  Told by its sides: one that counts tokens, and others that together are no smaller than the chip's latents. The width
-  of an activation is neither, so that weights and reconstructions pass.
+  A plan warns of it: nothing of this size may cross the wire.
+
+  The shapes of what is moved tell. One side must count tokens: of the batch, of a chip, or of a row chunk. The other sides
+  together must be no smaller than the chip's latents. A side as long as an activation is wide counts neither as tokens nor
+  as latents, so that weights and reconstructions are no reason to warn.
   """
   d_model = config.sae.d_model
   rows, latents = config.train.batch_tokens // config.mesh.data, config.sae.n_latents // config.mesh.latent

@@ -73,8 +73,8 @@ def run(config: Config, workdir: str, train: Callable[..., str]) -> int:
 def _claim(workdir: str) -> lease.Lease | None:
   """The lease of a cell's folder for this run; None for a finished cell, and in every process but the first.
 
-  A holder of this machine is known to live or to be dead. One of another is watched until its lease changes or is stale.
-  Raises `UserError` when another process trains the cell, and when it is cancelled.
+  Of a holder of this machine it is known whether it lives. One of another machine is watched until its lease changes or is
+  stale. Raises `UserError` when another process trains the cell, and when it is cancelled.
   """
   refused, held = '', None
   if jax.process_index() == 0 and not files.exists(files.join(workdir, schema.RESULT)):

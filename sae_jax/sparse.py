@@ -26,9 +26,11 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar('forced', d
 
 @contextlib.contextmanager
 def forced(path: str) -> Iterator[None]:
-  """Whatever is traced inside takes this one of `PATHS` on every platform; 'auto' leaves the choice as it was.
+  """Has the sparse products take one of `PATHS`, whatever the platform is.
 
-  'kernels' compiles for CUDA only: see `check`. As a decorator it holds wherever the function is traced.
+  It holds for what is traced inside. As a decorator it holds whenever the function is traced, and wherever.
+  'auto' changes nothing: an outer `forced` still holds, and without one the platform decides. 'kernels' compiles for CUDA
+  only; see `check`.
   """
   if path not in ('auto', *PATHS):
     raise ValueError(f'path {path!r} is none of {PATHS}')

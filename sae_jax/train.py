@@ -1,8 +1,8 @@
 """Train one autoencoder: `python -m sae_jax.train --config=experiments/tiny.py --workdir=runs/tiny`.
 
-A run is a pure function of its configuration. It can be killed at any moment and started again: the state comes
-from the newest good checkpoint, batches are a function of the step, and the bits do not change (same configuration,
-mesh, versions, number of cores and instruction set).
+A run is a pure function of its configuration. It can be killed at any moment and started again. Its state then comes from
+the newest good checkpoint, and a batch is a function of the step. The bits are those of a run that was never killed, with
+the same configuration, mesh, versions, number of cores and instruction set.
 """
 
 import argparse
@@ -68,9 +68,9 @@ def train_group(
 ) -> list[str | Diverged]:
   """Trains or resumes cells of one stream (`Config.group_key`) together, each in its own folder.
 
-  Every batch is read once for all, and the cells share a compiled step. Each cell ends with the bits, checkpoints and
-  files it would have alone. A cell that diverges leaves the group; the others go on. Cells whose checkpoints are at
-  different steps are trained in turn, those of one step together.
+  Every batch is read once for all, and the cells share a compiled step. Each cell ends with the bits, checkpoints and files
+  that it would have alone. A cell that diverges leaves the group, and the others go on. Cells whose checkpoints are at one
+  step train together. Those of different steps train in turn.
 
   Returns:
     For each cell 'done', 'preempted', or the `Diverged` it ended with.

@@ -1,4 +1,4 @@
-"""One attempt at the cells a worker holds: trained under their leases, with what becomes of each in the ledger."""
+"""One attempt at the cells that a worker holds: it trains them under their leases and records how each ended."""
 
 import contextlib
 import sys
@@ -31,17 +31,18 @@ def attempt(
   verdict: Callable[[], int | None],
   leader: 'gang.Leader | None' = None,
 ) -> bool:
-  """Trains cells together under their leases, which end here, and records the failure of each that fails.
+  """Trains cells together under their leases, and records the failure of each that fails. The leases end here.
 
-  When one is cancelled all save and stop: the rest form a new group. An error of the whole attempt counts for each of its
-  cells, which are then tried alone. A stall is recorded and ends the process.
+  When one cell is cancelled, all save and stop, and the rest form a new group. An error of the whole attempt counts for
+  each of its cells; they are then tried alone. A stall is recorded and ends the process.
 
   Returns:
-    Whether there was such an error. A gang (`leader`) has to be ended then: its ranks may be anywhere.
+    Whether there was an error of the whole attempt. A gang (`leader`) has to be ended then: its ranks may be anywhere.
 
   Raises:
-    LeaseLost: another worker took over. UserError: the disk is full, which is no fault of the cells. An error of the
-      machine (`faults.is_host_error`) comes out as it is, and no cell is charged: this process must end.
+    LeaseLost: another worker took over.
+    UserError: the disk is full. No cell is charged for that.
+    Exception: an error of the machine (`faults.is_host_error`), as it is. No cell is charged; this process must end.
   """
   group = f' in a group of {len(held)}' if len(held) > 1 else ''
   label = f'{len(held)} cells' if group else grid.label(held[0][0].overrides)
@@ -56,7 +57,7 @@ def attempt(
     say(entry, f'failed, {type(error).__name__}: {cell_state.printable(str(error))}')
 
   def charge(error: Exception) -> int:
-    """Records an error before the process ends, and returns the exit code."""
+    """Records an error of the whole attempt, and returns the exit code. This process ends after it."""
     once.acquire()
     if faults.is_disk_full(error):
       print(f'error: {_disk_full(store)}', file=sys.stderr, flush=True)

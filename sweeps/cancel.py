@@ -2,8 +2,8 @@
 
 python -m sweeps.cancel --ledger=DIR (ID ... | --all) [--undo]
 
-A running worker, or a single sae_jax.train in the cell's folder, hears of it when it refreshes its lease, within 30 s.
-Undone, a cell goes on from its checkpoint.
+A running worker hears of it when it refreshes its lease, within 30 s. So does a single sae_jax.train in the cell's folder.
+With --undo a cell goes on from its checkpoint.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from sweeps import flags, grid, ledger
 
 
 def cancel(store: ledger.Ledger, ids: list[str]) -> list[ledger.EntryState]:
-  """Cancels the named cells, or all unfinished ones. Raises `UserError` for an unknown id and for one that is done."""
+  """Cancels the named cells, or all unfinished ones. Raises `UserError` for an unknown id, and for a cell that is done."""
   chosen = _chosen(store, ids, lambda s: s.state in schema.UNFINISHED)
   for s in chosen:
     if s.state == 'done':
@@ -26,7 +26,7 @@ def cancel(store: ledger.Ledger, ids: list[str]) -> list[ledger.EntryState]:
 
 
 def undo(store: ledger.Ledger, ids: list[str]) -> list[ledger.EntryState]:
-  """Takes the named cells, or all, up again; returns those that were cancelled. Raises `UserError` for an unknown id."""
+  """Takes up the named cells again, or all. Returns those that were cancelled. Raises `UserError` for an unknown id."""
   cancelled = [
     s for s in _chosen(store, ids, lambda _: True) if files.exists(files.join(store.folder(s.entry.id), schema.CANCEL))
   ]

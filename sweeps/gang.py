@@ -1,7 +1,9 @@
-"""One worker made of several processes: rank 0 holds the lease and chooses the cell, the others wait for its word.
+"""One worker made of several processes. Rank 0 holds the lease and chooses the cell; the others wait for its word.
 
-The word goes through the coordination service, not through devices: cells differ in their meshes, and a rank that
-hangs in a collective still has a thread that listens. A gang in which one rank failed is ended and started again.
+The word goes through the coordination service and not through devices. Cells differ in their meshes, so the devices of one
+cell may not reach every rank. And a rank that hangs in a collective still has a thread that listens.
+
+A gang in which one rank failed is ended and started again.
 """
 
 import contextlib
@@ -32,27 +34,40 @@ class RankFailed(Exception):
 
 
 def outlive(error: Exception) -> None:
-  """Returns when an error in one rank cannot come from the death of another, which is no fault of the cell.
+  """Waits until an error of this rank is known to be its own, and returns then.
 
-  A collective whose peer died raises what it likes; the coordination service then ends this process within its
-  heartbeat (exit code 134), before a failure is written down. What is known to be the rank's own needs no wait.
+  A rank whose peer has died gets an error too, of any kind, from the collective that both were in. The cell is not at
+  fault then, and no failure may be written down.
+
+  The wait tells the two apart. The coordination service notices a dead rank within one heartbeat
+  (`distributed.heartbeat_s`) and ends all others with exit code 134. Who is still alive after one and a half heartbeats
+  has lost no peer. Until then this thread sleeps; leases are refreshed and other ranks are heard in their own threads.
+
+  An error that only this rank can have needs no wait: bad input, a full disk, an error of the machine.
   """
   if not (isinstance(error, UserError) or faults.is_disk_full(error) or faults.is_host_error(error)):
     time.sleep(1.5 * distributed.heartbeat_s() + GRACE_S)
 
 
 def disband(code: int) -> NoReturn:
-  """Ends every rank at once, also those that hang; rank 0 last, because the others abort when it is gone."""
+  """Ends every rank at once, also those that hang.
+
+  Rank 0 ends last: the coordination service is in it, and the others abort when that is gone.
+  """
   distributed.tell(_VERDICT, str(code))
   until = time.monotonic() + GRACE_S
   for rank in range(1, jax.process_count()):
     distributed.hear(f'bye/{rank}', timeout_s=until - time.monotonic())
-  time.sleep(1.0)  # on a busy machine a rank that said so was not gone yet, and aborted (134) after this one
+  time.sleep(1.0)  # who said bye still has to end, which takes a moment on a busy machine
   end_at_once(code)
 
 
 class Leader:
-  """Rank 0's side. `vote` is polled in training by every rank and between cells by this one alone."""
+  """Rank 0's side.
+
+  Args:
+    vote: whether the gang was asked to stop. In training every rank polls it, between cells rank 0 alone.
+  """
 
   disband = staticmethod(disband)  # for work.py, which loads without jax
 
@@ -62,10 +77,10 @@ class Leader:
 
   @contextlib.contextmanager
   def training(self, entries: Sequence[ledger.Entry], label: str, charge: Callable[[Exception], int]) -> Iterator[None]:
-    """Sends the gang to a group of cells and watches over it until the block ends.
+    """Sends the gang to a group of cells, and watches over it until the block ends.
 
-    When another rank fails while this one is caught in a collective, `charge` is called with what it said, in
-    another thread, and the gang ends with the exit code that it returns.
+    Another rank may fail while this one is caught in a collective. Then a thread calls `charge` with what that rank said,
+    and ends the gang with the exit code that `charge` returns.
     """
     told = [{'id': entry.id, 'config': entry.cell.to_json().decode()} for entry in entries]
     self._tell({'cells': told, 'label': label})
@@ -75,12 +90,12 @@ class Leader:
     try:
       yield
     finally:
-      with self._breaking:  # never released once the thread is ending the gang
+      with self._breaking:  # waits for ever when the thread is ending the gang
         back.set()
       thread.join()
 
   def outlive(self, error: Exception) -> None:
-    """As the function; then another rank's failure, if there was one, is named as the cause."""
+    """Waits as the function does. Then names another rank's failure as the cause, if there was one."""
     outlive(error)
     if error.__cause__ is None and (trouble := distributed.hear(_TROUBLE)):
       error.__cause__ = _as_told(trouble)
@@ -110,7 +125,7 @@ class Leader:
 
 
 def follow(train_group: Callable[..., list], store: ledger.Ledger, vote: distributed.Vote) -> int:
-  """The other ranks' side: trains what rank 0 says, until it dismisses them with an exit code."""
+  """The side of the other ranks: trains what rank 0 says. Returns the exit code with which it dismisses them."""
   dismissed = threading.Event()
   thread = threading.Thread(target=_await_verdict, args=(dismissed,), daemon=True, name='gang')
   thread.start()
@@ -154,20 +169,20 @@ def _await_verdict(dismissed: threading.Event) -> None:
 
 
 def _stalled(why: str) -> None:
-  # All ranks stall together. Rank 0 sees it within its own tick, writes it down and ends the gang.
+  # All ranks stall together. Rank 0 sees it as soon as this rank does, writes it down and ends the gang.
   time.sleep(2 * GRACE_S)
   watchdog.end(why)
 
 
 def _report(error: Exception) -> NoReturn:
-  """Leaves it to rank 0 to write down the failure and to end the gang."""
+  """Tells rank 0 of a failure. Rank 0 writes it down and ends the gang."""
   trouble = {
     'error': f'{type(error).__name__} on {socket.gethostname()}: {error}'[:2000],
     'traceback': ''.join(traceback.format_exception(error))[-6000:],
     'disk_full': faults.is_disk_full(error),
     'of_host': faults.is_host_error(error),
   }
-  # The first rank to fail is the one that counts, and rank 0 may be gone.
+  # Raises when another rank has told of a failure, which then counts, and when rank 0 is gone.
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     distributed.tell(_TROUBLE, json.dumps(trouble))
   time.sleep(4 * GRACE_S)

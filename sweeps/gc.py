@@ -23,9 +23,9 @@ class Garbage:
 
 
 def find(store: ledger.Ledger) -> list[Garbage]:
-  """What can go, a finished cell at a time. A cell without its sae/ keeps its checkpoints: they are its only weights.
+  """What can go, by finished cell. A cell without its sae/ keeps its checkpoints, for they are its only weights.
 
-  Raises `UserError` for a cell whose folder is a link: what is behind it may belong to another ledger.
+  Raises `UserError` for a cell whose folder is a link. What is behind it may belong to another ledger.
   """
   found = []
   for s in store.states():

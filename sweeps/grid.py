@@ -84,7 +84,7 @@ def build(path: str) -> Sweep:
   cells: dict[str, tuple[Overrides, config.Config]] = {}
   checked: set[tuple[str, type]] = set()
   for overrides in listed:
-    # ml_collections takes most of the time of a large grid. It looks at keys and types, so once for each of them.
+    # ml_collections takes most of the time of a large grid. It only looks at keys and types, so it is asked once for each.
     kinds = {(key, type(value)) for key, value in overrides.items()}
     try:
       if kinds <= checked:

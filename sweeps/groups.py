@@ -1,7 +1,7 @@
 """Which waiting cells train together: those of one stream, whose checkpoints are at one step.
 
-A group pays once for the activations, which matters when the subject runs live. With a store a group saves nothing and
-costs memory and compile time, so cells of a store train alone unless the user asks for more.
+A group pays once for its activations. That matters when the subject runs live. With a store it saves nothing and costs
+memory and time to compile, so cells of a store train alone unless the user asks for more.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ def most(cell: Config, stated: int | None) -> int:
 def partition(entries: Sequence[ledger.Entry], stated: int | None) -> list[list[ledger.Entry]]:
   """Cells by stream, in their order, in groups of at most `most`.
 
-  What is done already plays no part, so that a job for a group has the same cells in every launch of one ledger.
+  What is done already plays no part. So a job for a group has the same cells in every launch of one ledger.
   """
   parts: list[list[ledger.Entry]] = []
-  last: dict[str, list[ledger.Entry]] = {}  # of each stream; those before it are full
+  last: dict[str, list[ledger.Entry]] = {}  # of each stream the newest group; those before it are full
   for entry in entries:
     room = most(entry.cell, stated)
     part = last.get(entry.cell.group_key) if room > 1 else None
@@ -44,7 +44,7 @@ def companions(
 ) -> list[ledger.EntryState]:
   """At most `count` others of `waiting`, in their order, that can train with `first`.
 
-  Cells that failed before stay alone, so that a cell that takes its process down takes no other with it.
+  Cells that failed before stay alone. One that takes its process down then takes no other cell with it.
   """
   if count < 1 or first.attempts:
     return []
@@ -61,11 +61,11 @@ def companions(
 
 
 def newest_step(store: ledger.Ledger, cell_id: str) -> int:
-  """The step of the newest checkpoint of a cell, 0 without one. It may turn out to be damaged; that is seen later."""
+  """The step of a cell's newest checkpoint, 0 without one. Whether it is damaged is not looked at here."""
   return max(saved_steps(store, cell_id), default=0)
 
 
 def saved_steps(store: ledger.Ledger, cell_id: str) -> list[int]:
-  """Of all checkpoints of a cell."""
+  """The steps of all checkpoints of a cell."""
   names = files.listdir(files.join(store.folder(cell_id), schema.CHECKPOINTS))
   return [int(name) for name in names if name.isdecimal()]

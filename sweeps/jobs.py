@@ -1,4 +1,4 @@
-"""What a sweep becomes on a cluster: a gang for each cell or group of cells, or a few gangs that go through them all."""
+"""What a sweep becomes on a cluster: one gang for each cell or group of cells, or a few gangs that share all cells."""
 
 import dataclasses
 import hashlib
@@ -76,10 +76,10 @@ def jobs(
   max_failures: int,
   group: int | None = None,
 ) -> list[executors.Job]:
-  """Jobs for the cells that wait: one for each group of cells, the largest first, or `gangs` jobs that share them all.
+  """Jobs for the cells that wait: one for each group of cells, the largest first, or `gangs` jobs that share all cells.
 
-  A group is a cell alone unless the subject runs live or `group` says more; see `groups.most`. Cells that someone trains
-  now are left to whoever does. Raises `UserError` when cells of unequal meshes would share a gang.
+  `groups.most` says how many cells are a group; mostly it is one. Cells that someone trains now are left to whoever does.
+  Raises `UserError` when cells of unequal meshes would share a gang.
   """
   waiting = {s.entry.id for s in states if s.state == 'waiting'}
   command = work.command(store, max_failures, group)
@@ -103,7 +103,7 @@ def jobs(
 
 
 def names(states: list[ledger.EntryState], gangs: int | None, group: int | None = None) -> list[str]:
-  """Ids of the jobs, of this launch or an earlier one, that the unfinished cells may have."""
+  """Ids of the jobs that the unfinished cells may have, from this launch or an earlier one."""
   if gangs is not None:
     return [f'gang-{i}' for i in range(gangs)]
   unfinished = {s.entry.id for s in states if s.state in schema.UNFINISHED}

@@ -1,4 +1,4 @@
-"""Runs what a ledger lacks: registers the cells of a grid, starts workers or jobs, shows progress until all is done.
+"""Runs what a ledger lacks: registers the cells of a grid, starts workers or jobs, and shows progress until all is done.
 
 python -m sweeps.launch --sweep=sweeps/grids/tiny.py --ledger=runs/tiny --executor=local [--dry_run]
 
@@ -18,7 +18,7 @@ from sae_jax.flags import positive, whole
 from sweeps import flags, grid, groups, jobs, ledger, preview, progress, status, work
 from sweeps.executors import Executor, Job, local
 
-GRACE_S = 10.0  # for workers to end once nothing is left to do; a stopped one never hears of it
+GRACE_S = 10.0  # for workers to end once nothing is left to do; a worker that hangs does not
 MAX_STRAYS = 3  # ends of workers that held no cell: a broken installation rather than a bad cell
 MAX_HOST_ENDS = 3  # ends by errors of this machine, one after another, between which nothing was gained
 
@@ -34,7 +34,10 @@ def drive(
   received: list[int],
   max_failures: int,
 ) -> None:
-  """Runs jobs until they have all gone. `received` grows by one a signal: the first cancels, the second kills."""
+  """Runs jobs until they have all gone.
+
+  `received` grows by one with each signal. The first cancels all jobs, the second kills them.
+  """
   names = [executor.submit(job) for job in todo]
   shown = progress.Board(store, store.states(max_failures))
   poll_s = 0.5 if files.is_local(store.path) else 15.0
@@ -44,7 +47,7 @@ def drive(
   look_at = 0.0
   try:
     while True:
-      # Processes cost nothing to look at, thousands of cells do.
+      # A look at the processes costs nothing, one at thousands of cells does.
       running = [name for name, state in executor.states(names).items() if state != 'gone']
       if not running or time.monotonic() >= look_at:
         began = time.process_time()
@@ -53,7 +56,7 @@ def drive(
         look_at = time.monotonic() + ledger.nap_s(poll_s, time.process_time() - began)
       if not running:
         return
-      # Workers notice by themselves that nothing is left; this spares them their last nap.
+      # Workers notice by themselves that nothing is left, after a nap. This wakes them.
       if any(s.state in schema.UNFINISHED for s in states):
         over_since = None
       elif over_since is None:
@@ -79,9 +82,9 @@ def follow(
   detach: bool = False,
   group: int | None = None,
 ) -> None:
-  """Submits jobs for what waits and watches them until they have gone; the jobs do not need this process.
+  """Submits jobs for what waits, and watches them until they have gone. The jobs do not need this process.
 
-  A signal ends the watching only. With `detach` there is none.
+  A signal ends the watching only. With `detach` nothing is watched.
   """
   submitted: set[str] = set()
   began = time.process_time()
@@ -90,13 +93,13 @@ def follow(
   try:
     while True:
       for job in jobs.jobs(store, cluster, states, gangs, max_failures, group):
-        # Once: a job that has gone with its cell undone is for a person to look at.
+        # Each is submitted once: a job that has gone with its cell undone is for a person to look at.
         if job.id not in submitted and not received:
           submitted.add(cluster.engine.submit(job))
       if shown is None:
         print(f'{len(submitted)} jobs are with the engine; the same command, or sweeps.status, watches them')
         return
-      # Jobs of an earlier launch too: their cells may be running, or wait between two runs of the job.
+      # Jobs of an earlier launch are watched too: their cells may be running, or wait between two runs of the job.
       names = sorted(submitted.union(jobs.names(states, gangs, group)))
       alive = {name: s for name, s in cluster.engine.states(names).items() if s != 'gone'}
       queued = sum(s == 'pending' for s in alive.values())
@@ -147,7 +150,10 @@ def _verdict(store: ledger.Ledger, ids: set[str], max_failures: int) -> int:
 
 
 class Restarts:
-  """Asked with (pid, start, exit code) whether a local worker that ended may be restarted; charges its cells for its death."""
+  """Says of a local worker that ended whether it may be restarted, and charges its cells for its death.
+
+  It is asked with the process id, `lease.process_start` and the exit code.
+  """
 
   def __init__(self, store: ledger.Ledger, max_failures: int, logs: pathlib.Path):
     self._store, self._max_failures, self._logs = store, max_failures, logs
@@ -165,7 +171,7 @@ class Restarts:
     if not any(s.state in schema.UNFINISHED for s in states):
       return False
     if code == HOST_BROKEN:
-      # Whatever it still held: no cell is charged.
+      # No cell is charged, whatever the worker still held.
       gained = [(s.state == schema.DONE, groups.saved_steps(self._store, s.entry.id)) for s in states]
       self._host_ends = self._host_ends + 1 if gained == self._gained else 1
       self._gained = gained

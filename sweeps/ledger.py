@@ -1,4 +1,4 @@
-"""The ledger: one folder a cell, the only truth about what is done. Who may train a cell is in lease.py."""
+"""The ledger: one folder a cell. It is the only truth about what is done. Who may train a cell is in lease.py."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from sweeps import grid
 
 _ID = re.compile(r'[0-9a-f]{12}')
 _POLL_S = 0.05  # between two tries for the lease of the ledger
-_REST = 20.0  # naps are so many times as long as the CPU time of the look before: under 5 % of a core
+_REST = 20.0  # a nap is so many times as long as the CPU time of the look before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Ledger:
     files.check_exclusive_create(self.path)
 
   def folder(self, cell_id: str) -> str:
-    """The cell's folder; also the only way to a path, so that no other name can lead out of the ledger."""
+    """The cell's folder. Every path is made from it, so that no name can lead out of the ledger."""
     if not _ID.fullmatch(cell_id):
       raise UserError(f'{cell_id!r} is not a cell id; an id is 12 hex digits, as sweeps.status prints them')
     return files.join(self.path, schema.CELLS, cell_id)
@@ -121,11 +121,11 @@ class Ledger:
     cells = {
       c.id: {'overrides': json.loads(json.dumps(overrides)), 'config': c.to_record()} for overrides, c in sweep.cells
     }
-    for _, c in sweep.cells:  # so that reading them back parses nothing
+    for _, c in sweep.cells:  # reading them back then parses nothing
       self._parsed[c.id] = cells[c.id], Entry(c.id, cells[c.id]['overrides'], c)
     try:
       missing = {files.join(self.folder(cell_id), schema.CONFIG): cell_id for cell_id in cells.keys() - old.keys()}
-      # Some may exist: of an interrupted or simultaneous launch of the same sweep.
+      # Some may exist, of an interrupted or simultaneous launch of the same sweep.
       made = files.create_missing(
         {path: schema.dump_sealed(cells[cell_id]['config']) for path, cell_id in missing.items()}
       )
@@ -135,7 +135,7 @@ class Ledger:
       raise UserError(f'cannot write the ledger {self.path}: {error}; choose another --ledger') from None
 
   def _merge(self, sweep: grid.Sweep, cells: dict[str, dict[str, Any]]) -> None:
-    """Adds entries to sweep.json, one process at a time: under a lease of the whole ledger."""
+    """Adds cells to sweep.json, under a lease of the whole ledger, so one process at a time."""
     version = f'{sae_jax.__version__} {metrics.git_commit()}'.strip()
     if self._union(sweep, cells, version) is None:
       return
@@ -166,7 +166,7 @@ class Ledger:
   def _union(self, sweep: grid.Sweep, cells: dict[str, dict[str, Any]], version: str) -> dict[str, Any] | None:
     """sweep.json with these cells in it, or None when it has them. Raises `UserError` when it is another sweep's.
 
-    Cells that left the grid stay: their results are worth keeping and another launch may be running them.
+    Cells that left the grid stay. Their results are worth keeping, and another launch may be running them.
     """
     self.check_free_for(sweep)
     record = self._record() if files.exists(self._sweep_file) else {'cells': {}}
@@ -184,9 +184,8 @@ class Ledger:
   def entries(self) -> list[Entry]:
     """Every cell, in the order of the grid. Raises `UserError` when there is no ledger or it was edited.
 
-    The configuration is the one last registered: its id is the folder's, and what lies outside the id (mesh,
-    paths, checkpoint interval) may have changed since config.json was written. Until sweep.json changes it is the same
-    list, and then only what changed in it is parsed.
+    A cell is as it was registered last. What lies outside its id (mesh, paths, checkpoint interval) may have changed since
+    config.json was written. Until sweep.json changes the answer is the same list. After that only what changed is parsed.
     """
     record = self._record()
     if self._listed is None or self._listed[0] is not record:
@@ -216,11 +215,11 @@ class Ledger:
       raise self._broken(f'cell {cell_id}: {str(error).partition(";")[0]}') from None
 
   def states(self, max_failures: int = MAX_FAILURES) -> list[EntryState]:
-    """Of every cell. Of finished ones nothing is read twice, and of the others only what can have changed."""
+    """The state of every cell. Of finished cells nothing is read twice, of the others only what can have changed."""
     return [self.state(entry, max_failures) for entry in self.entries()]
 
   def state(self, entry: Entry, max_failures: int = MAX_FAILURES) -> EntryState:
-    """Of one cell, which need not be registered."""
+    """The state of one cell, which need not be registered."""
     if (done := self._done.get(entry.id)) is not None:
       return done if done.entry is entry else dataclasses.replace(done, entry=entry)
     found = cell_state.read(
@@ -232,7 +231,7 @@ class Ledger:
       registered=self._registered(entry.id),
     )
     state = EntryState(entry, found.state, found.attempts, found.reason, found.result)
-    if state.state == schema.DONE:  # what is done stays so
+    if state.state == schema.DONE:  # it stays so
       self._done[entry.id] = state
       self._configs.pop(entry.id, None)
     elif found.config is not None:
@@ -240,7 +239,7 @@ class Ledger:
     return state
 
   def _registered(self, cell_id: str) -> dict[str, Any] | None:
-    """What config.json of a cell should be, where this process has it from a record that it checked."""
+    """What config.json of a cell should be; None when this process has it from no record that it checked."""
     if cell_id in self._parsed:
       return self._parsed[cell_id][0]['config']
     if self._read is None or not schema.verified(self._read.record) or cell_id not in self._read.record['cells']:
@@ -248,7 +247,7 @@ class Ledger:
     return self._read.record['cells'][cell_id]['config']
 
   def claim(self, cell_id: str) -> lease.Lease | None:
-    """The right to train a cell, or None when it is done, cancelled or invalid, or someone holds it or was faster."""
+    """The right to train a cell; None when it is done, cancelled or invalid, and when someone holds it or was faster."""
     folder = self.folder(cell_id)
     try:
       if self._is_settled(folder) or (taken := self._observer.claim(folder)) is None:
@@ -261,9 +260,9 @@ class Ledger:
     return taken
 
   def held_by(self, pid: int, started: int = lease.UNSEEN) -> list[str]:
-    """The cells whose last, unreleased leases belong to this process of this host, alive or dead.
+    """The cells whose last leases are unreleased and of this process of this host, which may be dead.
 
-    `started` is its `lease.process_start`, where that is known: it tells the process from a later one with its id.
+    `started` is its `lease.process_start`, where that is known. It tells the process from a later one with the same id.
     """
     ids = [entry.id for entry in self.entries() if entry.id not in self._done]
     holders = ((cell_id, self._last_holder(cell_id)) for cell_id in ids)
@@ -292,7 +291,7 @@ class Ledger:
     return files.join(self.path, schema.SWEEP)
 
   def _record(self) -> dict[str, Any]:
-    """sweep.json, parsed when its bytes are not those of the last time; the same object until then."""
+    """sweep.json. While its bytes are those of the last time, so is the object."""
     try:
       version = files.version(self._sweep_file)  # before reading: of a file replaced in between, this is the older
       if self._read is not None and version is not None and version == self._read.version:

@@ -56,8 +56,8 @@ def table(name: str, store: ledger.Ledger, states: list[ledger.EntryState], work
 def cost_table(states: list[ledger.EntryState], topology: str, dollars: float | None) -> str:
   """Chip-hours of the cells to do on a slice such as 'v5p:2x2x2', each alone on all of it, and what they cost.
 
-  Each shape of step is compiled once, for chips that need not be here; the time is the roofline, a lower bound.
-  `dollars` is the price of a chip-hour, None when it does not matter. Raises `UserError` for a cell that does not fit.
+  Each shape of step is compiled once, for chips that need not be here. The time is the roofline, a lower bound. `dollars`
+  is the price of a chip-hour, None when it does not matter. Raises `UserError` for a cell that does not fit.
   """
   from sae_jax import plan  # brings the compiler; a launch does without
 
@@ -94,7 +94,7 @@ def cost_table(states: list[ledger.EntryState], topology: str, dollars: float | 
 
 
 def _step_shape(cell: Config) -> str:
-  """Equal for cells whose compiled steps are alike: what only enters as a number stays out."""
+  """Equal for cells whose compiled steps are alike. What only enters them as a number stays out."""
   flat = cell.flat()
   kept = {k: v for k, v in flat.items() if k.startswith(('sae.', 'mesh.', 'train.'))}
   for free in ('train.seed', 'train.tokens', 'train.checkpoint_every'):

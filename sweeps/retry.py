@@ -2,9 +2,9 @@
 
 python -m sweeps.retry --ledger=DIR [ID ...]
 
-failure.json of a failed cell is deleted. A broken file of an invalid one is moved to its corrupt/, and the cell waits to
-be trained again, from its last checkpoint on. An autoencoder is moved there together with its result. Those of named
-cells are read to the last byte, so that also a changed one is found.
+failure.json of a failed cell is deleted. A broken file of an invalid cell is moved to its corrupt/, an autoencoder together
+with its result. The cell then waits to be trained again, from its last checkpoint on. The autoencoders of named cells are
+read to the last byte, so that a changed one is found, too.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def _set_aside(folder: str, name: str) -> str:
 
 
 def _damaged_artifact(folder: str) -> str:
-  """Why the autoencoder in the folder of a finished cell cannot be believed, empty when it can or there is none."""
+  """Why the autoencoder of a finished cell cannot be believed; empty when it can be, or when there is none."""
   if schema.ARTIFACT not in files.listdir(folder):
     return ''
   try:

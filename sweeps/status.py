@@ -17,7 +17,7 @@ from sae_jax import cell_state, files, flops, metrics, schema
 from sae_jax.errors import one_line_errors
 from sweeps import flags, grid, ledger, verify
 
-# As summaries say them; the first four always.
+# The states in summaries, in their order. The first four are always said.
 _COUNTED = (
   schema.DONE,
   schema.RUNNING,
@@ -50,8 +50,8 @@ def summary(counts: dict[str, int]) -> str:
 def report(store: ledger.Ledger, max_failures: int, every_byte: bool = False) -> dict[str, Any]:
   """Name, counts, seconds left and one row a cell, as JSON would have it.
 
-  Of finished autoencoders it sees what `product.glance` does, and with `every_byte` what `product.check` does. Speeds
-  are those of the metrics' last line, over all of the cell's training time; they are missing before it.
+  Of finished autoencoders it sees what `product.glance` does, and with `every_byte` what `product.check` does. A speed is
+  that of the last line of the metrics, over all of the cell's training time. Before the first line there is none.
   """
   states = store.states(max_failures)
   if every_byte:
@@ -88,7 +88,7 @@ def report(store: ledger.Ledger, max_failures: int, every_byte: bool = False) ->
 
 
 def last_words(store: ledger.Ledger) -> dict[str, str]:
-  """The last line that a worker's log has of each cell, by id; nothing on object stores, or where logs lie elsewhere."""
+  """The last line that a worker's log has of each cell, by id. Nothing where the logs are not beside the ledger."""
   found: dict[str, str] = {}
   if not files.is_local(store.path):
     return found
@@ -133,7 +133,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:
-  """Rows as lines with aligned columns; the first row is the header, and columns without any entry are left out."""
+  """Rows as lines with aligned columns. The first row is the header. Columns without any entry are left out."""
   kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
   widths = {i: max(len(row[i]) for row in rows) for i in kept}
   return ['  '.join(f'{row[i]:<{widths[i]}}' for i in kept).rstrip() for row in rows]

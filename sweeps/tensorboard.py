@@ -41,7 +41,7 @@ def events(lines: list[dict[str, Any]]) -> bytes:
     from tensorboardX import SummaryWriter
   except ImportError:
     raise UserError("tensorboardX is not installed; pip install 'sae_jax[tensorboard]'") from None
-  # Its file has the time in its name, and would be another one each time.
+  # Its file has the time in its name. Written to `out`, it would be another one each time.
   with tempfile.TemporaryDirectory() as folder:
     with SummaryWriter(folder) as writer:
       for line in lines:
@@ -60,7 +60,7 @@ def run_name(entry: ledger.Entry) -> str:
 
 
 def _is_scalar(value: Any) -> bool:
-  # TensorBoard keeps float32; what does not fit there is left out rather than shown as infinite.
+  # TensorBoard keeps float32. What does not fit there is left out rather than shown as infinite.
   return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38 and math.isfinite(value)
 
 

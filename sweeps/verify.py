@@ -10,9 +10,9 @@ from sweeps import ledger
 
 
 def verify(store: ledger.Ledger, states: list[ledger.EntryState]) -> list[ledger.EntryState]:
-  """The states, with those finished cells invalid whose autoencoders cannot be believed.
+  """The states, in which finished cells are invalid when their autoencoders cannot be believed.
 
-  Says on standard error how far it is and, at the end, what was read.
+  Says on standard error how far it is. Says there, too, what was read.
   """
   finished = [s for s in states if s.state in schema.FINISHED]
   sizes = [product.size(store.folder(s.entry.id), s.result or {}) for s in finished]

@@ -1,9 +1,9 @@
-"""A worker: claims and trains cells until none is left. The same command on every host of a pod or cluster.
+"""A worker: claims and trains cells until none is left. It is the same command on every host of a pod or cluster.
 
 python -m sweeps.work --ledger=DIR [--cell=ID[,ID...]]
 
-Largest cells first, so that the sweep does not end waiting for one. A worker also waits for the cells that others
-are training: if one of those workers dies, its cell must be picked up.
+The largest cells come first, so that the sweep does not end waiting for one. A worker also waits for the cells that others
+are training: when one of those workers dies, its cell must be picked up.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SOME_FAILED = 1
 
 
 class Stop(signals.Signalled):
-  """Turns the first SIGTERM or SIGINT into a request to save and leave; the second one kills."""
+  """Turns the first SIGTERM or SIGINT into a request to save and leave. The second one kills."""
 
   def hand_over(self) -> None:
     """Leaves SIGTERM to the vote of a gang, and passes on what came so far and every Ctrl-C."""
@@ -58,14 +58,29 @@ def run(
   leader: 'gang.Leader | None' = None,
   group: int | None = None,
 ) -> int:
-  """Trains until every cell, or each of `only`, is done (0) or will not be (1), or `stop` becomes true (42).
+  """Trains cells until none is left to train, or `stop` becomes true.
 
-  Cells of one stream train together, at most `group` of them (see `groups.most` for None). An exception in one attempt
-  is recorded in its cells and leaves the others alone; after a `UserError` or one of `permanent` a cell is not tried
-  again. With a `leader` such an exception also ends the whole gang, for a fresh start. Raises `LeaseLost` when another
-  worker took over a cell in training: this process must end without touching it again. Raises `UserError` when the disk
-  is full, which is no fault of the cell, and for an unknown `only`. An error of the machine (`faults.is_host_error`) comes
-  out as it is and is no fault of the cell either: this process must end for a fresh start.
+  An exception in one attempt is recorded in its cells, and other cells go on. After a `UserError` or one of `permanent` a
+  cell is not tried again. With a `leader` such an exception also ends the whole gang, for a fresh start.
+
+  Args:
+    store: the ledger.
+    train_group: trains some cells together; see `sae_jax.train.train_group`.
+    stop: asked after every step and between cells.
+    only: ids of the cells to train; all when empty.
+    permanent: exceptions that would come again.
+    max_failures: attempts of a cell.
+    poll_s: least time between two looks at the ledger while others train what is left.
+    leader: of a worker of several processes.
+    group: how many cells of one stream train together; see `groups.most` for None.
+
+  Returns:
+    The exit code: 0 when all cells are done, 1 when all have ended and some are not done, 42 after `stop`.
+
+  Raises:
+    LeaseLost: another worker took over a cell in training. This process must end without touching it again.
+    UserError: the disk is full, or `only` names no cell of this ledger.
+    Exception: an error of the machine (`faults.is_host_error`), as it is. No cell is charged; this process must end.
   """
   store.check_known(sorted(only))
 
@@ -75,8 +90,8 @@ def run(
   def verdict() -> int | None:
     return _verdict(states())
 
-  # A look at all cells gives the order in which they are tried. Another one is due once none is left of it, or when
-  # there are other cells: the work is then proportional to the cells, where a look for each would make it their square.
+  # A look at all cells gives the order in which they are tried. The next look is due once all of them have been tried, or
+  # when cells were added. With a look before each try the work would grow with the square of the cells.
   waiting: list[ledger.EntryState] = []
   listed: list[ledger.Entry] | None = None
   nap_s = poll_s
@@ -114,13 +129,13 @@ def command(store: ledger.Ledger, max_failures: int, group: int | None) -> tuple
 
 
 def _claim(store: ledger.Ledger, waiting: list[ledger.EntryState], group: int | None, max_failures: int) -> Held:
-  """The first of `waiting` that can be had, with those that can train beside it; empty when none can.
+  """The first of `waiting` that can be had, with those that can train beside it; empty when none can be had.
 
   What was tried is taken off the list.
   """
 
   def claimed(s: ledger.EntryState) -> lease.Lease | None:
-    # It may be old news, and a cell that has failed meanwhile has another place in the order.
+    # The look may be old. A cell that has failed since has another place in the order.
     now = store.state(s.entry, max_failures)
     return store.claim(s.entry.id) if (now.state, now.attempts) == (schema.WAITING, s.attempts) else None
 
@@ -148,7 +163,7 @@ def _precedence(state: ledger.EntryState) -> tuple[int, float, str]:
 
 
 def sleep(seconds: float, stop: Callable[[], bool]) -> None:
-  """Sleeps until `stop` is true at most. In short naps: Python goes on sleeping after a signal handler has run."""
+  """Sleeps, but no longer than until `stop` is true. In short naps: Python sleeps on after a signal handler has run."""
   until = time.monotonic() + seconds
   while time.monotonic() < until and not stop():
     time.sleep(min(0.2, seconds))
@@ -199,7 +214,7 @@ def main(argv: list[str]) -> int:
   from sae_jax import train as training
   from sweeps import gang
 
-  # Cells of one shape compile once for all workers and restarts; a cache that the environment names is kept.
+  # Cells of one shape compile once for all workers and restarts. A cache that the environment names is used instead.
   if not jax.config.jax_compilation_cache_dir:
     cache = files.join(store.path, 'compile_cache')
     jax.config.update('jax_compilation_cache_dir', str(files.local(cache)) if files.is_local(cache) else cache)

@@ -43,19 +43,28 @@ def gradients(
   shard: Shard,
   room: int,
 ) -> Gradients:
-  """Gradients of coefficient * mean (e_hat - e)^2 / variance of e, all zero when no latent is dead.
+  """Gradients of coefficient * mean (e_hat - e)^2 / variance of e. They are zero when no latent is dead.
+
+  How they are computed depends on the number of dead latents:
+  Up to k_aux, all of them are used. Nothing needs selecting.
+  Above that they are gathered into the narrowest of a few widths that holds them, and selected there.
+  When that is wider than `room`, `select` searches the pre-activations of all latents.
+
+  A conditional chooses between these. No [F, D] array goes into it: each branch makes its own accumulators, and the main
+  loops add to them afterwards.
 
   Args:
     params: this shard's latents.
-    dead_F: which of them are dead; `n_dead` counts those of all shards.
-    error_BD, xc_BD: this shard's e and x - b_pre.
-    select: the selection among all latents, for when there are too many dead ones to gather.
+    dead_F: which of them are dead.
+    n_dead: how many are, of all shards.
+    error_BD: this shard's e.
+    xc_BD: this shard's x - b_pre.
+    select: the selection among all latents.
+    k_aux: how many dead latents reconstruct a token's e.
+    coefficient: of AuxK in the loss.
+    batch: tokens of all shards.
     shard: where this runs.
     room: most columns that a dense product over gathered dead latents may have.
-
-  While n_dead <= k_aux nothing needs selecting. Beyond that the dead latents are gathered into the least of a few
-  widths, and only when that exceeds `room` does `select` search all pre-activations. Inside the conditional no [F, D]
-  array passes through: each branch makes the accumulators that the main loops then add to.
   """
   args = (params, dead_F, error_BD, xc_BD)
   given = dict(coefficient=coefficient, batch=batch, axes=shard.axes)

@@ -1,7 +1,7 @@
 """How cells get run. An executor's view is only a hint: what is done stands in the ledger.
 
-One command, the same everywhere, is all that an engine ever starts; this package says how many processes, where and
-for how long. An engine that is not used needs nothing installed.
+An engine starts one command, the same everywhere. This package says how many processes, where and for how long. An engine
+that is not used needs nothing installed.
 """
 
 import dataclasses
@@ -14,9 +14,18 @@ MAX_PREEMPTIONS = 100
 class Job:
   """A gang of `hosts * processes_per_host` equal processes to keep running until one ends for good.
 
-  `id` names the job for its engine: a second submit of the same id does nothing while the first is alive. `env` is
-  added to the environment. `walltime_s` None leaves the limit to the engine. `grace_s` is the time between SIGTERM
-  and SIGKILL. `max_restarts` bounds the restarts after `PREEMPTED`; on JobSets, where these are free, all others.
+  Attributes:
+    id: names the job for its engine. A second submit of one id does nothing while the first is alive.
+    argv: the command of every process.
+    env: added to the environment.
+    walltime_s: limit of one attempt; None leaves it to the engine.
+    grace_s: between SIGTERM and SIGKILL.
+    max_restarts: how often the gang may be started again. What counts differs:
+      local: restarts after `PREEMPTED`. Of others the driver decides (`launch.Restarts`).
+      Slurm: every run but the first, also when Slurm itself requeued the job. The script requeues after `PREEMPTED` and
+        after crashes, and of crashes at most `slurm.MAX_CRASHES`.
+      JobSet: restarts after crashes and lost nodes. Those after `PREEMPTED` are free and have no limit.
+      xpk: every restart, after `PREEMPTED` too.
   """
 
   id: str

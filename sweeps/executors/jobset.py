@@ -1,7 +1,8 @@
 """Runs jobs on TPU slices of a Kubernetes cluster: one JobSet a job, queued by Kueue, restarted as a whole gang.
 
-Talks to the cluster through the `kubectl` on PATH. Objects are only ever created, never applied over: a JobSet that
-exists is left as it is. A restart within a JobSet is the cluster's; a new attempt after its end is a new generation.
+Talks to the cluster through the `kubectl` on PATH. Objects are only ever created: a JobSet that exists is left as it is.
+The cluster restarts a gang within its JobSet. A new attempt after the end of a JobSet is another one, of the next
+generation.
 """
 
 import hashlib
@@ -32,9 +33,9 @@ _COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-in
 def manifest(job: executors.Job, site: Site, ledger: str, generation: int = 1) -> dict[str, Any]:
   """The JobSet (v1alpha2) of a job: one slice, a process a host.
 
-  Exit code 42 restarts the gang each time, codes of 128 or more and lost nodes within `job.max_restarts`; any other
-  failure ends it. The first word of `job.argv`, an interpreter of this machine, becomes the image's `python`. Raises
-  `UserError` for a job that does not fit the slice or would carry a secret.
+  Exit code 42 restarts the gang each time. Codes of 128 or more and lost nodes restart it within `job.max_restarts`. Any
+  other failure ends it. The first word of `job.argv` is an interpreter of this machine; it becomes the image's `python`.
+  Raises `UserError` for a job that does not fit the slice or would carry a secret.
   """
   check_fits(job, site)
   name = name_of(job.id, ledger, generation)
@@ -51,8 +52,8 @@ def manifest(job: executors.Job, site: Site, ledger: str, generation: int = 1) -
     'podFailurePolicy': {
       'rules': [
         _fail_on('In', [PREEMPTED]),
-        # A drained or reclaimed node is never a bug, whatever its process said while it went down. Not free, though:
-        # an eviction for memory or disk that the job itself filled has this condition too.
+        # A drained or reclaimed node is never a bug, whatever its process said while it went down. It is not free either:
+        # a job that filled memory or disk is evicted under this condition too.
         {'action': 'Count', 'onPodConditions': [{'type': 'DisruptionTarget', 'status': 'True'}]},
         _fail_on('NotIn', list(RESTART_CODES)),
       ]
@@ -67,7 +68,7 @@ def manifest(job: executors.Job, site: Site, ledger: str, generation: int = 1) -
     'labels': labels | {'kueue.x-k8s.io/queue-name': site.queue},
   }
   if job.hosts > 1:
-    # A node pool is one slice then. Slices of one host share a pool, which this would give to a single job.
+    # A node pool is one slice then. Slices of one host share a pool, and this would give all of it to a single job.
     metadata['annotations'] = {'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'}
   return {
     'apiVersion': 'jobset.x-k8s.io/v1alpha2',
@@ -78,8 +79,8 @@ def manifest(job: executors.Job, site: Site, ledger: str, generation: int = 1) -
       'failurePolicy': {
         'maxRestarts': job.max_restarts,
         'restartStrategy': 'BlockingRecreate',  # no rank of the old gang may meet the new coordinator
-        # Whatever matches neither rule restarts and counts. The stricter first: a JobSet that drops the patterns, which
-        # it does not know, then ends too early rather than never.
+        # Whatever matches neither rule restarts and counts. The stricter rule is first, for a JobSet that does not know
+        # the patterns and drops them: then it ends too early rather than never.
         'rules': [
           _after(2, 'bug', 'FailJobSet'),
           _after(0, 'preempted', 'RestartJobSetAndIgnoreMaxRestarts'),
@@ -95,7 +96,7 @@ class JobSet:
 
   Args:
     site: cluster and slice.
-    ledger: of the jobs; part of their names, so that sweeps do not meet. Raises `UserError` for a local one.
+    ledger: of the jobs. It is part of their names, so that sweeps do not meet. Raises `UserError` for a local one.
     waits_s: pauses before a cluster that has answered before is asked for states again.
   """
 
@@ -131,7 +132,7 @@ class JobSet:
     return states
 
   def cancel(self, job_id: str) -> None:
-    """Deletes the job: its pods get SIGTERM and their grace, also when asked again. It is 'gone' after them."""
+    """Deletes the job. Its pods get SIGTERM and their grace, also when asked again. Once they have gone, it is 'gone'."""
     name = stem(job_id, self._ledger)
     for generation, state in self._generations(job_id).get(name, []):
       if state != 'gone':
@@ -152,7 +153,7 @@ class JobSet:
     return f'{LEDGER_LABEL}={_digest(self._ledger.rstrip("/"))}{one}'
 
   def _generations(self, job_id: str | None = None) -> dict[str, list[tuple[int, str]]]:
-    """(generation, state) by name without generation of the JobSets that `_selector` finds, strangers' among them."""
+    """(generation, state) of the JobSets that `_selector` finds, by their name without it; strangers may be among them."""
     selector = self._selector(job_id)
     for wait_s in (*(self._waits_s if self._answered else ()), None):
       done = self._kubectl('get', KIND, '--selector', selector, '--output', 'json')
@@ -216,7 +217,7 @@ def _fail_on(operator: str, codes: list[int]) -> dict[str, Any]:
 def _after(index: int, name: str, action: str) -> dict[str, Any]:
   """What the JobSet does when this rule of the pod failure policy has failed its Job.
 
-  All those rules give one reason; the index ends the message (JobSet 0.10 or newer reads it).
+  All those rules give the same reason. They differ in the index that ends the message; JobSet reads it from 0.10 on.
   """
   return {
     'name': name,
@@ -279,7 +280,7 @@ def _state(item: dict[str, Any]) -> str:
 def stem(job_id: str, ledger: str) -> str:
   """A DNS label that differs for different jobs and leaves room for what JobSet appends to name its pods (63).
 
-  25 characters at most: with its generation, no more than xpk takes for the largest slices (28).
+  With its generation it is no longer than xpk allows for the largest slices, 28 characters.
   """
   readable = re.sub('[^a-z0-9]+', '-', job_id.lower())[:10].strip('-')
   return '-'.join(part for part in ('sae', readable, _job_digest(job_id, ledger)) if part)
@@ -294,7 +295,7 @@ def _digest(text: str) -> str:
 
 
 def literal(text: str) -> str:
-  """Kubernetes replaces $(NAME) in commands and variables; doubled dollars stay as they were meant."""
+  """Text that Kubernetes leaves as it is: it would replace $(NAME) in commands and variables, but not $$(NAME)."""
   return text.replace('$', '$$')
 
 

@@ -19,7 +19,7 @@ _PATH = re.compile(r'/[^\x00-\x1f]{0,1000}')
 _CONTEXT = re.compile(r'[\x21-\x7e]([\x20-\x7e]{0,250}[\x21-\x7e])?')
 _ENV_NAME = re.compile(r'[A-Za-z_][A-Za-z0-9_]*')
 _SECRET_WORD = re.compile(r'(TOKENS?|KEYS?|PASS|PASSWORDS?|PASSWD|PASSPHRASE|SECRETS?|CREDENTIALS?|CREDS)$')
-# Forms that are secrets whatever they are called: key files, well-known token prefixes, passwords in URLs.
+# What is a secret whatever it is called: key files, well-known token prefixes, passwords in URLs.
 _SECRET_VALUE = re.compile(
   r'PRIVATE KEY-----|\b(gh[opsu]_|github_pat_|glpat-|hf_|sk-|xox[abp]-|AKIA|AIza|ya29\.)[\w-]{12,}'
   r'|\beyJ[\w-]{8,}\.eyJ|://[^/@\s]*:[^/@\s]+@'
@@ -28,7 +28,7 @@ _SECRET_VALUE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-  """Where jobs run, from a TOML file of the same keys. The image holds the code; secrets are named, never held."""
+  """Where jobs run, from a TOML file of the same keys. The image holds the code. Secrets are named here, never held."""
 
   image: str
   queue: str  # Kueue's LocalQueue
@@ -41,7 +41,7 @@ class Site:
   service_account: str | None = None
   priority_class: str | None = None
   grace_s: int = 120  # between SIGTERM and SIGKILL
-  max_restarts: int = executors.MAX_PREEMPTIONS  # of one JobSet, those after exit code 42 not counted
+  max_restarts: int = executors.MAX_PREEMPTIONS  # of one JobSet; see `Job.max_restarts`
   env: dict[str, str] = dataclasses.field(default_factory=dict)
   secrets: tuple[str, ...] = ()  # Kubernetes secrets whose keys become environment variables
   xpk_cluster: str | None = None  # submit through xpk to this cluster of its making; see xpk.py

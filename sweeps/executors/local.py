@@ -32,7 +32,8 @@ class Local:
 
   Args:
     logs: folder for one log a job, appended to.
-    may_restart: asked with (pid, `lease.process_start`, exit code) after a process ended other than by 0 or 42; it also charges the failure.
+    may_restart: asked with (pid, `lease.process_start`, exit code) after a process ended other than by 0 or 42. It also
+      charges the failure.
   """
 
   def __init__(self, logs: pathlib.Path, may_restart: Callable[[int, int, int], bool]):
@@ -94,7 +95,7 @@ class Local:
 
 
 def device_env(worker: int, workers: int) -> dict[str, str]:
-  """The part of this machine's GPUs that one of several workers sees; nothing where there are none to share."""
+  """Variables that give one of several workers its part of this machine's GPUs; none where there is nothing to share."""
   stated = os.environ.get('CUDA_VISIBLE_DEVICES')
   gpus = [name for name in stated.split(',') if name.strip()] if stated is not None else _gpus()
   if workers == 1 or not gpus or os.environ.get('JAX_PLATFORMS') == 'cpu':

@@ -1,7 +1,7 @@
 """Jobs as Slurm batch jobs: sbatch for the gang, srun for its processes, requeued until one ends for good.
 
-Everything an engine must survive is in the batch script, so the driver that submitted it may die. What differs
-between clusters (partition, account, GPUs of a node, modules to load) is in a site file:
+The batch script restarts the gang by itself, so the driver that submitted it may die. What differs between clusters
+(partition, account, GPUs of a node, modules to load) is in a site file:
 
     partition = "gpu"
     gres = "gpu:{tasks}"            # {tasks}: processes on the node
@@ -21,7 +21,7 @@ import tomllib
 from sae_jax.errors import PREEMPTED, UserError
 from sweeps.executors import Job
 
-MAX_CRASHES = 3  # ends by a signal that nobody sent on purpose: a lost process is tried again, a crash loop is not
+MAX_CRASHES = 3  # ends by a signal that nobody sent on purpose; so a lost process is tried again, a crash loop is not
 _PENDING = {
   'PENDING',
   'CONFIGURING',
@@ -44,12 +44,13 @@ _ENDED = {
   'TIMEOUT',
 }
 _WAITS_S = (2, 10, 30)  # a controller that has answered before is given the time to restart
-# Set by the user's shell or an enclosing job, these would change what the commands below ask for.
+# Variables that the user's shell or an enclosing job may set. They would change what the commands below ask for.
 _FOREIGN = ('SBATCH_', 'SRUN_', 'SQUEUE_', 'SCANCEL_', 'SLURM_')
 
-# Each process notes how it ended, because the gang's verdict is its first bad end: srun gives the largest code, and
-# that is 143 of a process it stopped itself. Bash runs a trap only after the process in the foreground has ended, so
-# that the noting outlives a SIGTERM to all of them, and what it starts gets the default reaction back.
+# Each process notes how it ended, because the verdict on the gang is its first bad end. srun would give the largest code,
+# and that may be the 143 of a process that it stopped itself.
+# The trap lets the noting outlive a SIGTERM to all processes: bash runs a trap only after what it waits for has ended. The
+# process itself gets the default reaction to SIGTERM back.
 _RANK = 'trap : TERM; "$@"; code=$?; [ $code = 0 ] || echo "${SLURM_RESTART_COUNT:-0} $code" >> "$ENDS"; exit $code'
 
 _SCRIPT = """\
@@ -86,7 +87,7 @@ class Site:
   cpus_per_task: int = 0
   tasks_per_node: int = 1
   grace_s: int = 120  # between SIGTERM and the time limit
-  max_restarts: int = 100
+  max_restarts: int = 100  # see `Job.max_restarts`
   poll_s: float = 15.0  # between two looks at the queue
   env: dict[str, str] = dataclasses.field(default_factory=dict)  # goes into the script: no secrets
   setup: tuple[str, ...] = ()  # shell lines before the processes start

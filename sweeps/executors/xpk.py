@@ -1,7 +1,7 @@
 """Submits jobs through xpk, on clusters that xpk made; looks at them and deletes them as the JobSets they become.
 
-Written for xpk 1.16. Asked for a name that exists, xpk offers to delete the running workload, and does so unasked with
---quiet or --force. So jobs are looked for first, neither flag is ever given, and its question finds no answer on stdin.
+Written for xpk 1.16. Asked for a name that exists, xpk offers to delete the running workload. With --quiet or --force it
+does so unasked. So jobs are looked for first, neither flag is ever given, and its question finds no answer on stdin.
 """
 
 import shlex
@@ -15,7 +15,7 @@ from sweeps.executors.jobset_site import Site
 LABEL = 'xpk.google.com/workload'
 QUEUE = 'multislice-queue'
 PRIORITIES = ('very-low', 'low', 'medium', 'high', 'very-high')
-# xpk's word for an accelerator label; followed by the topology it is a --tpu-type.
+# xpk's word for an accelerator label. Followed by the topology it is a --tpu-type.
 TPU_TYPES = {
   'tpu-v4-podslice': 'v4',
   'tpu-v5-lite-podslice': 'v5litepod',
@@ -29,8 +29,7 @@ _TIMEOUT_S = 600
 def command(job: executors.Job, site: Site, ledger: str, generation: int = 1) -> list[str]:
   """The xpk command of a job: one slice, a process a host.
 
-  All restarts, after exit code 42 too, count against `job.max_restarts`. Raises `UserError` for a job that does not fit
-  the slice, would carry a secret or asks for what xpk has no flag for.
+  Raises `UserError` for a job that does not fit the slice, would carry a secret or asks for what xpk has no flag for.
   """
   jobset.check_fits(job, site)
   if job.walltime_s is not None:
@@ -50,7 +49,7 @@ def command(job: executors.Job, site: Site, ledger: str, generation: int = 1) ->
     'ttl-seconds-after-finished': jobset.KEEP_FINISHED_S,
     'command': _shell(job, site),
   }
-  # xpk asks for docker otherwise, which an image that exists does not need.
+  # Without the last flag xpk asks for docker, which an image that exists does not need.
   given = [f'--{flag}={value}' for flag, value in flags.items() if value is not None]
   return ['xpk', 'workload', 'create', *given, '--skip-validation']
 
@@ -80,7 +79,7 @@ class Xpk(jobset.JobSet):
       ) from None
     except subprocess.TimeoutExpired as error:
       done = subprocess.CompletedProcess(error.cmd, 1, '', f'no answer within {_TIMEOUT_S} s')
-    # Not its exit code: another launch may have been faster, and xpk has steps after the one that counts.
+    # Its exit code does not tell: another launch may have been faster, and xpk has steps after the one that counts.
     made = self._generations(job.id).get(jobset.stem(job.id, self._ledger), [])
     if generation not in [number for number, _ in made]:
       last = '; '.join(line for line in (done.stdout + done.stderr).splitlines()[-5:] if line.strip())
