@@ -63,7 +63,7 @@ def attempt(
       print(f'error: {_disk_full(store)}', file=sys.stderr, flush=True)
       return USER_ERROR_EXIT
     if faults.is_host_error(error):
-      say_host_broken(store, error)
+      print(host_broken(store, error), file=sys.stderr, flush=True)
       for _, lease_ in held:
         lease_.release()
       return HOST_BROKEN
@@ -131,14 +131,12 @@ def attempt(
   return False
 
 
-def say_host_broken(store: ledger.Ledger, error: BaseException) -> None:
+def host_broken(store: ledger.Ledger, error: BaseException) -> str:
   """The last line of a worker that ends after an error of its machine."""
   what = cell_state.printable(f'{type(error).__name__}: {error}')
-  print(
+  return (
     f'{store.path}: this worker ends after an error of its machine, which no cell is charged for ({what}); ended with '
-    f'exit code {HOST_BROKEN} for a fresh start',
-    file=sys.stderr,
-    flush=True,
+    f'exit code {HOST_BROKEN} for a fresh start'
   )
 
 

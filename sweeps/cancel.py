@@ -6,7 +6,6 @@ A running worker hears of it when it refreshes its lease, within 30 s. So does a
 With --undo a cell goes on from its checkpoint.
 """
 
-import argparse
 from collections.abc import Callable
 
 from sae_jax import files, schema
@@ -43,25 +42,18 @@ def _chosen(
   return [states[i] for i in dict.fromkeys(ids)] if ids else [s for s in states.values() if by_default(s)]
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog='python -m sweeps.cancel',
-    description='Have cells saved and left alone, by running workers (within 30 s) and by later ones.',
+@one_line_errors
+def main(argv: list[str]) -> int:
+  parser = flags.parser(
+    'cancel', 'Have cells saved and left alone, by running workers (within 30 s) and by later ones.'
   )
-  flags.add_ledger(parser)
   parser.add_argument('ids', nargs='*', metavar='ID', help='cells, as sweeps.status prints them')
   parser.add_argument('--all', action='store_true', help='every cell that is not finished')
   parser.add_argument('--undo', action='store_true', help='take them up again')
-  return parser
-
-
-@one_line_errors
-def main(argv: list[str]) -> int:
-  args = _parser().parse_args(argv)
+  args = parser.parse_args(argv)
   if bool(args.ids) == args.all:
     raise UserError(f'{len(args.ids)} cells named and --all={args.all}; name cells, or give --all alone')
-  store = ledger.Ledger(args.ledger)
-  for s in (changed := (undo if args.undo else cancel)(store, args.ids)):
+  for s in (changed := (undo if args.undo else cancel)(args.ledger, args.ids)):
     was = f', now running ({s.reason})' if s.state == 'running' and not args.undo else ''
     print(f'{s.entry.id} {grid.label(s.entry.overrides)}: {"taken up again" if args.undo else "cancelled"}{was}')
   print(f'{len(changed)} cells {"to train again" if args.undo else "cancelled; --undo takes them up again"}')

@@ -6,8 +6,11 @@ from sae_jax.flags import whole
 from sweeps import ledger
 
 
-def add_ledger(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--ledger', required=True, help='folder or fsspec URL of the sweep')
+def parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+  """For a command about a sweep that exists. Its --ledger is a `ledger.Ledger`."""
+  made = argparse.ArgumentParser(prog=f'python -m sweeps.{command}', description=description, epilog=epilog)
+  made.add_argument('--ledger', type=ledger.Ledger, required=True, help='folder or fsspec URL of the sweep')
+  return made
 
 
 def add_max_failures(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,6 @@ python -m sweeps.gc --ledger=DIR [--dry_run]
 Results, metrics and the autoencoders in sae/ stay, and so does everything of a cell that is not finished.
 """
 
-import argparse
 import dataclasses
 
 from sae_jax import files, schema
@@ -59,20 +58,12 @@ def printable_size(size: float) -> str:
   return f'{size:.1f} TB'
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog='python -m sweeps.gc',
-    description='Delete the checkpoints of finished cells; results, metrics and autoencoders stay.',
-  )
-  flags.add_ledger(parser)
-  parser.add_argument('--dry_run', action='store_true', help='list what would go; delete nothing')
-  return parser
-
-
 @one_line_errors
 def main(argv: list[str]) -> int:
-  args = _parser().parse_args(argv)
-  found = find(ledger.Ledger(args.ledger))
+  parser = flags.parser('gc', 'Delete the checkpoints of finished cells; results, metrics and autoencoders stay.')
+  parser.add_argument('--dry_run', action='store_true', help='list what would go; delete nothing')
+  args = parser.parse_args(argv)
+  found = find(args.ledger)
   for garbage in found:
     if not args.dry_run:
       free(garbage)

@@ -111,7 +111,7 @@ def names(states: list[ledger.EntryState], gangs: int | None, group: int | None 
 
 
 def _partition(states: list[ledger.EntryState], group: int | None) -> list[list[ledger.Entry]]:
-  ordered = sorted(states, key=lambda s: (-_cost(s), s.entry.id))
+  ordered = sorted(states, key=lambda s: (-flops.cell_flops(s.entry.cell)['dense'], s.entry.id))
   return groups.partition([s.entry for s in ordered], group)
 
 
@@ -121,7 +121,3 @@ def _name(entries: list[ledger.Entry]) -> str:
 
 def devices_of(cell: Config) -> int:
   return cell.mesh.data * cell.mesh.latent
-
-
-def _cost(state: ledger.EntryState) -> float:
-  return flops.cell_flops(state.entry.cell)['dense']

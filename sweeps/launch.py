@@ -6,6 +6,7 @@ Never imports jax, so that a launch with nothing to do takes a moment.
 """
 
 import argparse
+import contextlib
 import pathlib
 import signal
 import sys
@@ -39,13 +40,12 @@ def drive(
   `received` grows by one with each signal. The first cancels all jobs, the second kills them.
   """
   names = [executor.submit(job) for job in todo]
-  shown = progress.Board(store, store.states(max_failures))
   poll_s = 0.5 if files.is_local(store.path) else 15.0
   cancels = 0
   over_since: float | None = None
   states: list[ledger.EntryState] = []
   look_at = 0.0
-  try:
+  with contextlib.closing(progress.Board(store, store.states(max_failures))) as shown:
     while True:
       # A look at the processes costs nothing, one at thousands of cells does.
       running = [name for name, state in executor.states(names).items() if state != 'gone']
@@ -69,8 +69,6 @@ def drive(
           executor.cancel(name)
         cancels += 1
       _nap(poll_s, received)
-  finally:
-    shown.close()
 
 
 def follow(
@@ -89,25 +87,23 @@ def follow(
   submitted: set[str] = set()
   began = time.process_time()
   states = store.states(max_failures)
-  shown = None if detach else progress.Board(store, states)
-  try:
+  with contextlib.closing(progress.Board(store, states, visible=not detach)) as shown:
     while True:
       for job in jobs.jobs(store, cluster, states, gangs, max_failures, group):
         # Each is submitted once: a job that has gone with its cell undone is for a person to look at.
         if job.id not in submitted and not received:
           submitted.add(cluster.engine.submit(job))
-      if shown is None:
+      if detach:
         print(f'{len(submitted)} jobs are with the engine; the same command, or sweeps.status, watches them')
         return
       # Jobs of an earlier launch are watched too: their cells may be running, or wait between two runs of the job.
       names = sorted(submitted.union(jobs.names(states, gangs, group)))
       alive = {name: s for name, s in cluster.engine.states(names).items() if s != 'gone'}
-      queued = sum(s == 'pending' for s in alive.values())
-      shown.show(states, f'; jobs: {len(alive) - queued} running, {queued} pending')
+      queued = [name for name, s in alive.items() if s == 'pending']
+      shown.show(states, f'; jobs: {len(alive) - len(queued)} running, {len(queued)} pending')
       if not any(s.state in schema.UNFINISHED for s in states):
-        for name, state in alive.items():
-          if state == 'pending':
-            cluster.engine.cancel(name)  # it would find nothing to do
+        for name in queued:
+          cluster.engine.cancel(name)  # it would find nothing to do
         return
       if received or not (alive or any(s.state == 'running' for s in states)):
         shown.show(store.states(max_failures))
@@ -115,9 +111,6 @@ def follow(
       _nap(ledger.nap_s(cluster.poll_s, time.process_time() - began), received)
       began = time.process_time()
       states = store.states(max_failures)
-  finally:
-    if shown is not None:
-      shown.close()
 
 
 def _nap(seconds: float, received: list[int]) -> None:
@@ -265,20 +258,14 @@ def _check(args: argparse.Namespace) -> None:
     raise UserError('--dollars_per_chip_hour needs --topology=NAME, e.g. v5p:2x2x2; add it')
 
 
-def _cluster(args: argparse.Namespace, store: ledger.Ledger) -> jobs.Cluster | None:
-  """What the jobs are for; None when this machine trains."""
-  if args.executor == 'slurm':
-    return jobs.slurm_cluster(args.site, store.path)
-  return jobs.jobset_cluster(args.site, store.path) if args.executor == 'jobset' else None
-
-
 @one_line_errors
 def main(argv: list[str]) -> int:
   args = _parser().parse_args(argv)
   _check(args)
   sweep = grid.build(args.sweep)
   store = ledger.Ledger(args.ledger)
-  cluster = _cluster(args, store)
+  clusters = {'slurm': jobs.slurm_cluster, 'jobset': jobs.jobset_cluster}
+  cluster = clusters[args.executor](args.site, store.path) if args.executor in clusters else None
   if sweep.dropped:
     print(f'{sweep.dropped} cells of {args.sweep} equal an earlier one and were dropped', file=sys.stderr)
   if args.dry_run:
@@ -321,15 +308,9 @@ def _run_on(cluster: jobs.Cluster, args: argparse.Namespace, store: ledger.Ledge
   follow(store, cluster, args.gangs, received, args.max_failures, args.detach, args.group)
   if args.detach:
     return 0
-  code = _verdict(store, ids, args.max_failures)
-  if received:
-    print(
-      f'the jobs run on; the same command watches them again, python -m sweeps.cancel --ledger={store.path} stops cells'
-    )
-    return 128 + received[0]
-  if any(s.state in schema.UNFINISHED for s in store.states(args.max_failures)):
-    print(f'the jobs ended with cells left to do; see their output in {cluster.logs}')
-  return code
+  again = f'the same command watches them again, python -m sweeps.cancel --ledger={store.path} stops cells'
+  left = f'the jobs ended with cells left to do; see their output in {cluster.logs}'
+  return _end(args, store, ids, received, f'the jobs run on; {again}', left)
 
 
 def _run_here(args: argparse.Namespace, store: ledger.Ledger, ids: set[str], todo: int) -> int:
@@ -338,12 +319,20 @@ def _run_here(args: argparse.Namespace, store: ledger.Ledger, ids: set[str], tod
   logs = files.local(files.join(store.path, 'logs')) if at_home else pathlib.Path(tempfile.mkdtemp(prefix='sweep-'))
   print(f'output of the workers: {logs}', flush=True)
   received = _work_here(store, min(args.workers or 1, todo), args.max_failures, logs, args.group)
+  left = f'the workers ended with cells left to do; their last words:\n{_tail(logs)}'
+  return _end(args, store, ids, received, 'interrupted: the same command resumes', left)
+
+
+def _end(
+  args: argparse.Namespace, store: ledger.Ledger, ids: set[str], received: list[int], stopped: str, left: str
+) -> int:
+  """Says how the cells of this grid ended, and whether the launch was `stopped` or cells are `left`."""
   code = _verdict(store, ids, args.max_failures)
   if received:
-    print('interrupted: the same command resumes')
+    print(stopped)
     return 128 + received[0]
   if any(s.state in schema.UNFINISHED for s in store.states(args.max_failures)):
-    print(f'the workers ended with cells left to do; their last words:\n{_tail(logs)}')
+    print(left)
   return code
 
 

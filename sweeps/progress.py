@@ -13,9 +13,10 @@ from sweeps import grid, ledger, status
 class Board(Display):
   """Shows the states of cells, with the time left at the speed of this launch so far."""
 
-  def __init__(self, store: ledger.Ledger, states: list[ledger.EntryState]):
+  def __init__(self, store: ledger.Ledger, states: list[ledger.EntryState], visible: bool = True):
     tqdm.monitor_interval = 0  # no thread of its own: workers are forked from this process
-    super().__init__(sys.stdout, total=len(states), bar_format='{n_fmt}/{total_fmt} cells |{bar}|{postfix} [{elapsed}]')
+    plain = sys.stdout if visible else None
+    super().__init__(plain, total=len(states), bar_format='{n_fmt}/{total_fmt} cells |{bar}|{postfix} [{elapsed}]')
     self._store, self._begin = store, time.monotonic()
     self._cost: dict[str, float] = {}
     self._at_start: float | None = None

@@ -7,7 +7,6 @@ with its result. The cell then waits to be trained again, from its last checkpoi
 read to the last byte, so that a changed one is found, too.
 """
 
-import argparse
 import dataclasses
 
 from sae_jax import cell_state, files, product, schema
@@ -104,25 +103,19 @@ def _damaged_artifact(folder: str) -> str:
   return ''
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog='python -m sweeps.retry',
-    description='Clear the failures of cells and move files aside that cannot be believed, so that the next launch or a '
+@one_line_errors
+def main(argv: list[str]) -> int:
+  parser = flags.parser(
+    'retry',
+    'Clear the failures of cells and move files aside that cannot be believed, so that the next launch or a '
     'running worker tries these cells again.',
   )
-  flags.add_ledger(parser)
   parser.add_argument(
     'ids', nargs='*', metavar='ID', help='cells to clear (default: all that failed for good or are invalid)'
   )
   flags.add_max_failures(parser)
-  return parser
-
-
-@one_line_errors
-def main(argv: list[str]) -> int:
-  args = _parser().parse_args(argv)
-  store = ledger.Ledger(args.ledger)
-  cleared = retry(store, args.ids, args.max_failures)
+  args = parser.parse_args(argv)
+  cleared = retry(args.ledger, args.ids, args.max_failures)
   for one in cleared:
     what = ', '.join(f'moved {name} to {to}' for name, to in one.moved)
     print(

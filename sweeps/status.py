@@ -3,7 +3,6 @@
 python -m sweeps.status --ledger=DIR [--watch | --verify] [--json]
 """
 
-import argparse
 import collections
 import json
 import os
@@ -155,13 +154,13 @@ def fitted(shown: str, columns: int, lines: int) -> str:
   return '\n'.join(line[:columns] for line in kept)
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog='python -m sweeps.status',
-    description='Show what the cells of a ledger are doing, with reasons.',
+@one_line_errors
+def main(argv: list[str]) -> int:
+  parser = flags.parser(
+    'status',
+    'Show what the cells of a ledger are doing, with reasons.',
     epilog='A lease held on another machine counts as running until --watch has seen it unchanged for 90 s.',
   )
-  flags.add_ledger(parser)
   how = parser.add_mutually_exclusive_group()
   how.add_argument(
     '--watch',
@@ -175,18 +174,12 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--json', action='store_true', help='print one JSON object instead of a table')
   flags.add_max_failures(parser)
-  return parser
-
-
-@one_line_errors
-def main(argv: list[str]) -> int:
-  args = _parser().parse_args(argv)
-  store = ledger.Ledger(args.ledger)
+  args = parser.parse_args(argv)
   shown = ''
   try:
     while True:
       began = time.process_time()
-      found = report(store, args.max_failures, args.verify)
+      found = report(args.ledger, args.max_failures, args.verify)
       now = json.dumps(found) if args.json else text(found)
       if sys.stdout.isatty() and args.watch:
         print(f'{_CLEAR}{fitted(now, *shutil.get_terminal_size())}', flush=True)

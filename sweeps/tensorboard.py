@@ -5,7 +5,6 @@ python -m sweeps.tensorboard --ledger=DIR --out=DIR && tensorboard --logdir=DIR
 An optional extra (pip install 'sae_jax[tensorboard]') writes them; TensorBoard itself is not needed for that.
 """
 
-import argparse
 import math
 import pathlib
 import re
@@ -64,22 +63,15 @@ def _is_scalar(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38 and math.isfinite(value)
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog='python -m sweeps.tensorboard',
-    description='Write the metrics of every cell as TensorBoard event files; run it again to refresh them.',
-  )
-  flags.add_ledger(parser)
-  parser.add_argument('--out', required=True, metavar='DIR', help='what to give to tensorboard --logdir')
-  return parser
-
-
 @one_line_errors
 def main(argv: list[str]) -> int:
-  args = _parser().parse_args(argv)
-  store = ledger.Ledger(args.ledger)
-  written = export(store, args.out)
-  print(f'{written} runs in {args.out}' if written else f'no cell of {store.path} has metrics yet')
+  parser = flags.parser(
+    'tensorboard', 'Write the metrics of every cell as TensorBoard event files; run it again to refresh them.'
+  )
+  parser.add_argument('--out', required=True, metavar='DIR', help='what to give to tensorboard --logdir')
+  args = parser.parse_args(argv)
+  written = export(args.ledger, args.out)
+  print(f'{written} runs in {args.out}' if written else f'no cell of {args.ledger.path} has metrics yet')
   return 0
 
 

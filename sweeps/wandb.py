@@ -5,8 +5,6 @@ python -m sweeps.wandb --ledger=DIR --project=NAME [--mode=offline]
 An optional extra (pip install 'sae_jax[wandb]'): training knows nothing of it, and the ledger stays the truth.
 """
 
-import argparse
-
 from sae_jax import metrics
 from sae_jax.errors import UserError, one_line_errors
 from sweeps import flags, grid, ledger
@@ -46,22 +44,14 @@ def export(store: ledger.Ledger, project: str, mode: str | None = None) -> int:
   return count
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog='python -m sweeps.wandb', description='Copy the metrics of every cell to Weights & Biases.'
-  )
-  flags.add_ledger(parser)
-  parser.add_argument('--project', required=True, help='of Weights & Biases; the account is that of `wandb login`')
-  parser.add_argument('--mode', choices=('online', 'offline'), help='offline writes ./wandb for `wandb sync`')
-  return parser
-
-
 @one_line_errors
 def main(argv: list[str]) -> int:
-  args = _parser().parse_args(argv)
-  store = ledger.Ledger(args.ledger)
-  count = export(store, args.project, args.mode)
-  print(f'{count} runs in project {args.project}' if count else f'no cell of {store.path} has metrics yet')
+  parser = flags.parser('wandb', 'Copy the metrics of every cell to Weights & Biases.')
+  parser.add_argument('--project', required=True, help='of Weights & Biases; the account is that of `wandb login`')
+  parser.add_argument('--mode', choices=('online', 'offline'), help='offline writes ./wandb for `wandb sync`')
+  args = parser.parse_args(argv)
+  count = export(args.ledger, args.project, args.mode)
+  print(f'{count} runs in project {args.project}' if count else f'no cell of {args.ledger.path} has metrics yet')
   return 0
 
 

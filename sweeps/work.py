@@ -18,7 +18,7 @@ from sae_jax import faults, files, flops, lease, schema, signals
 from sae_jax.errors import HOST_BROKEN, PREEMPTED, USER_ERROR_EXIT, UserError, end_at_once, one_line_errors
 from sae_jax.flags import whole
 from sweeps import flags, groups, ledger
-from sweeps.attempt import Held, TrainGroup, attempt, say_host_broken
+from sweeps.attempt import Held, TrainGroup, attempt, host_broken
 
 if TYPE_CHECKING:
   from sweeps import gang  # loads jax, which drivers and status do without
@@ -240,21 +240,17 @@ def main(argv: list[str]) -> int:
       leader=leader,
       group=args.group,
     )
-  except lease.LeaseLost as error:
-    print(f'lease lost: {error}', file=sys.stderr, flush=True)
-    if leader is not None:
-      leader.disband(PREEMPTED)
-    end_at_once(PREEMPTED)
   except Exception as error:
-    if faults.is_host_error(error):
-      say_host_broken(store, error)
-      if leader is not None:
-        leader.disband(HOST_BROKEN)
-      end_at_once(HOST_BROKEN)
-    if leader is None or not isinstance(error, UserError):
+    if isinstance(error, lease.LeaseLost):
+      said, code = f'lease lost: {error}', PREEMPTED
+    elif faults.is_host_error(error):
+      said, code = host_broken(store, error), HOST_BROKEN
+    elif leader is not None and isinstance(error, UserError):
+      said, code = f'error: {error}', USER_ERROR_EXIT
+    else:
       raise
-    print(f'error: {error}', file=sys.stderr, flush=True)
-    leader.disband(USER_ERROR_EXIT)
+    print(said, file=sys.stderr, flush=True)
+    (leader.disband if leader is not None else end_at_once)(code)
   if leader is not None:
     leader.dismiss(code)
   return 128 + signal.SIGINT if code == PREEMPTED and stop.signum == signal.SIGINT else code

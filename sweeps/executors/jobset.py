@@ -125,11 +125,8 @@ class JobSet:
   def states(self, ids: list[str]) -> dict[str, str]:
     """'pending' (queued, or some host not ready), 'running' or 'gone' by id."""
     found = self._generations()
-    states = {}
-    for job_id in ids:
-      live = [state for _, state in found.get(stem(job_id, self._ledger), []) if state != 'gone']
-      states[job_id] = live[0] if live else 'gone'
-    return states
+    live = {name: state for name, made in found.items() for _, state in reversed(made) if state != 'gone'}
+    return {job_id: live.get(stem(job_id, self._ledger), 'gone') for job_id in ids}
 
   def cancel(self, job_id: str) -> None:
     """Deletes the job. Its pods get SIGTERM and their grace, also when asked again. Once they have gone, it is 'gone'."""

@@ -97,7 +97,8 @@ class Local:
 def device_env(worker: int, workers: int) -> dict[str, str]:
   """Variables that give one of several workers its part of this machine's GPUs; none where there is nothing to share."""
   stated = os.environ.get('CUDA_VISIBLE_DEVICES')
-  gpus = [name for name in stated.split(',') if name.strip()] if stated is not None else _gpus()
+  found = sorted((path.name.removeprefix('nvidia') for path in pathlib.Path('/dev').glob('nvidia[0-9]*')), key=int)
+  gpus = found if stated is None else [name for name in stated.split(',') if name.strip()]
   if workers == 1 or not gpus or os.environ.get('JAX_PLATFORMS') == 'cpu':
     return {}
   each = max(1, len(gpus) // workers)
@@ -106,11 +107,6 @@ def device_env(worker: int, workers: int) -> dict[str, str]:
   sharing = -(-workers // len(gpus))
   # Without this the first of several workers on one GPU takes three quarters of its memory.
   return env | ({'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.9 / sharing:.2f}'} if sharing > 1 else {})
-
-
-def _gpus() -> list[str]:
-  names = pathlib.Path('/dev').glob('nvidia[0-9]*')
-  return sorted((name.name.removeprefix('nvidia') for name in names), key=int)
 
 
 def _end_with_parent(parent: int) -> None:
