@@ -120,11 +120,11 @@ def pieces(path: str) -> Iterator[bytes]:
     with open(local(path), 'rb') as f:
       while piece := f.read(_PIECE):
         yield piece
-    return
-  with _remote(path) as (fs, name):
-    whole = fs.info(name)['size']
-    for start in range(0, whole, _PIECE):
-      yield fs.cat_file(name, start=start, end=min(start + _PIECE, whole))
+  else:
+    with _remote(path) as (fs, name):
+      whole = fs.info(name)['size']
+      for start in range(0, whole, _PIECE):
+        yield fs.cat_file(name, start=start, end=min(start + _PIECE, whole))
 
 
 def sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
@@ -159,21 +159,20 @@ def version(path: str) -> tuple[Any, ...] | None:
 
 def listdir(path: str) -> list[str]:
   """Sorted names in a folder; empty when the folder does not exist."""
-  if is_local(path):
-    try:
-      return sorted(os.listdir(_name(path)))
-    except (FileNotFoundError, NotADirectoryError):
-      return []
   try:
+    if is_local(path):
+      return sorted(os.listdir(_name(path)))
     with _remote(path) as (fs, name):
       return sorted(posixpath.basename(p.rstrip('/')) for p in fs.ls(name, detail=False))
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return []
 
 
 def create(path: str, data: bytes) -> None:
   """Writes a new file. Raises FileExistsError when the path exists, whoever made it."""
-  if not is_local(path):
+  if is_local(path):
+    _via_temporary(local(path), data, _link)
+  else:
     _check_protocol(path)
     writer = secrets.token_hex(8)
     with _remote(path, absent=_NO_BUCKET) as (fs, name):
@@ -183,8 +182,6 @@ def create(path: str, data: bytes) -> None:
         # A request whose answer was lost is sent again, and then finds what it wrote itself.
         if fs.info(name).get('metadata', {}).get('writer') != writer:
           raise
-    return
-  _via_temporary(local(path), data, _link)
 
 
 def create_missing(contents: Mapping[str, bytes]) -> list[str]:
@@ -226,11 +223,11 @@ def replace(path: str, data: bytes, *, parents: bool = True) -> None:
 
   Without `parents` the folder has to exist on a local disk: FileNotFoundError where it is gone.
   """
-  if not is_local(path):
+  if is_local(path):
+    _via_temporary(local(path), data, os.replace, parents)
+  else:
     with _remote(path, absent=_NO_BUCKET) as (fs, name):
       fs.pipe_file(name, data)
-    return
-  _via_temporary(local(path), data, os.replace, parents)
 
 
 def write_output(path: str, data: bytes, other: str = 'path') -> None:
@@ -257,9 +254,9 @@ def remove(path: str) -> None:
   """Deletes a file if it is there."""
   if is_local(path):
     local(path).unlink(missing_ok=True)
-    return
-  with contextlib.suppress(FileNotFoundError), _remote(path) as (fs, name):
-    fs.rm_file(name)
+  else:
+    with contextlib.suppress(FileNotFoundError), _remote(path) as (fs, name):
+      fs.rm_file(name)
 
 
 def size(path: str) -> int:
@@ -276,9 +273,9 @@ def remove_tree(path: str) -> None:
   if is_local(path):
     if os.path.lexists(local(path)):
       shutil.rmtree(local(path))
-    return
-  with contextlib.suppress(FileNotFoundError), _remote(path) as (fs, name):
-    fs.rm(name, recursive=True)
+  else:
+    with contextlib.suppress(FileNotFoundError), _remote(path) as (fs, name):
+      fs.rm(name, recursive=True)
 
 
 def move_tree(path: str, target: str) -> None:
@@ -286,12 +283,12 @@ def move_tree(path: str, target: str) -> None:
   if is_local(path):
     local(target).parent.mkdir(parents=True, exist_ok=True)
     os.rename(local(path), local(target))
-    return
-  with _remote(path) as (fs, name):
-    _, to = _filesystem(target)
-    for found in fs.find(name):
-      fs.cp_file(found, to + found[len(name) :])
-    fs.rm(name, recursive=True)
+  else:
+    with _remote(path) as (fs, name):
+      _, to = _filesystem(target)
+      for found in fs.find(name):
+        fs.cp_file(found, to + found[len(name) :])
+      fs.rm(name, recursive=True)
 
 
 def _read_local(path: str, limit: int) -> tuple[bytes, int]:

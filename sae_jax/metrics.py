@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+import sae_jax
 from sae_jax import faults, files, schema
 from sae_jax.errors import UserError
 
@@ -78,10 +79,11 @@ def newest_lines(workdir: str, cell_id: str) -> Iterator[dict[str, Any]]:
 
   The files are read as far as the caller goes, so that the last line is cheap.
   """
-  names = [name for name in files.listdir(workdir) if _METRICS.fullmatch(name)]
-  for name in sorted(names, key=_attempt, reverse=True):
+  attempts = [found for found in map(_METRICS.fullmatch, files.listdir(workdir)) if found]
+  # The one without a number, to which all attempts on a local disk append, counts as the oldest.
+  for attempt in sorted(attempts, key=lambda found: int(found[2] or -1), reverse=True):
     try:
-      data = files.read(files.join(workdir, name), _ALL_LINES)
+      data = files.read(files.join(workdir, attempt[0]), _ALL_LINES)
     except (FileNotFoundError, IsADirectoryError, schema.Broken):
       continue
     for text in reversed(data.split(b'\n')):
@@ -137,7 +139,7 @@ def record_failure(workdir: str, error: BaseException, exit_code: int | None = N
 def versions() -> dict[str, str]:
   """Versions of what decides a result's bits."""
   names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
-  return {'sae_jax': _own_version(), 'python': platform.python_version()} | {
+  return {'sae_jax': sae_jax.__version__, 'python': platform.python_version()} | {
     name: importlib.metadata.version(name) for name in names
   }
 
@@ -171,18 +173,6 @@ def git_commit() -> str:
     return git('rev-parse', '--short=12', 'HEAD').strip() + ('+' if changed else '')
   except (OSError, subprocess.SubprocessError):
     return ''
-
-
-def _own_version() -> str:
-  from sae_jax import __version__
-
-  return __version__
-
-
-def _attempt(name: str) -> int:
-  """Place of a metrics file among those of one cell; -1 for the one that all attempts append to."""
-  found = _METRICS.fullmatch(name)
-  return int(found[2]) if found and found[2] else -1
 
 
 def _drop_partial_line(path: pathlib.Path) -> None:

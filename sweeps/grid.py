@@ -69,7 +69,9 @@ def build(path: str) -> Sweep:
 
   Raises `UserError` for a file that is not a grid, and for a cell whose configuration is not valid.
   """
-  grid = _load(path)
+  if not pathlib.Path(path).is_file() or pathlib.Path(path).suffix != '.py':
+    raise UserError(f'no grid file at {path!r}; name a Python file such as sweeps/grids/tiny.py')
+  grid = config.load_file(path, f'grid_{pathlib.Path(path).stem}')
   if not (isinstance(vars(grid).get('EXPERIMENT'), types.ModuleType) and callable(vars(grid).get('sweep'))):
     raise UserError(
       f'{path} defines no EXPERIMENT (an imported module of experiments/) or no sweep(); '
@@ -110,9 +112,3 @@ def label(overrides: Overrides) -> str:
 
 def _is_overrides(item: Any) -> bool:
   return isinstance(item, dict) and all(isinstance(key, str) for key in item)
-
-
-def _load(path: str) -> types.ModuleType:
-  if not pathlib.Path(path).is_file() or pathlib.Path(path).suffix != '.py':
-    raise UserError(f'no grid file at {path!r}; name a Python file such as sweeps/grids/tiny.py')
-  return config.load_file(path, f'grid_{pathlib.Path(path).stem}')

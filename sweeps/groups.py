@@ -28,13 +28,11 @@ def partition(entries: Sequence[ledger.Entry], stated: int | None) -> list[list[
   parts: list[list[ledger.Entry]] = []
   last: dict[str, list[ledger.Entry]] = {}  # of each stream the newest group; those before it are full
   for entry in entries:
-    room = most(entry.cell, stated)
-    part = last.get(entry.cell.group_key) if room > 1 else None
-    if part is not None and len(part) < room:
+    part = last.get(entry.cell.group_key)
+    if part is not None and len(part) < most(entry.cell, stated):
       part.append(entry)
-      continue
-    parts.append([entry])
-    if room > 1:
+    else:
+      parts.append([entry])
       last[entry.cell.group_key] = parts[-1]
   return parts
 

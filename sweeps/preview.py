@@ -95,10 +95,8 @@ def cost_table(states: list[ledger.EntryState], topology: str, dollars: float | 
 
 def _step_shape(cell: Config) -> str:
   """Equal for cells whose compiled steps are alike. What only enters them as a number stays out."""
-  flat = cell.flat()
-  kept = {k: v for k, v in flat.items() if k.startswith(('sae.', 'mesh.', 'train.'))}
-  for free in ('train.seed', 'train.tokens', 'train.checkpoint_every'):
-    del kept[free]
+  free = ('train.seed', 'train.tokens', 'train.checkpoint_every')
+  kept = {k: v for k, v in cell.flat().items() if k.startswith(('sae.', 'mesh.', 'train.')) and k not in free}
   return json.dumps(kept | {'aux': cell.loss.aux_coefficient > 0}, sort_keys=True)
 
 

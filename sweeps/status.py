@@ -74,8 +74,8 @@ def report(store: ledger.Ledger, max_failures: int, every_byte: bool = False) ->
       row |= {'step': last['step'], 'nmse': last.get('eval/nmse')}
       cost *= 1 - min(1.0, last['step'] / row['steps'])
       if s.state == 'running' and all(last.get(key) for key in ('wall_s', 'step', 'tokens', 'flops_dense')):
-        row |= {'tokens_per_s': last['tokens'] / last['wall_s']}
-        row |= {'left_s': last['wall_s'] * (row['steps'] / last['step'] - 1)}
+        row['tokens_per_s'] = last['tokens'] / last['wall_s']
+        row['left_s'] = last['wall_s'] * (row['steps'] / last['step'] - 1)
         speed += last['flops_dense'] / last['wall_s']
     if s.state in schema.UNFINISHED:
       left += cost

@@ -23,13 +23,12 @@ def verify(store: ledger.Ledger, states: list[ledger.EntryState]) -> list[ledger
     for s in finished:
       try:
         unverified += not product.check(store.folder(s.entry.id), lambda piece: bar.update(len(piece)))
-      except FileNotFoundError as error:
-        if s.result is not None and not s.result.get('artifact_bytes'):
+      except (schema.Broken, OSError) as error:
+        if isinstance(error, FileNotFoundError) and s.result is not None and not s.result.get('artifact_bytes'):
           unverified += 1  # its result is from before results said that there was one
         else:
-          broken[s.entry.id] = _invalid(s, error)
-      except (schema.Broken, OSError) as error:
-        broken[s.entry.id] = _invalid(s, error)
+          found = cell_state.product_is_broken(error)
+          broken[s.entry.id] = dataclasses.replace(s, state=found.state, reason=found.reason, result=None)
   said = f'verified the autoencoders of {len(finished) - unverified - len(broken)} cells, {sum(sizes):,} bytes'
   print(said + (f'; {unverified} have no digests' if unverified else ''), file=sys.stderr)
   if broken:
@@ -38,8 +37,3 @@ def verify(store: ledger.Ledger, states: list[ledger.EntryState]) -> list[ledger
       file=sys.stderr,
     )
   return [broken.get(s.entry.id, s) for s in states]
-
-
-def _invalid(s: ledger.EntryState, error: Exception) -> ledger.EntryState:
-  found = cell_state.product_is_broken(error)
-  return dataclasses.replace(s, state=found.state, reason=found.reason, result=None)
