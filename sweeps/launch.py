@@ -16,7 +16,7 @@ import time
 from sae_jax import cell_state, files, metrics, schema, signals, watchdog
 from sae_jax.errors import HOST_BROKEN, UserError, one_line_errors
 from sae_jax.flags import positive, whole
-from sweeps import flags, grid, groups, jobs, ledger, preview, progress, status, work
+from sweeps import extend, flags, grid, groups, jobs, ledger, preview, progress, status, work
 from sweeps.executors import Executor, Job, local
 
 GRACE_S = 10.0  # for workers to end once nothing is left to do; a worker that hangs does not
@@ -226,6 +226,11 @@ def _parser() -> argparse.ArgumentParser:
     type=whole('--gangs'),
     help='slurm, jobset: so many jobs share all cells, for many short ones (default: a job a cell, or a group of cells)',
   )
+  parser.add_argument(
+    '--extend',
+    action='store_true',
+    help="go on from finished cells that differ in train.tokens alone; needs recipe.horizon='so far'",
+  )
   parser.add_argument('--detach', action='store_true', help='slurm, jobset: submit and leave')
   parser.add_argument('--dry_run', action='store_true', help='list cells, FLOPs, states, time and jobs; write nothing')
   parser.add_argument(
@@ -268,6 +273,9 @@ def main(argv: list[str]) -> int:
   cluster = clusters[args.executor](args.site, store.path) if args.executor in clusters else None
   if sweep.dropped:
     print(f'{sweep.dropped} cells of {args.sweep} equal an earlier one and were dropped', file=sys.stderr)
+  if args.extend:
+    sweep = extend.extended(sweep, store, args.max_failures)
+    print(f'{sum(bool(one.train.extends) for _, one in sweep.cells)} cells go on from shorter ones', file=sys.stderr)
   if args.dry_run:
     _dry_run(args, sweep, store, cluster)
     return 0

@@ -8,6 +8,8 @@ import pytest
 from sae_jax import convergence, extend, recipe, startup
 from sae_jax import train as training
 from sae_jax.errors import UserError
+from sweeps import extend as sweeps_extend
+from sweeps import ledger
 from tests import cells
 
 OPEN = {'recipe.horizon': 'so far', 'optim.ema_decay': None, 'loss.dead_tokens': None}
@@ -106,3 +108,17 @@ def test_the_open_recipe_is_the_paper_s_but_for_its_horizons():
   sizes = {'n_latents': 4096, 'd_model': 576, 'batch_tokens': 2048}
   short, long = (recipe.ONE_CURVE.hyperparameters(tokens=tokens, **sizes) for tokens in (10**6, 10**9))
   assert short == long and short['optim.ema_width'] == short['loss.dead_share'] == 0.1
+
+
+def test_a_launch_lets_cells_go_on_from_the_longest_that_is_finished(tmp_path):
+  base = OPEN | {'train.tokens': 320}
+  store = ledger.Ledger(str(tmp_path))
+  tokens = (320, 400, 480)
+  store.register(cells.sweep(*({'train.tokens': t} for t in tokens), {'train.seed': 5}, base=base))
+  by_tokens = {one.cell.train.tokens: one.cell for one in store.entries() if one.cell.train.seed == 0}
+  for t in (320, 400):
+    cells.write(tmp_path, by_tokens[t], {by_tokens[t].train.steps: 0.5})
+  longer = cells.sweep({'train.tokens': 400}, {'train.tokens': 960}, {'train.tokens': 960, 'train.seed': 5}, base=base)
+  found = sweeps_extend.extended(longer, store, 3)
+  assert [one.train.extends for _, one in found.cells] == [by_tokens[320].id, by_tokens[400].id, '']
+  assert [one.id for _, one in found.cells] == [one.id for _, one in longer.cells]
