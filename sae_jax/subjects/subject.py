@@ -31,7 +31,7 @@ class Family(Protocol):
     """Float32 weights of the embedding, the first `n_blocks` blocks and the last norm."""
 
   def widths(self, arch: Any) -> dict[str, int]:
-    """The kinds of sites that a block has, and their widths."""
+    """The kinds of sites that a block has, resid_pre and resid_post among them, and their widths."""
 
   def flops(self, arch: Any, site: Site, window_tokens: int) -> float:
     """Useful FLOPs for a token up to a site, on average over the positions of a window."""
@@ -60,7 +60,7 @@ class Subject:
     n_blocks: how many blocks were.
     tokenizer: text to ids, without any special token.
     start_token: the id that opens every window. It is an attention sink: activations there are far larger than
-      elsewhere, see `sae_jax.data.windows`.
+      elsewhere.
     provenance: JSON-able facts: file, sha256, tokenizer, quantisation.
   """
 
@@ -92,7 +92,7 @@ class Subject:
 
     Rows may be filled up on their right with any id: no position sees what follows it.
     """
-    return _residual_at(self.family, self.arch, self.params, ids_BT, last_B, self._loaded(site))
+    return self.residual(ids_BT, site)[jnp.arange(len(last_B)), last_B]
 
   def logits(self, ids_BT: np.ndarray | jax.Array) -> jax.Array:
     """Logits of the next token, float32 [B, T, vocabulary]. Raises ValueError unless all blocks were loaded."""
@@ -146,23 +146,14 @@ class Subject:
       raise ValueError(f'predictions need all {self.arch.n_layers} blocks and {self.n_blocks} were loaded')
 
 
-def _activations(family: Family, arch: Any, params: dict[str, jax.Array], ids_BT: jax.Array, site: Site) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=('family', 'arch', 'site'))
+def _residual(family: Family, arch: Any, params: dict[str, jax.Array], ids_BT: jax.Array, site: Site) -> jax.Array:
   x_BTD = family.run(arch, params, family.embed(arch, params, ids_BT), 0, site.whole)
   if site.between_blocks:
     return x_BTD
   seen: dict[str, jax.Array] = {}
   family.block(arch, params, x_BTD, site.layer, lambda kind, value: seen.setdefault(kind, value))
   return seen[site.kind]  # jit drops what the block computes after it
-
-
-_residual = jax.jit(_activations, static_argnames=('family', 'arch', 'site'))
-
-
-@functools.partial(jax.jit, static_argnames=('family', 'arch', 'site'))
-def _residual_at(
-  family: Family, arch: Any, params: dict[str, jax.Array], ids_BT: jax.Array, last_B: jax.Array, site: Site
-) -> jax.Array:
-  return _activations(family, arch, params, ids_BT, site)[jnp.arange(len(last_B)), last_B]
 
 
 @functools.partial(jax.jit, static_argnames=('family', 'arch'))
