@@ -229,13 +229,13 @@ def _mixed_settings(points: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def _unequal_sparsity(points: pd.DataFrame, target: dict[str, float]) -> list[dict[str, str]]:
-  """A warning where the cells of one coefficient do not have one L0."""
+  """A warning where the cells of one target do not have one L0: a coefficient decides none, and steering may miss it."""
   low, high = points['l0'].min(), points['l0'].max()
-  if 'k' in target or not high > _UNEQUAL * low:
+  if not high > _UNEQUAL * low:
     return []
   text = (
-    f'at {sparsity.said(target)} L0 runs from {low:.3g} to {high:.3g}: a law at one coefficient is of autoencoders of '
-    'unequal sparsity; the one over n and L0 compares them at equal L0'
+    f'at {sparsity.said(target)} L0 runs from {low:.3g} to {high:.3g}: a law over n there is of autoencoders of unequal '
+    'sparsity; one over n_latents and l0 compares them at equal L0'
   )
   return [table.warning('unequal_sparsity', text)]
 

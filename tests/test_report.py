@@ -363,6 +363,16 @@ def constants_of(fit):
   return [p['estimate'] for p in fit.params.values()]
 
 
+def test_report_says_where_cells_of_one_k_miss_it(tmp_path):
+  write_ledger(str(tmp_path), sizes=SIZES[:4], ks=[17])
+  for i, path in enumerate(sorted(tmp_path.glob('cells/*/result.json'))):
+    cells.edit(str(path), l0=17.0 - i)
+    (path.parent / 'metrics.jsonl').unlink()  # it says otherwise
+  (one,) = report.analyse(str(tmp_path), bootstrap=0).families[0].targets
+  (said,) = (w['message'] for w in one.power.warnings if w['code'] == 'unequal_sparsity')
+  assert said.startswith('at k=17 L0 runs from 14 to 17: ')
+
+
 def test_report_of_one_coefficient_has_no_law_over_l0(tmp_path):
   planted_ledger.write_penalised(tmp_path, sizes=planted_ledger.SIZES[:4], coefficients=(0.03,))
   found = report.analyse(str(tmp_path), bootstrap=0)
