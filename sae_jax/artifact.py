@@ -16,13 +16,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sae_jax import arrays, cell_state, checks, files, product, schema
+from sae_jax import arrays, cell_state, checks, files, inference, product, schema
 from sae_jax.arrays import Array
 from sae_jax.config import SAEConfig
 from sae_jax.data.normalize import KINDS, normalize
 from sae_jax.errors import UserError
 from sae_jax.families.family import family
-from sae_jax.sae import SAE, kept_shapes
+from sae_jax.inference import Activation, Threshold
+from sae_jax.sae import SAE, dense, has_linear_decoder, kept_shapes
 
 _WEIGHTS = ('raw', 'ema')
 _EARLIEST = 'topk'  # the family of records that name none
@@ -41,16 +42,21 @@ class Autoencoder:
   sae: SAE
   info: dict[str, Any]
 
-  def encode(self, x: Any) -> tuple[jax.Array, jax.Array]:
+  def encode(self, x: Any, activation: Activation | None = None) -> tuple[jax.Array, jax.Array]:
     """Values [..., K] and latent indices [..., K] for activations [..., D].
 
     Under 'center_unit' they may be raw or normalised already. Under 'scale' they are raw. An empty batch has empty
     codes. Inside jit only shapes and types are checked: there are no values to look at.
 
+    Args:
+      x: the activations.
+      activation: what chooses among the codes: `sae_jax.TopK(k)`, `sae_jax.Threshold(value)`, or None for what the
+        family does. Latents that a family has set to 0 itself stay 0.
+
     Raises:
-      UserError: `x` is not an array of finite floats whose last axis is d_model.
+      UserError: `x` is not an array of finite floats whose last axis is d_model, or `activation` is none of these.
     """
-    return self.sae.encode(self._normalized(x)[0])
+    return self.sae.encode(self._normalized(x)[0], activation)
 
   def decode(self, z: Any, idx: Any) -> jax.Array:
     """Reconstructions [..., D] in the normalised space, from values and indices [..., K].
@@ -63,14 +69,55 @@ class Autoencoder:
     """
     return self.sae.decode(z, idx)
 
-  def reconstruct(self, x: Any) -> Array:
+  def reconstruct(self, x: Any, activation: Activation | None = None) -> Array:
     """Reconstructions [..., D] in the space of the input: the token's norm and mean are put back.
 
     Numpy, or a tracer inside jit. Raises `UserError` as `encode` does.
     """
     unit, mean, norm = self._normalized(x)
-    x_hat = self.decode(*self.sae.encode(unit))
+    x_hat = self.decode(*self.sae.encode(unit, activation))
     return (np.asarray(x_hat) if isinstance(unit, np.ndarray) else x_hat) * norm + mean
+
+  def threshold_for(self, x: Any, l0: float) -> Threshold:
+    """The threshold with which `l0` latents of a token are active, on average over activations [..., D].
+
+    Take tokens that nothing was trained on. Not for use in jit.
+
+    Raises:
+      UserError: `x` as for `encode`, or empty; `l0` is not above 0, or is more than these tokens have codes above 0.
+    """
+    unit = self._normalized(x)[0]
+    if not isinstance(unit, np.ndarray) or not unit.size:
+      raise UserError(f'x has shape {unit.shape} and no values to look at; give tokens, and outside of jit')
+    params, size = self.sae.params(), self.sae.size
+    unit_BD = unit.reshape(-1, unit.shape[-1])
+    return inference.threshold_for(lambda x_RD: dense(params, x_RD, size), unit_BD, size.n_latents, l0)
+
+  def refine(self, x: Any, z: Any, idx: Any, steps: int = 500) -> jax.Array:
+    """Values [..., K] that reconstruct activations [..., D] best from the latents of `encode`, which stay as they are.
+
+    None is negative, and what is 0 stays 0. So it shows how far an encoder shrinks the values of latents that it chose.
+    More `steps` come closer to the optimum. They matter where latents resemble each other.
+
+    Raises:
+      UserError: `x` as for `encode`, `z` and `idx` as for `decode`, not one row of them a token, `steps` below 1, or an
+        autoencoder that does more to the sum of its latents than add a bias.
+    """
+    size = self.sae.size
+    steps = checks.whole('steps', steps, 1, 2**31 - 1, 'give e.g. 500')
+    unit = self._normalized(x)[0]
+    z, idx = arrays.codes(z, idx, size.n_latents)
+    if unit.shape[:-1] != z.shape[:-1]:
+      raise UserError(
+        f'x has shape {unit.shape} and z {z.shape}, not one row a token; give z and idx as encode returns them'
+      )
+    if not has_linear_decoder(size):
+      raise UserError(f'activation={size.activation!r} has an output that is not linear; there is nothing to refine')
+    if not z.size:
+      return jnp.asarray(z)
+    target_BD = unit.reshape(-1, unit.shape[-1]) - self.sae.b_pre_D[...][None]
+    z_BK, idx_BK = (jnp.asarray(a).reshape(-1, z.shape[-1]) for a in (z, idx))
+    return inference.refined(self.sae.w_dec_FD[...], target_BD, z_BK, idx_BK, steps).reshape(z.shape)
 
   def _normalized(self, x: Any) -> tuple[Array, Array, Array]:
     """Checked activations as the autoencoder wants them [..., D], and the mean and norm [..., 1] that undo it."""
@@ -128,6 +175,12 @@ def load(cell: str | os.PathLike[str], weights: str | None = None) -> Autoencode
     ) from None
   size = _size(info)
   expected = kept_shapes(size)
+  if names := sorted(params.keys() ^ expected.keys()):
+    wrong = ', '.join(f'{name} is {"not of it" if name in params else "missing"}' for name in names)
+    raise UserError(
+      f'{cell_state.printable(folder)}: activation={size.activation!r} has other tensors than these: '
+      f'{cell_state.printable(wrong)[:200]}; train the cell again'
+    )
   found = {name: tensor.shape for name, tensor in params.items()}
   if found != expected or not all(np.isfinite(t).all() for t in params.values()):
     raise UserError(

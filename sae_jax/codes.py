@@ -100,9 +100,14 @@ class Dense(NamedTuple):
     """This shard's codes that are not 0, of each token: int32 [B]."""
     return jnp.sum(self.z_BF > 0, axis=-1, dtype=jnp.int32)
 
-  def listed(self) -> Sparse:
-    """The same as values, descending along a row, and latents, as many as the fullest row has. Not for use in jit."""
-    k = self.z_BF.shape[1] if isinstance(self.z_BF, jax.core.Tracer) else int(jnp.max(self.active(), initial=0))
+  def above(self, threshold: float | jax.Array) -> 'Dense':
+    """Those that exceed a threshold."""
+    return Dense(jnp.where(self.z_BF > threshold, self.z_BF, 0))
+
+  def listed(self, k: int | None = None) -> Sparse:
+    """The k largest as values, descending along a row, and latents. By default as many as the fullest row has, or in jit all."""
+    if k is None:
+      k = self.z_BF.shape[1] if isinstance(self.z_BF, jax.core.Tracer) else int(jnp.max(self.active(), initial=0))
     return Sparse(*jax.lax.top_k(self.z_BF, k))
 
 

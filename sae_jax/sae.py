@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sae_jax import arrays, losses, sparse
+from sae_jax import arrays, inference, losses, sparse
 from sae_jax.axes import Axes, Shard, largest, scattered, smallest, total
 from sae_jax.codes import Dense, Elementwise, Kind, Latents, Own, Selection, Sparse
 from sae_jax.config import LossConfig, SAEConfig
@@ -45,18 +45,21 @@ class SAE(nnx.Module):
   def params(self) -> Params:
     return nnx.to_pure_dict(nnx.state(self, nnx.Param))
 
-  def encode(self, x: Any) -> tuple[jax.Array, jax.Array]:
+  def encode(self, x: Any, activation: inference.Activation | None = None) -> tuple[jax.Array, jax.Array]:
     """Values [..., K] (not negative, descending) and latent indices [..., K] for normalised inputs [..., D].
 
-    Without a k of its own an autoencoder has as many slots as its fullest token needs, and inside jit one a latent.
-    Raises `UserError` as `arrays.activations` says; inside jit it looks at shapes and types alone.
+    Without a k there are as many slots as the fullest token needs, and inside jit one a latent. `activation` takes the
+    place of the family's own. Raises `UserError` as `arrays.activations` and `inference.check` say; inside jit shapes
+    and types of `x` alone are looked at.
     """
-    d_model = self.size.d_model
+    d_model, k = self.size.d_model, self.size.k
     x = jnp.asarray(arrays.activations(x, d_model))
+    inference.check(activation, self.size.n_latents)
     if not x.size:
-      shape = (*x.shape[:-1], self.size.k or 0)
+      k = k if activation is None else getattr(activation, 'k', None)
+      shape = (*x.shape[:-1], k or 0)
       return jnp.zeros(shape, x.dtype), jnp.zeros(shape, jnp.int32)
-    _, codes, _ = encode(self.params(), x.reshape(-1, d_model), self.size, Shard())
+    codes = encode_as(self.params(), x.reshape(-1, d_model), self.size, activation)
     z_BK, idx_BK, _ = codes.listed()
     shape = (*x.shape[:-1], z_BK.shape[-1])
     return z_BK.reshape(shape), idx_BK.reshape(shape)
@@ -98,6 +101,11 @@ def kept(params: Params, carried: dict[str, jax.Array]) -> Params:
 def kind_of(size: SAEConfig) -> Kind:
   """The mathematics of the family of an autoencoder."""
   return family(size.activation).mathematics()
+
+
+def has_linear_decoder(size: SAEConfig) -> bool:
+  """Whether a reconstruction is the sum of latents plus b_pre."""
+  return not isinstance(kind_of(size), Own)
 
 
 def init_params(key: jax.Array, b_pre_D: jax.Array, config: SAEConfig) -> Params:
@@ -162,13 +170,33 @@ def encode(
   if isinstance(kind, Selection) and 'threshold' not in params:
     return product_BF, kind.select(_preactivations(params, product_BF, xc_BD, size, shard, exact), size, shard), xc_BD
   kept_BF = _product(params, xc_BD, shard) if product_BF is None else product_BF
-  return product_BF, Dense(_dense_codes(kind, params, kept_BF, size)), xc_BD
+  codes = Dense(_dense_codes(kind, params, kept_BF, size))
+  return product_BF, codes.above(params['threshold']) if 'threshold' in params else codes, xc_BD
+
+
+def dense(params: Params, x_BD: jax.Array, size: SAEConfig) -> jax.Array:
+  """The codes [B, F] before any choice among them, on one device: those of a selection are ReLU of its pre-activations."""
+  return _dense_codes(kind_of(size), params, _product(params, _centred(params, x_BD, size), Shard()), size)
+
+
+def encode_as(
+  params: Params, x_BD: jax.Array, size: SAEConfig, activation: inference.Activation | None
+) -> Sparse | Dense:
+  """The codes with another activation, on one device; None is the family's own."""
+  if activation is None:
+    return encode(params, x_BD, size, Shard())[1]
+  if isinstance(activation, inference.Threshold):
+    return Dense(dense(params, x_BD, size)).above(activation.value)
+  if not isinstance(kind_of(size), Selection):
+    return Dense(dense(params, x_BD, size)).listed(activation.k)
+  xc_BD = _centred(params, x_BD, size)
+  product_BF = _product(params, xc_BD, Shard())
+  return topk.codes(_preactivations(params, product_BF, xc_BD, size, Shard(), exact=True), activation.k, Shard())
 
 
 def _dense_codes(kind: Kind, params: Params, product_BF: jax.Array, size: SAEConfig) -> jax.Array:
   if isinstance(kind, Selection):
-    pre_BF = product_BF + params['b_enc_F'][None]
-    return jnp.where(pre_BF > params['threshold'], jax.nn.relu(pre_BF), 0)
+    return jax.nn.relu(product_BF + params['b_enc_F'][None])
   if isinstance(kind, Own):
     return kind.codes(product_BF, _latents(params), size)
   zs, _ = kind.codes(product_BF, _latents(params), size)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 import analysis
+import sae_jax
 from analysis import family, frontier, isoflop
 from tests import test_artifact
 
@@ -134,10 +135,14 @@ def autoencoder():
 LEDGER = object()
 CALLS: dict[str, Callable[[], dict[str, Any]]] = {
   'sae_jax.load': lambda: {'cell': LEDGER, 'weights': 'ema'},
-  'Autoencoder.encode': lambda: {'self': autoencoder(), 'x': X_BD},
-  'Autoencoder.reconstruct': lambda: {'self': autoencoder(), 'x': X_BD},
+  'sae_jax.Threshold': lambda: {'value': 0.5},
+  'sae_jax.TopK': lambda: {'k': 3},
+  'Autoencoder.encode': lambda: {'self': autoencoder(), 'x': X_BD, 'activation': None},
+  'Autoencoder.reconstruct': lambda: {'self': autoencoder(), 'x': X_BD, 'activation': None},
+  'Autoencoder.threshold_for': lambda: {'self': autoencoder(), 'x': X_BD, 'l0': 2},
+  'Autoencoder.refine': lambda: {'self': autoencoder(), 'x': X_BD, 'z': Z_BK, 'idx': IDX_BK, 'steps': 3},
   'Autoencoder.decode': lambda: {'self': autoencoder(), 'z': Z_BK, 'idx': IDX_BK},
-  'SAE.encode': lambda: {'self': autoencoder().sae, 'x': X_BD},
+  'SAE.encode': lambda: {'self': autoencoder().sae, 'x': X_BD, 'activation': None},
   'SAE.decode': lambda: {'self': autoencoder().sae, 'z': Z_BK, 'idx': IDX_BK},
   'Fit.predict': lambda: {'self': joint(), 'at': AT},
   'Fit.band': lambda: {'self': joint(), 'at': AT},
@@ -413,6 +418,11 @@ BAD: dict[str, tuple[Any, ...]] = {
     IDX_BK.astype(object),
     np.full(IDX_BK.shape, 2**40),
   ),
+  'activation': ('topk', '', 3, True, [], {}, sae_jax.TopK, sae_jax.TopK(test_artifact.F + 1), np.ones(2)),
+  'l0': (*NOT_POSITIVE, test_artifact.F + 1),
+  'steps': NOT_WHOLE,
+  'sae_jax.TopK.k': (*NOT_WHOLE, 0),
+  'value': (-1, -0.1, np.nan, np.inf, 'many', None, True, [], np.ones(2)),
   'Autoencoder.x': NO_X,
   'SAE.x': NO_X,
 }
