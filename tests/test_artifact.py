@@ -1,5 +1,6 @@
 """A loaded autoencoder takes raw activations and gives them back in their own space."""
 
+import dataclasses
 import shutil
 from typing import Any
 
@@ -16,10 +17,36 @@ from sae_jax.artifact import Autoencoder, load, save
 from sae_jax.config import SAEConfig
 from sae_jax.data.normalize import normalize
 from sae_jax.errors import UserError
-from sae_jax.sae import SAE
+from sae_jax.families.family import NAMES, family
+from sae_jax.sae import SAE, kept_shapes
 
 D, F, K = 5, 11, 2
 SIZE = SAEConfig(D, F, K, 'topk', k_aux=0, fired_threshold=0.0, latent_bias=True)
+
+
+INFO = {
+  'id': '',
+  'n_latents': F,
+  'd_model': D,
+  'k': K,
+  'activation': 'topk',
+  'weights': 'raw',
+  'subject': '',
+  'site': '',
+  'normalize': 'none',
+  'identity': '',
+}
+
+
+def size_of(name: str, **knobs: Any) -> SAEConfig:
+  k = None if family(name).penalised else K
+  return SAEConfig(D, F, k, name, k_aux=0, fired_threshold=0.0, latent_bias=True, **knobs)
+
+
+def random_params(name: str) -> dict[str, np.ndarray]:
+  """What an artifact of a family holds."""
+  rng = np.random.default_rng(5)
+  return {key: np.asarray(rng.standard_normal(s), np.float32) for key, s in kept_shapes(size_of(name)).items()}
 
 
 def autoencoder(normalization: str, **info: Any) -> Autoencoder:
@@ -81,26 +108,10 @@ def test_unknown_normalisation_is_refused_where_it_would_be_applied(kind):
   ],
 )
 def test_autoencoder_whose_inputs_are_unknown_is_not_loaded(tmp_path, changes):
-  params = {
-    name: np.ones(s, np.float32)
-    for name, s in {'w_enc_FD': (F, D), 'w_dec_FD': (F, D), 'b_enc_F': F, 'b_pre_D': D}.items()
-  }
-  info = {
-    'id': '',
-    'n_latents': F,
-    'd_model': D,
-    'k': K,
-    'activation': 'topk',
-    'weights': 'raw',
-    'subject': '',
-    'site': '',
-    'normalize': 'scale',
-    'scale': 0.5,
-    'identity': '',
-  }
+  params, info = random_params('topk'), INFO | {'normalize': 'scale', 'scale': 0.5}
   save(str(tmp_path), {'raw': params}, info)
   assert load(str(tmp_path)).info['scale'] == 0.5
-  save(str(tmp_path), {'raw': params}, {key: v for key, v in info.items() if key != 'scale'} | changes)
+  save(str(tmp_path), {'raw': params}, INFO | changes)
   with pytest.raises(UserError, match=r'normalize|scale'):
     load(str(tmp_path))
 
@@ -181,3 +192,40 @@ def test_what_this_version_would_compute_wrongly_is_refused(trained, tmp_path, k
   path.write_bytes(schema.dump(schema.content(schema.parse(path.read_bytes())) | {key: 'later'}))
   with pytest.raises(UserError, match=f'{key}=.later. is none that this version knows'):
     sae_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_tensors_of_another_family_are_refused(name, tmp_path):
+  params, info = random_params(name), INFO | {'activation': name, 'k': size_of(name).k}
+  save(str(tmp_path), {'raw': params}, info)
+  loaded = load(str(tmp_path))
+  assert loaded.sae.size == size_of(name) and loaded.encode(X_BD)[0].shape[0] == len(X_BD)
+  foreign = [other for other in NAMES if random_params(other).keys() != params.keys()]
+  assert foreign
+  for other in foreign:
+    save(str(tmp_path), {'raw': random_params(other)}, info)
+    wrong = sorted(random_params(other).keys() ^ params.keys())
+    with pytest.raises(UserError) as raised:
+      load(str(tmp_path))
+    said = [f'{one} is {"missing" if one in params else "not of it"}' for one in wrong]
+    assert f"activation='{name}' has other tensors than these: {', '.join(said)};" in str(raised.value)
+    assert '\n' not in str(raised.value)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_sae_json_holds_all_that_codes_depend_on(name):
+  """Knobs of training are not in it: an autoencoder in use computes the same with any of them."""
+  kept = {'d_model', 'n_latents', 'k', 'activation'}
+  params = {key: jnp.asarray(p) for key, p in random_params(name).items()}
+  plain = SAE(params, size_of(name))
+  z, idx = plain.encode(X_BD)
+  expected = z, idx, plain.decode(z, idx)
+  flipped = {'k_aux': 2, 'fired_threshold': 0.9, 'latent_bias': False, 'selection': 'approximate'}
+  for field in dataclasses.fields(SAEConfig):
+    if field.name not in kept:
+      other = flipped.get(field.name, field.default / 2 if isinstance(field.default, float) else 2)
+      assert other != getattr(plain.size, field.name)
+      changed = SAE(params, dataclasses.replace(plain.size, **{field.name: other}))
+      found = *changed.encode(X_BD), changed.decode(z, idx)
+      for one, same in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, same, err_msg=field.name)
