@@ -1,6 +1,6 @@
 """The update: optional clipping, Adam, unit-norm decoder rows, EMA of the weights.
 
-In the order of Gao et al.'s intent: gradients come projected against unit-norm rows (sae.loss_and_grads), then clip,
+In the order of Gao et al.'s intent: gradients come projected against unit-norm rows (gradients.loss_and_grads), then clip,
 Adam, renormalise, and average the new weights, so that rows are exactly unit norm after every step and the average
 does not lag.
 """

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import optim, sae, sharding, sparse, steering
+from sae_jax import gradients, optim, sae, sharding, sparse, steering
 from sae_jax.axes import Shard
 from sae_jax.config import Config, LossConfig, OptimConfig, SAEConfig
 from sae_jax.families.family import family
@@ -127,7 +127,7 @@ def _programs(
   )
   state_shardings = sharding.shardings(mesh, abstract)
   loss_and_grads = on_shards(
-    lambda params, idle_F, x_BD, scale, at, coefficient: sae.loss_and_grads(
+    lambda params, idle_F, x_BD, scale, at, coefficient: gradients.loss_and_grads(
       params,
       idle_F,
       x_BD,

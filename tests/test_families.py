@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import sae_jax
 from experiments import tiny
-from sae_jax import config, sae, sharding, topk
+from sae_jax import config, gradients, sae, sharding, topk
 from sae_jax import train as training
 from sae_jax.axes import Shard
 from sae_jax.config import LossConfig, MeshConfig, SAEConfig
@@ -183,7 +183,7 @@ def hand_written(name, params, idle_F, x_BD, data, latent, chunks, k_aux):
   shard = Shard(sharding.axes_of(mesh), chunks=chunks, scatter=scatter)
 
   def grads(params, idle_F, x_BD):
-    return sae.loss_and_grads(
+    return gradients.loss_and_grads(
       params,
       idle_F,
       x_BD,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import sae, sparse
+from sae_jax import gradients, sae, sparse
 from sae_jax.axes import Shard
 from sae_jax.config import LossConfig, SAEConfig
 
@@ -58,7 +58,7 @@ def projected(grads, params):
 
 @functools.partial(jax.jit, static_argnames='config')
 def run(params, idle_F, x_BD, config=SAE):
-  return sae.loss_and_grads(
+  return gradients.loss_and_grads(
     params,
     idle_F,
     x_BD,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import config, sae, sharding, topk
+from sae_jax import config, gradients, sae, sharding, topk
 from sae_jax.axes import Shard
 from sae_jax.data.source import open_source
 from sae_jax.evaluate import Evaluator
@@ -90,7 +90,7 @@ def test_training_takes_the_latents_that_the_selection_finds(chunks, lossy):
 
   @jax.jit
   def fires(params, x_BD):
-    _, idle_F, sums = sae.loss_and_grads(
+    _, idle_F, sums = gradients.loss_and_grads(
       params,
       jnp.full(F, 7, jnp.int32),
       x_BD,

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import sae, sharding, sparse
+from sae_jax import gradients, sae, sharding, sparse
 from sae_jax.axes import Shard
 from sae_jax.config import LossConfig, SAEConfig
 
@@ -96,7 +96,7 @@ def sharded_step(mesh: Mesh, n_latents: int, width: int, k: int, batch: int, sel
   loss = LossConfig(aux_coefficient=1 / 32, dead_tokens=10 * batch)
 
   def step(params, idle_F, x_BD, scale):
-    return sae.loss_and_grads(
+    return gradients.loss_and_grads(
       params, idle_F, x_BD, scale, sae=config, loss=loss, batch=batch, shard=Shard(sharding.axes_of(mesh))
     )
 
