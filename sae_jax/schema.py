@@ -243,8 +243,6 @@ SWEEPS = (
 FROM_CONFIG = {
   'sae.n_latents': 'n_latents',
   'sae.k': 'k',
-  'sae.activation': 'activation',
-  'loss.sparsity': 'sparsity',
   'sae.d_model': 'd_model',
   'optim.learning_rate': 'learning_rate',
   'train.seed': 'seed',
@@ -258,6 +256,9 @@ FROM_CONFIG = {
   'optim.ema_decay': 'ema_decay',
   'loss.aux_coefficient': 'aux_coefficient',
   'eval.per_decade': 'per_decade',
+  # What came later stands last, so that tables of old ledgers keep the order of their columns.
+  'sae.activation': 'activation',
+  'loss.sparsity': 'sparsity',
 }
 
 
