@@ -24,7 +24,7 @@ SHAPE = (576, 4096, 2048, 32)
 _COPY_FLOATS = 2**26
 
 
-def cell(name: str, shape: tuple[int, ...]) -> config.Config:
+def cell(name: str, shape: tuple[int, ...]) -> config.Cell:
   """The paper's recipe for a family at one size."""
   known = family(name)
   base = bench.paper_cell(shape)

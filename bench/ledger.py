@@ -131,7 +131,7 @@ def _info(result: dict[str, Any], tensors: dict[str, bytes]) -> dict[str, Any]:
   return sizes | {'subject': '', 'site': '', 'normalize': 'none', 'identity': '', 'sha256': digests}
 
 
-def _line(c: config.Config, step: int, nmse: float) -> dict[str, Any]:
+def _line(c: config.Cell, step: int, nmse: float) -> dict[str, Any]:
   spent = flops.spent(c, step, 0)
   return {
     'step': step,
@@ -154,7 +154,7 @@ def _line(c: config.Config, step: int, nmse: float) -> dict[str, Any]:
   }
 
 
-def _result(c: config.Config, last: dict[str, Any]) -> dict[str, Any]:
+def _result(c: config.Cell, last: dict[str, Any]) -> dict[str, Any]:
   measured = {name: last[key] for key, name in schema.line_names(schema.MEASURED).items() if key in last}
   return measured | {
     'id': c.id,

@@ -75,7 +75,7 @@ def measure(shape: tuple[int, int, int, int], repeats: int) -> dict[str, Any]:
 
 
 def _parts(
-  cell: config.Config, state: TrainState, x_BD: jax.Array, options: dict[str, str | bool] | None
+  cell: config.Cell, state: TrainState, x_BD: jax.Array, options: dict[str, str | bool] | None
 ) -> dict[str, tuple[Callable, tuple]]:
   """Each part of the step alone, compiled, with arguments on the device."""
   params, k, batch = state.params, cell.sae.k, cell.train.batch_tokens
@@ -122,7 +122,7 @@ def _seconds(f: Callable, *args: Any) -> float:
   return time.perf_counter() - began
 
 
-def paper_cell(shape: tuple[int, ...], mesh: tuple[int, ...] = (1, 1), learning_rate: float = 1e-4) -> config.Config:
+def paper_cell(shape: tuple[int, ...], mesh: tuple[int, ...] = (1, 1), learning_rate: float = 1e-4) -> config.Cell:
   """The paper's recipe at one size: D, N, B, K."""
   d, n, batch, k = shape
   template = config.template()

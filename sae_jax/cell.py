@@ -203,7 +203,7 @@ _BELOW_ONE = ('train.stop_gain', 'optim.beta1', 'optim.beta2', 'optim.ema_decay'
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Cell:
   """A cell: everything that decides one autoencoder, and where it runs.
 
   Raises `UserError` for a value outside its rule.
@@ -267,7 +267,7 @@ class Config:
       raise UserError(f'sae.k={k} but all latents of {name} are active; set sae.k=None and loss.sparsity')
     if k is not None and sparsity:
       raise UserError(
-        f'sae.k={k} and loss.sparsity={sparsity}: the first steers the coefficient and the second fixes it; set one'
+        f'sae.k={k} and loss.sparsity={sparsity}: the first steers the coefficient and the second fixes it; drop one (sae.k=None)'
       )
     if k is None and not sparsity:
       raise UserError(f'sae.k is not set, and {name} needs it' + ' or loss.sparsity' * known.penalised + '; set it')
@@ -377,15 +377,15 @@ def identity_of(record: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def from_json(data: bytes) -> Config:
-  """Inverse of `Config.to_json`. Raises `UserError` when the record is broken, foreign or was edited."""
+def from_json(data: bytes) -> Cell:
+  """Inverse of `Cell.to_json`. Raises `UserError` when the record is broken, foreign or was edited."""
   try:
     return from_record(schema.parse(data))
   except schema.Broken as error:
     raise UserError(f'not a cell configuration: {error}; was it edited by hand?') from None
 
 
-def from_record(record: dict[str, Any], *, verified: bool = False) -> Config:
+def from_record(record: dict[str, Any], *, verified: bool = False) -> Cell:
   """The configuration of a parsed config.json. Raises `UserError` when it is foreign or was edited.
 
   `verified` says that the digest of a larger record covers it, so that its own is not computed too.
@@ -396,7 +396,7 @@ def from_record(record: dict[str, Any], *, verified: bool = False) -> Config:
     own = {key: value for key, value in record.items() if key not in ('schema', 'id', schema.DIGEST)}
     number, recorded_id = record['schema'], record['id']
     flat = flatten(own)
-    config = build(Config, own if RETIRED.keys().isdisjoint(flat) else unflatten(without_retired(flat)))
+    config = build(Cell, own if RETIRED.keys().isdisjoint(flat) else unflatten(without_retired(flat)))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'not a cell configuration ({type(error).__name__}: {error}); was it edited by hand?') from None
   if number != SCHEMA:

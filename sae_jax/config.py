@@ -16,7 +16,7 @@ from ml_collections import config_dict
 
 from sae_jax import cell, files, schema
 from sae_jax.cell import (
-  Config,
+  Cell,
   DataConfig,
   EvalConfig,
   LossConfig,
@@ -33,7 +33,7 @@ from sae_jax.families.family import family
 from sae_jax.recipe import GAO2024, ScalingRecipe
 
 __all__ = [
-  'Config',
+  'Cell',
   'DataConfig',
   'EvalConfig',
   'LossConfig',
@@ -54,9 +54,6 @@ __all__ = [
   'resolve_flat',
   'template',
 ]
-
-
-_USUAL_K = 32  # where neither it nor a penalty is set
 
 
 class _Settings(ml_collections.ConfigDict):
@@ -80,7 +77,7 @@ def template() -> ml_collections.ConfigDict:
   c.sae = dict(
     d_model=unset_int(),
     n_latents=4096,
-    k=unset_int(),
+    k=32,
     activation='topk',
     k_aux=unset_int(),
     fired_threshold=unset_float(),
@@ -189,7 +186,7 @@ def defaults(source: str) -> dict[str, Any]:
   return flatten(template()) | (_source_defaults(source) if source != 'store' else {})
 
 
-def resolve(config: ml_collections.ConfigDict) -> Config:
+def resolve(config: ml_collections.ConfigDict) -> Cell:
   """Fills what was left None, then builds and validates the typed configuration.
 
   Facts about a store (width, identity, normalisation, subject, …) come from its store.json and must agree with
@@ -204,7 +201,7 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return {key: cell.plain(value) for key, value in flat.items()}  # also of a ConfigDict that is not from `template`
 
 
-def resolve_flat(flat: dict[str, Any]) -> Config:
+def resolve_flat(flat: dict[str, Any]) -> Cell:
   """`resolve` for dotted keys and their values, every key of the template among them."""
   flat = cell.without_retired(flat)
   facts = _store_facts(flat) if flat['data.source'] == 'store' else _source_defaults(flat['data.source'])
@@ -218,8 +215,6 @@ def resolve_flat(flat: dict[str, Any]) -> Config:
       )
   if flat['sae.d_model'] is None:
     raise UserError('sae.d_model is not set and no store gives it; set it to the width of the activations')
-  if flat['sae.k'] is None and not flat['loss.sparsity']:
-    flat['sae.k'] = _USUAL_K
   recipe = cell.build(ScalingRecipe, {k.removeprefix('recipe.'): v for k, v in flat.items() if k.startswith('recipe.')})
   derived = recipe.hyperparameters(
     n_latents=max(1, flat['sae.n_latents']),
@@ -232,7 +227,7 @@ def resolve_flat(flat: dict[str, Any]) -> Config:
   for key, value in derived.items():
     if flat[key] is None:
       flat[key] = value
-  return cell.build(Config, cell.unflatten(flat))
+  return cell.build(Cell, cell.unflatten(flat))
 
 
 def resolve_data(config: ml_collections.ConfigDict) -> DataConfig:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax import sharding, sparse, topk
 from sae_jax.axes import Shard, total
-from sae_jax.config import Config, SAEConfig
+from sae_jax.config import Cell, SAEConfig
 from sae_jax.data import soundness
 from sae_jax.data.source import Source
 from sae_jax.sae import Params, encode, kept_shapes, reconstruct
@@ -38,7 +38,7 @@ class Quality:
 class Evaluator:
   """Scores parameters on `config.eval.tokens` held-out tokens of a source."""
 
-  def __init__(self, config: Config, mesh: Mesh, source: Source):
+  def __init__(self, config: Cell, mesh: Mesh, source: Source):
     self._tokens, self._batch, self._width = config.eval.tokens, config.eval.batch_tokens, source.d_model
     self._mesh, self._source = mesh, source
     self._token_sums = _make_token_sums(config.sae, config.train.compute_dtype, config.mesh.products, mesh)

@@ -1,16 +1,16 @@
 """Where a cell with a larger budget may go on from the last state of one with a smaller budget.
 
-It may where no horizon depends on the budget (`Config.one_curve`): then the longer run would have passed through that very
+It may where no horizon depends on the budget (`Cell.one_curve`): then the longer run would have passed through that very
 state, bit for bit, and what is left out is only the time.
 """
 
 from sae_jax import files, schema
-from sae_jax.cell import Config, from_json
+from sae_jax.cell import Cell, from_json
 from sae_jax.errors import UserError
 from sae_jax.startup import SAMPLE_TOKENS
 
 
-def shorter(config: Config, workdir: str) -> tuple[str, str]:
+def shorter(config: Cell, workdir: str) -> tuple[str, str]:
   """Folder and id of the finished cell that `train.extends` names. Raises `UserError` when this one is not its extension.
 
   The name is that of a folder beside this cell's own, as all cells of a ledger have, or a path.

@@ -36,13 +36,16 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
   if not hasattr(module, 'get_config'):
     raise UserError(f'{paths[0]} has no get_config(); see experiments/tiny.py')
   overrides = [a for a in theirs if not a.startswith('--config=') and not _is_retired(a)]
+  # ml_collections reads a number or nothing as a number.
+  unset = {a.removeprefix('--config.').removesuffix('=None') for a in overrides if a.endswith('=None')}
+  overrides = [a for a in overrides if not a.endswith('=None')]
   values, made = absl.flags.FlagValues(), config.of_file(module)
   try:
     ml_collections.config_flags.DEFINE_config_dict('config', made, flag_values=values, sys_argv=overrides)
     values(['sae_jax', *overrides])
   except (absl.flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(f'{" ".join(overrides) or paths[0]}: {error}; the keys are in sae_jax/config.py') from None
-  return args, values['config'].value
+  return args, config.override(values['config'].value, dict.fromkeys(unset))
 
 
 def _is_retired(argument: str) -> bool:

@@ -5,7 +5,7 @@ optimizer's elementwise pass is counted in bytes only. `useful` follows the spar
 forward pass is dense: 2nd a token), `dense` the six products of a dense implementation (12nd a token).
 """
 
-from sae_jax.config import Config
+from sae_jax.config import Cell
 from sae_jax.families.family import family
 
 FLOAT = 4  # bytes
@@ -35,7 +35,7 @@ def step_parts(n: float, k: float | None, d: int, batch: float) -> dict[str, dic
   }
 
 
-def chip_parts(config: Config, *, aux: bool) -> dict[str, dict[str, float]]:
+def chip_parts(config: Cell, *, aux: bool) -> dict[str, dict[str, float]]:
   """`step_parts` of one chip of the configuration's mesh, with 'executed': the FLOPs of its matrix products.
 
   A chip holds 1/latent of the latents and of each token's codes, 1/data of the tokens, and updates its part of the
@@ -81,7 +81,7 @@ def step_flops(n: int, k: float, d: int, batch: int, *, k_aux: int = 0) -> dict[
   }
 
 
-def spent(config: Config, steps: int, aux_steps: int, mean_l0: float | None = None) -> dict[str, float]:
+def spent(config: Cell, steps: int, aux_steps: int, mean_l0: float | None = None) -> dict[str, float]:
   """{'useful', 'dense'} training FLOPs after `steps`, in `aux_steps` of which some latent was dead.
 
   `mean_l0` is the mean number of active latents a token so far. Without it `sae.k` counts, and where there is none
@@ -93,6 +93,6 @@ def spent(config: Config, steps: int, aux_steps: int, mean_l0: float | None = No
   return {key: (steps - aux_steps) * plain[key] + aux_steps * with_aux[key] for key in plain}
 
 
-def cell_flops(config: Config) -> dict[str, float]:
+def cell_flops(config: Cell) -> dict[str, float]:
   """{'useful', 'dense'} training FLOPs of a whole cell, as planned: without AuxK, whose share depends on the run."""
   return spent(config, config.train.steps, 0)

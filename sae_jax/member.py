@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from sae_jax import artifact, cell_state, convergence, extend, files, flops, metrics, optim, schema
 from sae_jax.cell import log_spaced
 from sae_jax.checkpoint import Checkpoints, combined_digest
-from sae_jax.config import Config, from_json
+from sae_jax.config import Cell, from_json
 from sae_jax.data import soundness
 from sae_jax.data.source import Source
 from sae_jax.errors import BrokenFile, UserError
@@ -48,7 +48,7 @@ class Member:
 
   def __init__(
     self,
-    config: Config,
+    config: Cell,
     workdir: str,
     mesh: Mesh,
     source: Source,
@@ -257,7 +257,7 @@ class Member:
     return not bad
 
 
-def claim_folder(config: Config, workdir: str) -> None:
+def claim_folder(config: Cell, workdir: str) -> None:
   """Writes config.json, or checks that the folder is this cell's.
 
   Raises `UserError` when it is another's, and `BrokenFile` when a file there cannot be believed.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sae_jax import config
-from sae_jax.config import Config
+from sae_jax.config import Cell
 
 _PLANTED = ('n_features', 'active', 'exponent', 'noise', 'seed')
 # The data keys that each source does not read. A store's facts are compared with the keys where it is opened.
@@ -39,7 +39,7 @@ def _usual(source: str) -> dict[str, Any]:
   return config.defaults(source)
 
 
-def of(cell: Config) -> list[str]:
+def of(cell: Cell) -> list[str]:
   """A line for each finding; none for a cell whose every key counts."""
   flat, source = cell.flat(), cell.data.source
   usual = _usual(source)
@@ -59,7 +59,7 @@ def of(cell: Config) -> list[str]:
   return found
 
 
-def of_all(cells: Iterable[Config]) -> list[str]:
+def of_all(cells: Iterable[Cell]) -> list[str]:
   """The findings of many cells, each once, with the number of cells where those are not all."""
   each: Sequence[list[str]] = [of(cell) for cell in cells]
   counts = Counter(line for lines in each for line in lines)

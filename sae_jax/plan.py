@@ -14,7 +14,7 @@ from typing import Any
 
 from sae_jax import files, flags, flops
 from sae_jax.ahead import hlo
-from sae_jax.config import Config, resolve
+from sae_jax.config import Cell, resolve
 from sae_jax.errors import UserError, one_line_errors
 
 GIB = 2**30
@@ -71,7 +71,7 @@ class Plan:
     return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False).encode() + b'\n'
 
 
-def plan(config: Config, topology: str, latent_shards: int | None = None) -> Plan:
+def plan(config: Cell, topology: str, latent_shards: int | None = None) -> Plan:
   """Compiles `config`'s step for a slice such as 'v5p:8x8x8' and accounts for it.
 
   Args:
@@ -95,7 +95,7 @@ def plan(config: Config, topology: str, latent_shards: int | None = None) -> Pla
   return account(config, topology, CHIPS[kind], compile.compile_step(config, mesh))
 
 
-def with_mesh(config: Config, chips: int, chip: Chip, latent_shards: int | None) -> Config:
+def with_mesh(config: Cell, chips: int, chip: Chip, latent_shards: int | None) -> Cell:
   """The configuration on a mesh of all chips of a slice."""
   if latent_shards is None:
     if config.mesh.data * config.mesh.latent == chips:
@@ -107,7 +107,7 @@ def with_mesh(config: Config, chips: int, chip: Chip, latent_shards: int | None)
   return dataclasses.replace(config, mesh=mesh)
 
 
-def _least_latent_shards(config: Config, chips: int, chip: Chip) -> int:
+def _least_latent_shards(config: Cell, chips: int, chip: Chip) -> int:
   """Fewest shards at which whole parameters and gradients, and the chip's part of the state, take half of memory."""
   weights = flops.FLOAT * 2 * config.sae.n_latents * config.sae.d_model
   divisors = [s for s in range(1, chips + 1) if chips % s == 0 and config.sae.n_latents % s == 0]
@@ -115,7 +115,7 @@ def _least_latent_shards(config: Config, chips: int, chip: Chip) -> int:
   return fitting[0] if fitting else divisors[-1]
 
 
-def account(config: Config, topology: str, chip: Chip, compiled: Any) -> Plan:
+def account(config: Cell, topology: str, chip: Chip, compiled: Any) -> Plan:
   """The plan of a step that `compile.compile_step` compiled."""
   data, latent, chunks = config.mesh.data, config.mesh.latent, config.mesh.row_chunks
   chips = data * latent
@@ -177,7 +177,7 @@ def account(config: Config, topology: str, chip: Chip, compiled: Any) -> Plan:
   )
 
 
-def _large_temporaries(config: Config) -> dict[str, int]:
+def _large_temporaries(config: Cell) -> dict[str, int]:
   """Counted, not read from the compiler: what a step must hold for a while beside its arguments."""
   rows = config.train.batch_tokens // config.mesh.data // config.mesh.row_chunks
   width = config.sae.n_latents // config.mesh.latent
@@ -189,7 +189,7 @@ def _large_temporaries(config: Config) -> dict[str, int]:
   }
 
 
-def carries_batch_by_latents(shapes: tuple[str, ...], config: Config) -> bool:
+def carries_batch_by_latents(shapes: tuple[str, ...], config: Cell) -> bool:
   """Whether a collective moves something as large as a chip's own block of pre-activations, tokens by latents.
 
   A plan warns of it: nothing of this size may cross the wire.

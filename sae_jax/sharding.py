@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.axes import Axes
-from sae_jax.config import Config, MeshConfig
+from sae_jax.config import Cell, MeshConfig
 from sae_jax.errors import UserError
 
 # By what the name of an array ends with: its axes. Moments and EMA share their parameter's name and so its layout.
@@ -39,7 +39,7 @@ def at_rest(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
   """The layout of a state array between steps: latents over both axes, where they divide evenly.
 
   So a chip keeps and updates 1/data of what its latent shard holds (gradients, moments, EMA), and the parameters are
-  gathered over the data axis once a step; see `Config.state_is_split`.
+  gathered over the data axis once a step; see `Cell.state_is_split`.
   """
   spec = layout(name, shape)
   if name == 'idle_F' or not spec or mesh.shape['data'] == 1 or shape[0] % mesh.size:
@@ -84,7 +84,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str | bool] | None:
   }
 
 
-def row_chunks(config: Config, mesh: Mesh) -> int:
+def row_chunks(config: Cell, mesh: Mesh) -> int:
   """Parts a device's tokens are encoded in: `mesh.row_chunks`, or on a CPU as many as keep the product under 256 MB.
 
   Every step gets fresh pages for the [B, n] product there, and touching them for the first time costs more than the

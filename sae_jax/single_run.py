@@ -11,12 +11,12 @@ from collections.abc import Callable
 import jax
 
 from sae_jax import cell_state, distributed, faults, files, lease, metrics, notes, schema, watchdog
-from sae_jax.config import Config
+from sae_jax.config import Cell
 from sae_jax.errors import HOST_BROKEN, PREEMPTED, BrokenFile, UserError, end_at_once
 from sae_jax.member import Diverged
 
 
-def run(config: Config, workdir: str, train: Callable[..., str]) -> int:
+def run(config: Cell, workdir: str, train: Callable[..., str]) -> int:
   """Trains a cell by `train` under the lease of its folder; returns the exit code.
 
   A failure is recorded in the folder. Raises `UserError` for a cell that cannot be trained here, and what `train` raises.

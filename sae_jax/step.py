@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax import gradients, optim, sae, sharding, sparse, steering
 from sae_jax.axes import Shard
-from sae_jax.config import Config, LossConfig, OptimConfig, SAEConfig
+from sae_jax.config import Cell, LossConfig, OptimConfig, SAEConfig
 from sae_jax.families.family import family
 from sae_jax.startup import SAMPLE
 
@@ -38,7 +38,7 @@ class TrainState:
 _Stepped = tuple[tuple[TrainState, ...], tuple[dict[str, jax.Array], ...]]  # of a group: its states and its metrics
 
 
-def make_step(config: Config, mesh: Mesh) -> tuple[Callable, Callable]:
+def make_step(config: Cell, mesh: Mesh) -> tuple[Callable, Callable]:
   """Compiled `init(b_pre_D, scale, sample_BD) -> state` and `step(state, x_BD) -> (state, metrics)`; step donates its state.
 
   Cells that differ in seed, budget or data share their programs in this process.
@@ -200,7 +200,7 @@ def _start_carried(penalised: bool, steered: bool, threshold: bool) -> dict[str,
   return {name: jnp.zeros(()) for name in names} | (steering.start() if steered else {})
 
 
-def abstract_state(init: Callable, mesh: Mesh, config: Config) -> Any:
+def abstract_state(init: Callable, mesh: Mesh, config: Cell) -> Any:
   """Shapes, dtypes and shardings of the state that `init` makes."""
   width = config.sae.d_model
   shapes = jax.eval_shape(init, *(jax.ShapeDtypeStruct(shape, np.float32) for shape in ((width,), (), (SAMPLE, width))))
@@ -211,7 +211,7 @@ def abstract_state(init: Callable, mesh: Mesh, config: Config) -> Any:
   )
 
 
-def make_group_step(configs: Sequence[Config], mesh: Mesh) -> Callable:
+def make_group_step(configs: Sequence[Cell], mesh: Mesh) -> Callable:
   """Compiled `step(states, x_BD) -> (states, metrics)` over tuples, one entry a cell; donates the states.
 
   Cells are unrolled in one program, each with its own sizes and constants: bit for bit what each does alone. `vmap` with

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from sae_jax import checkpoint, distributed, files, flags, flops, schema, sharding, single_run, sparse
-from sae_jax.config import Config, resolve
+from sae_jax.config import Cell, resolve
 from sae_jax.data import feed
 from sae_jax.data.source import Source, open_source
 from sae_jax.errors import UserError, one_line_errors
@@ -28,7 +28,7 @@ from sae_jax.step import abstract_state, make_group_step, make_step
 
 
 def train(
-  config: Config,
+  config: Cell,
   workdir: str,
   *,
   should_stop: Callable[[], bool] | None = None,
@@ -60,13 +60,13 @@ def train(
 
 
 def train_group(
-  cells: Sequence[tuple[Config, str]],
+  cells: Sequence[tuple[Cell, str]],
   *,
   should_stop: Callable[[], bool] | None = None,
   before_write: Callable[[], None] | None = None,
   label: str = '',
 ) -> list[str | Diverged]:
-  """Trains or resumes cells of one stream (`Config.group_key`) together, each in its own folder.
+  """Trains or resumes cells of one stream (`Cell.group_key`) together, each in its own folder.
 
   Every batch is read once for all, and the cells share a compiled step. Each cell ends with the bits, checkpoints and files
   that it would have alone. A cell that diverges leaves the group, and the others go on. Cells whose checkpoints are at one
@@ -177,7 +177,7 @@ def _train_together(
     finish(going())
 
 
-def _products(config: Config, mesh: Mesh) -> str:
+def _products(config: Cell, mesh: Mesh) -> str:
   """One line on how the sparse products are computed."""
   shard = (config.train.batch_tokens // mesh.shape['data'], config.sae.n_latents // mesh.shape['latent'])
   with sparse.forced(config.mesh.products):

@@ -12,12 +12,12 @@ def extended(sweep: grid.Sweep, store: ledger.Ledger, max_failures: int) -> grid
 
   The one with the most tokens is taken. The ids stay: an extended cell ends with the bits of one trained from the start.
   """
-  shorter: dict[str, list[cell.Config]] = {}
+  shorter: dict[str, list[cell.Cell]] = {}
   for state in store.states(max_failures):
     if state.state == schema.DONE and state.entry.cell.one_curve:
       shorter.setdefault(_curve(state.entry.cell), []).append(state.entry.cell)
 
-  def from_shorter(one: cell.Config) -> cell.Config:
+  def from_shorter(one: cell.Cell) -> cell.Cell:
     fewer = [other for other in shorter.get(_curve(one), []) if other.train.tokens < one.train.tokens]
     if one.train.extends or not fewer:
       return one
@@ -27,6 +27,6 @@ def extended(sweep: grid.Sweep, store: ledger.Ledger, max_failures: int) -> grid
   return dataclasses.replace(sweep, cells=tuple((overrides, from_shorter(one)) for overrides, one in sweep.cells))
 
 
-def _curve(one: cell.Config) -> str:
+def _curve(one: cell.Cell) -> str:
   """Equal for cells that differ in their budget alone."""
   return json.dumps(one.identity() | {'train.tokens': 0}, sort_keys=True)

@@ -60,7 +60,7 @@ class Sweep:
 
   name: str
   experiment: str  # e.g. 'experiments/tiny.py'
-  cells: tuple[tuple[Overrides, config.Config], ...]
+  cells: tuple[tuple[Overrides, config.Cell], ...]
   dropped: int
 
 
@@ -83,7 +83,7 @@ def build(path: str) -> Sweep:
   listed = [{key: cell.plain(value) for key, value in overrides.items()} for overrides in listed]
   base = config.of_file(grid.EXPERIMENT)
   flat = config.flatten(base.copy_and_resolve_references())
-  cells: dict[str, tuple[Overrides, config.Config]] = {}
+  cells: dict[str, tuple[Overrides, config.Cell]] = {}
   checked: set[tuple[str, type]] = set()
   for overrides in listed:
     # ml_collections takes most of the time of a large grid. It only looks at keys and types, so it is asked once for each.

@@ -7,13 +7,13 @@ memory and time to compile, so cells of a store train alone unless the user asks
 from collections.abc import Sequence
 
 from sae_jax import files, schema
-from sae_jax.config import Config
+from sae_jax.config import Cell
 from sweeps import ledger
 
 _LIVE = 8  # cells of a live subject, unless the user states another number
 
 
-def most(cell: Config, stated: int | None) -> int:
+def most(cell: Cell, stated: int | None) -> int:
   """How many cells may train together with this one."""
   if stated is not None:
     return stated

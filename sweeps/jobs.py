@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from sae_jax import files, flops, schema
-from sae_jax.config import Config
+from sae_jax.config import Cell
 from sae_jax.errors import UserError
 from sweeps import executors, groups, ledger, work
 
@@ -84,7 +84,7 @@ def jobs(
   waiting = {s.entry.id for s in states if s.state == 'waiting'}
   command = work.command(store, max_failures, group)
 
-  def job(name: str, argv: tuple[str, ...], cell: Config) -> executors.Job:
+  def job(name: str, argv: tuple[str, ...], cell: Cell) -> executors.Job:
     hosts, processes = cluster.shape(devices_of(cell))
     return executors.Job(name, argv, hosts=hosts, processes_per_host=processes, **cluster.limits)
 
@@ -119,5 +119,5 @@ def _name(entries: list[ledger.Entry]) -> str:
   return entries[0].id if len(entries) == 1 else f'group-{entries[0].id}'
 
 
-def devices_of(cell: Config) -> int:
+def devices_of(cell: Cell) -> int:
   return cell.mesh.data * cell.mesh.latent

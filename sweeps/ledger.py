@@ -34,10 +34,10 @@ class Entry:
 
   id: str
   overrides: grid.Overrides
-  source: config.Config | dict[str, Any]
+  source: config.Cell | dict[str, Any]
 
   @functools.cached_property
-  def cell(self) -> config.Config:
+  def cell(self) -> config.Cell:
     """The cell, made when it is asked for: a status of finished cells never does."""
     if isinstance(self.source, dict):
       return config.from_record(self.source, verified=True)

@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from sae_jax import flops, notes, schema
-from sae_jax.config import Config
+from sae_jax.config import Cell
 from sweeps import grid, ledger, status
 
 
@@ -93,7 +93,7 @@ def cost_table(states: list[ledger.EntryState], topology: str, dollars: float | 
   )
 
 
-def _step_shape(cell: Config) -> str:
+def _step_shape(cell: Cell) -> str:
   """Equal for cells whose compiled steps are alike. What only enters them as a number stays out."""
   free = ('train.seed', 'train.tokens', 'train.checkpoint_every')
   kept = {k: v for k, v in cell.flat().items() if k.startswith(('sae.', 'mesh.', 'train.')) and k not in free}

@@ -43,7 +43,7 @@ class NeverTold:
     return False
 
 
-def cell(**overrides: Any) -> config.Config:
+def cell(**overrides: Any) -> config.Cell:
   """The shared cell with dotted keys replaced."""
   return config.resolve(config.override(tiny.get_config(), SHARED | overrides))
 
@@ -54,7 +54,7 @@ def sweep(*overrides: Mapping[str, Any], name: str = 'primes', base: Mapping[str
   return grid.Sweep(name, 'experiments/tiny.py', cells, dropped=0)
 
 
-def line(c: config.Config, step: int, nmse: float, **changes: Any) -> dict[str, Any]:
+def line(c: config.Cell, step: int, nmse: float, **changes: Any) -> dict[str, Any]:
   """What an evaluation writes, by the names in metrics.jsonl."""
   spent = flops.spent(c, step, 0)
   values = {
@@ -79,7 +79,7 @@ def line(c: config.Config, step: int, nmse: float, **changes: Any) -> dict[str, 
   return {'step': step} | {in_line[name]: value for name, value in values.items()}
 
 
-def result(c: config.Config, **changes: Any) -> dict[str, Any]:
+def result(c: config.Cell, **changes: Any) -> dict[str, Any]:
   """A complete result.json of a cell."""
   last = line(c, c.train.steps, 0.25)
   measured = {name: last[key] for key, name in schema.line_names(schema.MEASURED).items() if key in last}
@@ -111,7 +111,7 @@ def result(c: config.Config, **changes: Any) -> dict[str, Any]:
   )
 
 
-def finish(folder: str, c: config.Config, **changes: Any) -> str:
+def finish(folder: str, c: config.Cell, **changes: Any) -> str:
   """Commits a cell as its worker would; returns 'done'."""
   metrics.commit_result(folder, result(c, **changes))
   return 'done'
@@ -119,7 +119,7 @@ def finish(folder: str, c: config.Config, **changes: Any) -> str:
 
 def write(
   ledger: str,
-  c: config.Config,
+  c: config.Cell,
   curve: Mapping[int, float] | Sequence[Mapping[str, Any]] = (),
   *,
   finished: bool = True,

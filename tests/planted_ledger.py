@@ -64,7 +64,7 @@ def write_penalised(path, sizes=SIZES, coefficients=COEFFICIENTS, noise=0.001, w
   return str(path)
 
 
-def cell(n: int, k: int | None, learning_rate: float, d_model: int = D, **more: Any) -> config.Config:
+def cell(n: int, k: int | None, learning_rate: float, d_model: int = D, **more: Any) -> config.Cell:
   return cells.cell(
     **{
       'sae.n_latents': n,

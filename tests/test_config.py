@@ -24,7 +24,7 @@ from sae_jax.recipe import GAO2024
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def cell(**overrides) -> config.Config:
+def cell(**overrides) -> config.Cell:
   return config.resolve(config.override(tiny.get_config(), overrides))
 
 
@@ -114,7 +114,7 @@ def test_foreign_bytes_are_a_user_error(data):
     ({'sae.activation': 'rlu'}, "sae.activation='rlu' is not known; use one of topk, multitopk"),
     (
       {'sae.activation': 'relu', 'loss.sparsity': 0.1},
-      'the first steers the coefficient and the second fixes it; set one',
+      'the first steers the coefficient and the second fixes it; drop one',
     ),
     ({'sae.activation': 'cs294a'}, 'sae.k=4 but all latents of cs294a are active; set sae.k=None and loss.sparsity'),
     ({'sae.activation': 'relu', 'sae.k': 0}, 'sae.k=0 is below 1'),
@@ -300,4 +300,12 @@ def test_light_modules_do_not_load_jax(module):
 def test_template_has_no_key_the_dataclasses_lack():
   flat = cells.flatten(config.template().to_dict())
   assert set(flat) == set(cell().flat())
-  assert {f.name for f in dataclasses.fields(config.Config)} == {key.split('.')[0] for key in flat}
+  assert {f.name for f in dataclasses.fields(config.Cell)} == {key.split('.')[0] for key in flat}
+
+
+def test_a_flag_can_unset_a_key():
+  asked = ['--config=experiments/tiny.py', '--config.sae.k=None', '--config.sae.activation=relu']
+  _, made = flags.parse(argparse.ArgumentParser(), [*asked, '--config.loss.sparsity=0.1'])
+  assert config.resolve(made).sae.k is None and made.sae.n_latents == 128
+  with pytest.raises(UserError, match='relu needs it or loss.sparsity'):
+    config.resolve(flags.parse(argparse.ArgumentParser(), asked)[1])

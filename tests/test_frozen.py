@@ -167,7 +167,7 @@ class _GrownRecipe(recipe.ScalingRecipe):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Grown(cells_schema.Config):
+class _Grown(cells_schema.Cell):
   recipe: _GrownRecipe
   sae: _GrownSAE
 

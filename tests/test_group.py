@@ -38,7 +38,7 @@ def alone(trained, tmp_path_factory):
   return folder
 
 
-def members(folder: pathlib.Path, **more) -> list[tuple[config.Config, str]]:
+def members(folder: pathlib.Path, **more) -> list[tuple[config.Cell, str]]:
   return [(cell(**changes, **more), str(folder / str(i))) for i, changes in enumerate(DIFFERENCES)]
 
 

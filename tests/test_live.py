@@ -14,7 +14,7 @@ from sae_jax.errors import UserError
 from tests.test_harvest import settings, toy  # noqa: F401  the toy subject's fixture
 
 
-def cell(source: str, path: str, dtype: str = 'float32', **changes) -> config.Config:
+def cell(source: str, path: str, dtype: str = 'float32', **changes) -> config.Cell:
   flat = {
     'data.source': source,
     'data.path': path,

@@ -19,7 +19,7 @@ B, D, F, K = 40, 11, 88, 13
 KEYS = {'memory_fraction', 'collectives', 'flops', 'seconds', 'bound'}  # what other tools read
 
 
-def cell(**overrides) -> config.Config:
+def cell(**overrides) -> config.Cell:
   sizes = {
     'sae.d_model': D,
     'sae.n_latents': F,

@@ -14,7 +14,7 @@ from tests import cells
 STEPS = 120
 
 
-def cell(**overrides) -> config.Config:
+def cell(**overrides) -> config.Cell:
   longer = {'train.tokens': STEPS * cells.cell().train.batch_tokens, 'train.checkpoint_every': STEPS}
   return cells.cell(**longer | overrides)
 

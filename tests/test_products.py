@@ -20,7 +20,7 @@ B, D, F, K = SIZES.train.batch_tokens, SIZES.sae.d_model, SIZES.sae.n_latents, S
 SHARD = (B, F, D, K)
 
 
-def cell(**overrides) -> config.Config:
+def cell(**overrides) -> config.Cell:
   return cells.cell(**{'sae.k_aux': 0} | overrides)
 
 

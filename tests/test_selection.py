@@ -21,7 +21,7 @@ BINS, TOKENS = 11, SIZES.eval.tokens  # two columns a bin of a shard's 22
 MESHES = [(1, 1), (2, 4)]
 
 
-def cell(data=1, latent=1, **overrides) -> config.Config:
+def cell(data=1, latent=1, **overrides) -> config.Cell:
   return cells.cell(
     **{'sae.k': K, 'mesh.data': data, 'mesh.latent': latent, 'sae.selection': 'approximate'} | overrides
   )

@@ -23,24 +23,24 @@ B, D, F, K = SIZES.train.batch_tokens, SIZES.sae.d_model, SIZES.sae.n_latents, S
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4)]
 
 
-def cell(data=1, latent=1, **overrides) -> config.Config:
+def cell(data=1, latent=1, **overrides) -> config.Cell:
   return cells.cell(**{'mesh.data': data, 'mesh.latent': latent} | overrides)
 
 
-def dying(data=1, latent=1, **overrides) -> config.Config:
+def dying(data=1, latent=1, **overrides) -> config.Cell:
   """Some latents are dead after one batch without firing, so that AuxK is active."""
   return cell(data, latent, **{'loss.dead_tokens': B} | overrides)
 
 
 @functools.cache
-def first_state(one_device: config.Config, dtype):
+def first_state(one_device: config.Cell, dtype):
   """The fresh state, made on one device: `init` on a mesh gives the same, as a test says, and takes a compilation."""
   init, _ = training.make_step(one_device, sharding.make_mesh(one_device.mesh))
   sample = start_up_sample(open_source(one_device), one_device.train.tokens)
   return jax.device_get(init(*(a.astype(dtype) for a in sample)))
 
 
-def run(config_: config.Config, steps: int, dtype):
+def run(config_: config.Cell, steps: int, dtype):
   mesh = sharding.make_mesh(config_.mesh)
   source = open_source(config_)
   _, step = training.make_step(config_, mesh)

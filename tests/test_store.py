@@ -61,7 +61,7 @@ def write_store(path, **changes) -> dict:
   return writer.finish()
 
 
-def cell(path, **changes) -> config.Config:
+def cell(path, **changes) -> config.Cell:
   flat = {
     'sae.n_latents': 8,
     'sae.k': 2,

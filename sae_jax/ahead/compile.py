@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from sae_jax import sharding
 from sae_jax.ahead import hlo
-from sae_jax.config import Config
+from sae_jax.config import Cell
 from sae_jax.errors import UserError
 from sae_jax.step import TrainState, abstract_state, make_step
 
@@ -67,7 +67,7 @@ def devices(topology: str) -> list[Any]:
     raise UserError(f'topology {topology!r}: {text}; {remedy}') from error
 
 
-def compile_step(config: Config, mesh: Mesh) -> Compiled:
+def compile_step(config: Cell, mesh: Mesh) -> Compiled:
   """Compiles the real training step for a mesh of described or present devices.
 
   Raises `UserError` when the compiler finds that it does not fit in memory.

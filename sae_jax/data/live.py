@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sae_jax.config import Config
+from sae_jax.config import Cell
 from sae_jax.data import live_mesh, soundness
 from sae_jax.data.normalize import normalize
 from sae_jax.data.reading import Reading
@@ -27,7 +27,7 @@ class Live:
   tokens than `data.store_tokens` x `data.epochs`.
   """
 
-  def __init__(self, config: Config):
+  def __init__(self, config: Cell):
     data = config.data
     self.normalization, self.dtype, self.epochs = data.normalize, data.dtype, data.epochs
     if config.train.tokens > data.store_tokens * data.epochs:

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import numpy as np
 
-from sae_jax.config import Config
+from sae_jax.config import Cell
 
 
 class Source(Protocol):
@@ -32,7 +32,7 @@ class Source(Protocol):
     ...
 
 
-def open_source(config: Config) -> Source:
+def open_source(config: Cell) -> Source:
   """The source that `config.data` names. Raises `UserError` when it is missing or of another width."""
   if config.data.source == 'planted':
     from sae_jax.data import planted

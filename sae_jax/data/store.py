@@ -31,7 +31,7 @@ class Store:
   the config was resolved with; later, when a block is missing or its bytes have changed.
   """
 
-  def __init__(self, cell: config.Config):
+  def __init__(self, cell: config.Cell):
     path = cell.data.path
     meta = read_meta(path)
     if meta['d_model'] != cell.sae.d_model:
