@@ -307,5 +307,5 @@ def test_a_flag_can_unset_a_key():
   asked = ['--config=experiments/tiny.py', '--config.sae.k=None', '--config.sae.activation=relu']
   _, made = flags.parse(argparse.ArgumentParser(), [*asked, '--config.loss.sparsity=0.1'])
   assert config.resolve(made).sae.k is None and made.sae.n_latents == 128
-  with pytest.raises(UserError, match='relu needs it or loss.sparsity'):
+  with pytest.raises(UserError, match=r'relu needs it or loss\.sparsity'):
     config.resolve(flags.parse(argparse.ArgumentParser(), asked)[1])
