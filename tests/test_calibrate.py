@@ -50,7 +50,7 @@ def test_calibrate_predicts_nothing_without_a_band(tmp_path):
   few = planted_ledger.write(tmp_path / 'few', sizes=SMALL[:3], ks=planted_ledger.KS[:2])
   with pytest.raises(UserError, match=r'band of n=.* is unknown: 6 cells for the 6 constants'):
     calibrate.write_predictions(few, PAIRS[:1], str(tmp_path / 'x'), bootstrap=20)
-  with pytest.raises(UserError, match='l0=7 is asked of no cell'):
+  with pytest.raises(UserError, match='L0=7 is asked of no cell'):
     calibrate.write_predictions(few, [{'n_latents': LARGE[0], 'l0': 7}], str(tmp_path / 'x'), bootstrap=0)
   assert not (tmp_path / 'x').exists()
 

@@ -246,3 +246,15 @@ def test_budgets_are_those_the_sweep_was_made_for(tokens, expected):
 
 def test_budgets_are_none_where_no_three_sizes_overlap():
   assert len(isoflop.budgets(runs((100, 200)))) == 0
+
+
+def test_a_joint_law_that_is_not_determined_keeps_its_points_apart():
+  n, k = (axis.ravel() for axis in np.meshgrid([64, 128, 256], [3, 4]))
+  noise = np.exp(2.0 * np.random.default_rng(0).normal(size=6))
+  points = pd.DataFrame({'n_latents': n, 'k': k, 'nmse': 2 * n**-0.3 * k**-0.2 * noise})
+  found = fit.fit_law(points, 'joint_nk_no_floor', bootstrap=0)
+  assert found.band({'n_latents': 1024, 'k': 3})[1][0] > 100 * points['nmse'].max()  # it knows nothing there
+  (ax,) = plots.joint(found).axes
+  low, high = ax.get_ylim()
+  lines = np.concatenate([line.get_ydata() for line in ax.lines])
+  assert lines.min() / 3.1 < low < lines.min() and lines.max() < high < 3.1 * lines.max()

@@ -373,6 +373,16 @@ def test_report_says_where_cells_of_one_k_miss_it(tmp_path):
   assert said.startswith('at k=17 L0 runs from 14 to 17: ')
 
 
+def test_report_has_a_law_over_l0_where_more_latents_are_active_than_were_asked_for(tmp_path):
+  write_ledger(str(tmp_path), sizes=SIZES[:4])
+  for path in tmp_path.glob('cells/*/result.json'):
+    record = json.loads(path.read_text())
+    cells.edit(str(path), l0=2.0 * record['k'])
+    (path.parent / 'metrics.jsonl').unlink()
+  (family,) = report.analyse(str(tmp_path), bootstrap=0).families
+  assert family.joint.x == ('n_latents', 'l0') and [one.where for one in family.targets] == [{'k': k} for k in KS]
+
+
 def test_report_of_one_coefficient_has_no_law_over_l0(tmp_path):
   planted_ledger.write_penalised(tmp_path, sizes=planted_ledger.SIZES[:4], coefficients=(0.03,))
   found = report.analyse(str(tmp_path), bootstrap=0)
