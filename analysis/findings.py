@@ -1,6 +1,7 @@
 """The record of what a ledger says: its cells, the laws of every family and target, warnings; and its JSON."""
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -10,6 +11,7 @@ import pandas as pd
 from analysis import table
 from analysis.allocation import Allocation
 from analysis.compare import Comparison
+from analysis.equal_l0 import EqualL0, compare
 from analysis.family import Family
 from analysis.fit_result import Fit, warning_lines
 
@@ -87,6 +89,11 @@ class Findings:
   curves: pd.DataFrame  # of the subject that the laws are about
   families: list[OneFamily]
   about: list[dict[str, str]]  # warnings of the ledger as a whole
+
+  @functools.cached_property
+  def equal_l0(self) -> list[EqualL0]:
+    """The families compared; empty where there is one."""
+    return compare(self.done) if len(self.families) > 1 else []
 
   @property
   def fits(self) -> list[Fit]:

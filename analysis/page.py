@@ -16,6 +16,7 @@ import pandas as pd
 
 from analysis import sparsity
 from analysis.compare import Comparison
+from analysis.equal_l0 import EqualL0
 from analysis.figures import style
 from analysis.findings import Findings, OneFamily
 from analysis.fit_result import Fit, nothing_is_zero, warning_lines
@@ -94,6 +95,7 @@ def render(
     states=[f'{count} {state}' for state, count in states.items()],
     warnings=[line.partition(':') for line in found.warning_lines()],
     not_attempted=found.not_attempted,
+    equal_l0=[_equal_l0(one, pictures) for one in found.equal_l0],
     families=[_family(one, pictures, several=len(found.families) > 1) for one in found.families],
     cells=_cells(found.done),
     others=[[str(row[key]) for key in ('id', 'state', 'reason')] for row in others.to_dict('records')],
@@ -122,6 +124,22 @@ def _family(one: OneFamily, pictures: Mapping[str, bytes], *, several: bool) -> 
   }
 
 
+def _equal_l0(one: EqualL0, pictures: Mapping[str, bytes]) -> dict[str, Any]:
+  """A size at which families are compared: its figure, and a row a family."""
+  best = min(one.nmse.values())
+  return {
+    'caption': f'Loss against measured L0 at n = {one.n_latents:,}, a line a family.',
+    'source': _source(pictures[f'equal_at_n{one.n_latents}']),
+    'l0': f'{one.l0:.3g}',
+    'rows': [(name, f'{nmse:.4g}', f'{nmse / best:.3f}') for name, nmse in one.nmse.items()],
+    'without': sorted(set(map(str, one.rows['activation'])) - set(one.nmse)),
+  }
+
+
+def _source(picture: bytes) -> str:
+  return f'data:image/png;base64,{base64.b64encode(picture).decode()}'
+
+
 def _figures(pictures: Mapping[str, bytes], family: OneFamily) -> list[list[dict[str, str]]]:
   """Kind by kind; of those drawn once a target, one a target."""
   targets = {one.name: sparsity.gathered([sparsity.target(one.where)]) for one in family.targets}
@@ -134,8 +152,7 @@ def _figures(pictures: Mapping[str, bytes], family: OneFamily) -> list[list[dict
     kind = name.removesuffix(f'_{end}')
     ((key, value),) = targets[end].items() if end else [('', '')]
     caption = _CAPTIONS[kind].format(**words) + (f' {key} = {value}.' if end else '')
-    source = f'data:image/png;base64,{base64.b64encode(data).decode()}'
-    kinds.setdefault((kind, key), []).append({'key': key, 'value': value, 'caption': caption, 'source': source})
+    kinds.setdefault((kind, key), []).append({'key': key, 'value': value, 'caption': caption, 'source': _source(data)})
   return list(kinds.values())
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from analysis import heading, page, plots
 from analysis.every_law import analyse
+from analysis.figures import equal_l0
 from analysis.findings import Findings, OneFamily
 from analysis.fit_result import Fit, write_json
 from sae_jax import files, schema
@@ -27,7 +28,8 @@ def figures(found: Findings) -> dict[str, Figure]:
   Where a ledger has several families, each has a folder of its name.
   """
   several = len(found.families) > 1
-  return {
+  together = {f'equal_at_n{one.n_latents}': equal_l0.equal_l0(one) for one in found.equal_l0}
+  return together | {
     f'{one.folder}/{name}' if several else name: figure
     for one in found.families
     for name, figure in _family_figures(found, one).items()

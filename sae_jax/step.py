@@ -18,7 +18,7 @@ from sae_jax.families.family import family
 from sae_jax.startup import SAMPLE
 
 _PROBES = 256
-_THRESHOLD_WEIGHT = 1e-3  # of a step in the running mean of the least values
+_THRESHOLD_WEIGHT = 1e-3  # least weight of a step in the running mean of the least values
 _KEPT = 8  # compiled steps that a process keeps for later cells of the same sizes
 _Spec = P | dict[str, P]
 
@@ -167,7 +167,8 @@ def _programs(
       values['train/coefficient'] = coefficient
       carried = carried | steering.steer(carried, l0, size.k, state.step)
     if kind.threshold:
-      old, weight = carried['threshold'], jnp.where(state.step == 0, 1, _THRESHOLD_WEIGHT)
+      # An average over about the last tenth of the steps so far: the thresholds of the first steps are far off.
+      old, weight = carried['threshold'], jnp.clip(8 / (state.step + 1), _THRESHOLD_WEIGHT, 1)
       # A batch without a code has no least value.
       least = jnp.where(jnp.isfinite(sums.least), sums.least, old)
       carried = carried | {'threshold': old + weight * (least - old)}
