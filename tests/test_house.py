@@ -82,8 +82,9 @@ def test_every_case_of_the_families_is_a_name_that_is_looked_for():
   assert names and all(MODELS.search(str(name)) for name in names)
 
 
-# Where a family may be known by its name: a cell checks the knobs of each, and the configuration holds the defaults.
-KNOW_FAMILIES = ('sae_jax/families', 'sae_jax/subjects', 'sae_jax/cell.py', 'sae_jax/config.py')
+# Where a family may be known by its name: a cell checks the knobs of each, the configuration holds the defaults, and a grid
+# says which to train.
+KNOW_FAMILIES = ('sae_jax/families', 'sae_jax/subjects', 'sae_jax/cell.py', 'sae_jax/config.py', 'sweeps/grids')
 
 
 def collected(code: str) -> Iterator[tuple[int, str]]:
