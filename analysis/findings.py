@@ -93,7 +93,8 @@ class Findings:
   @functools.cached_property
   def equal_l0(self) -> list[EqualL0]:
     """The families compared; empty where there is one."""
-    return compare(self.done) if len(self.families) > 1 else []
+    known = {'activation', 'l0'} <= set(self.done.columns)
+    return compare(self.done) if known and len(self.families) > 1 else []
 
   @property
   def fits(self) -> list[Fit]:

@@ -95,7 +95,7 @@ def render(
     states=[f'{count} {state}' for state, count in states.items()],
     warnings=[line.partition(':') for line in found.warning_lines()],
     not_attempted=found.not_attempted,
-    equal_l0=[_equal_l0(one, pictures) for one in found.equal_l0],
+    equal_l0=[_equal_l0(one, pictures) for one in found.equal_l0 if f'equal_at_n{one.n_latents}' in pictures],
     families=[_family(one, pictures, several=len(found.families) > 1) for one in found.families],
     cells=_cells(found.done),
     others=[[str(row[key]) for key in ('id', 'state', 'reason')] for row in others.to_dict('records')],

@@ -4,13 +4,13 @@ Orbax restores a flipped bit silently (50 of 60 trials) and takes an empty step 
 back is compared with the digests that were saved with it. These and the facts lie under a digest of their own.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -115,7 +115,7 @@ class Checkpoints:
     another configuration, and an error of the machine as it is.
     """
     for step in self._steps():
-      problem = None if files.listdir(files.join(self._folder, str(step))) else 'the folder is empty'
+      problem = self._problem_of_folder(step)
       if problem is None:
         try:
           metadata = self._open.checkpointer.metadata(step).custom_metadata
@@ -141,6 +141,9 @@ class Checkpoints:
 
   def _steps(self) -> list[int]:
     return sorted((int(n) for n in files.listdir(self._folder) if n.isdigit()), reverse=True)
+
+  def _problem_of_folder(self, step: int) -> str | None:
+    return None if files.listdir(files.join(self._folder, str(step))) else 'the folder is empty'
 
   def _remove_unfinished(self) -> None:
     """Deletes what a kill left of a save in a bucket, where a step has its final name from its first file on.
@@ -226,14 +229,18 @@ def _close_abandoned(folder: str) -> None:
       print(f'{folder}: the save of the attempt before failed ({error})', file=sys.stderr)
 
 
-@contextlib.contextmanager
-def _disk_full_is_user_error(path: str) -> Iterator[None]:
-  try:
-    yield
-  except Exception as error:
-    if faults.is_disk_full(error):
-      raise UserError(f'{path}: no space left on the device; free some and start again: it resumes') from error
-    raise
+class _disk_full_is_user_error:
+  def __init__(self, path: str):
+    self._path = path
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+  ) -> None:
+    if error is not None and faults.is_disk_full(error):
+      raise UserError(f'{self._path}: no space left on the device; free some and start again: it resumes') from error
 
 
 def _check(metadata: Any, fields: Sequence[schema.Field]) -> None:

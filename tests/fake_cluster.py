@@ -95,7 +95,7 @@ sys.exit(int(os.environ.get('FAKE_XPK_EXIT', 0)))  # of the steps after
 
 _KUBECONFIG = """
 apiVersion: v1
-kind: Cell
+kind: Config
 current-context: fake
 contexts: [{name: fake, context: {cluster: fake, user: nobody}}]
 clusters: [{name: fake, cluster: {server: 'URL'}}]

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -332,7 +333,9 @@ def test_report_of_two_families_has_a_folder_of_figures_each(families, tmp_path)
   same = {'joint', 'residuals', 'power'}
   assert drawn.keys() >= {f'{name}/{kind}' for name in ('relu', 'topk') for kind in same}
   assert drawn.keys() >= {'relu/frontier', 'relu/isoflop_sparsity0.1', 'relu/learning_rates_sparsity0.01'}
-  for key, figure in drawn.items():
+  together = [name for name in drawn if '/' not in name]
+  assert together and all(re.fullmatch('equal_at_n[0-9]+', name) for name in together)
+  for key, figure in ((name, drawn[name]) for name in drawn if name not in together):
     said = [ax.get_title() for ax in figure.axes] + [
       text.get_text() for box in figure.legends for text in box.get_texts()
     ]
