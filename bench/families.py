@@ -17,7 +17,7 @@ from sae_jax import bench, config, flops, sae, sharding
 from sae_jax.codes import Elementwise, Own, Selection
 from sae_jax.errors import one_line_errors
 from sae_jax.families.family import NAMES, family
-from sae_jax.startup import SAMPLE
+from sae_jax.sae import SAMPLE
 from sae_jax.step import make_step
 
 SHAPE = (576, 4096, 2048, 32)

@@ -18,7 +18,7 @@ from sae_jax import distributed, metrics, optim, sae, sharding
 from sae_jax import step as stepping
 from sae_jax.axes import Shard
 from sae_jax.bench import paper_cell
-from sae_jax.startup import SAMPLE
+from sae_jax.sae import SAMPLE
 
 Shape = tuple[int, ...]  # d, n, B, k
 

@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from sae_jax import config, files, flags, flops, metrics, optim, sharding, sparse, topk
 from sae_jax.errors import one_line_errors
-from sae_jax.sae import Params
-from sae_jax.startup import SAMPLE
+from sae_jax.sae import SAMPLE, Params
 from sae_jax.step import TrainState, make_step
 
 SHAPES = ((512, 8192, 2048, 32), (768, 32768, 2048, 32), (768, 32768, 8192, 32))  # d, n, B, k

@@ -29,7 +29,7 @@ class StepSums(NamedTuple):
   aux_loss: jax.Array  # AuxK before its coefficient; 0 when nothing is dead
   n_dead: jax.Array  # dead latents
   penalty: jax.Array  # before its coefficient
-  least: jax.Array  # least value that made a code; infinite where nobody asks
+  least: jax.Array  # least value that made a code, infinite without one; 0 in families that keep none
 
 
 class _Latent(NamedTuple):

@@ -112,7 +112,9 @@ class Member:
       for line in metrics.read_metrics(folder, cell_id):
         if line['step'] <= step and line['step'] in self._evaluation_steps:
           self._log.write(line['step'], {key: value for key, value in line.items() if key != 'step'})
-    return state, facts | {'extends': {'cell': cell_id, 'step': step}, 'last': None}
+    # A run from the start would not have been evaluated at the end of the shorter one.
+    curve = [point for point in facts.get('curve') or [] if point[0] in self._evaluation_steps]
+    return state, facts | {'extends': {'cell': cell_id, 'step': step}, 'curve': curve}
 
   def begin(self) -> None:
     """Starts the clock behind `wall_s`."""

@@ -24,6 +24,7 @@ from sae_jax.topk import Preactivations
 
 # w_enc_FD (not where it is the decoder), w_dec_FD, b_enc_F, b_pre_D, and the family's own with one number a latent.
 Params = dict[str, jax.Array]
+SAMPLE = 256  # rows of the first tokens that a family may start from
 _PROBED = 4096  # latents whose products stand for those of all at the start
 
 

@@ -95,6 +95,7 @@ TRAINING = (
   Field('train_nmse', float, 'NMSE of the batch, about the start-up mean', 'train/nmse'),
   Field('train_aux_loss', float, 'AuxK loss of the batch', 'train/aux_loss'),
   Field('train_l0', float, 'active latents a token of the batch', 'train/l0'),
+  Field('train_coefficient', float, 'of the penalty; where it is steered alone', 'train/coefficient', may=True),
   Field(
     'train_penalty',
     float,

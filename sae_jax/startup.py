@@ -7,8 +7,8 @@ import numpy as np
 from sae_jax.data import soundness
 from sae_jax.data.source import Source
 from sae_jax.errors import UserError
+from sae_jax.sae import SAMPLE
 
-SAMPLE = 256  # rows that stand for the start-up sample where its products with latents are wanted
 SAMPLE_TOKENS = 32_768  # as in the reference code
 _LEAST_VARIANCE = 1e-30  # of a component
 

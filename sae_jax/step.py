@@ -15,7 +15,7 @@ from sae_jax import gradients, optim, sae, sharding, sparse, steering
 from sae_jax.axes import Shard
 from sae_jax.config import Cell, LossConfig, OptimConfig, SAEConfig
 from sae_jax.families.family import family
-from sae_jax.startup import SAMPLE
+from sae_jax.sae import SAMPLE
 
 _PROBES = 256
 _THRESHOLD_WEIGHT = 1e-3  # least weight of a step in the running mean of the least values

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sae_jax import convergence, extend, recipe, startup
+from sae_jax import cell_state, convergence, extend, recipe, schema, startup
 from sae_jax import train as training
 from sae_jax.errors import UserError
 from sweeps import extend as sweeps_extend
@@ -52,6 +52,42 @@ def test_an_extended_run_ends_with_the_bits_of_one_from_the_start(runs):
   assert {step: line['eval/nmse'] for step, line in lines(runs / 'long').items()} == {
     step: line['eval/nmse'] for step, line in lines(runs / 'extended').items()
   }
+
+
+def test_a_run_killed_after_its_last_checkpoint_ends_with_the_result_it_would_have_had(runs):
+  before = result(runs / 'short')
+  (runs / 'short' / 'result.json').unlink()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(startup, 'SAMPLE_TOKENS', 700)
+    assert training.train(cell(18), str(runs / 'short')) == 'done'
+  again = result(runs / 'short')
+  for key in before.keys() - {'wall_s', 'digest', 'artifact_sha256', 'artifact_bytes'}:
+    assert again[key] == before[key], key
+
+
+def test_an_extended_run_that_had_converged_ends_where_one_from_the_start_does(tmp_path):
+  with pytest.MonkeyPatch.context() as patch:
+    for module in (extend, startup):
+      patch.setattr(module, 'SAMPLE_TOKENS', 700)
+    stops = {'train.stop_gain': 0.25}
+    for name, more in (('short', {}), ('long', {}), ('extended', {'train.extends': 'short'})):
+      config = cell(130 if name == 'short' else 400, **stops | more)
+      assert training.train(config, str(tmp_path / name)) == 'done'
+  long, extended = result(tmp_path / 'long'), result(tmp_path / 'extended')
+  assert cell_state.read(str(tmp_path / 'extended'), long['id']).state == schema.DONE
+  for key in ('steps', 'params_digest', 'dead_fraction', 'nmse'):
+    assert long[key] == extended[key], key
+
+
+def test_an_extended_run_judges_convergence_where_one_from_the_start_does(tmp_path, monkeypatch):
+  judged = []
+  monkeypatch.setattr(convergence, 'has_converged', lambda curve, _: judged.append([at for at, _ in curve]))
+  for module in (extend, startup):
+    monkeypatch.setattr(module, 'SAMPLE_TOKENS', 700)
+  for name, steps, more in (('short', 25, {}), ('long', 32, {}), ('extended', 32, {'train.extends': 'short'})):
+    config = cell(steps, **{'train.stop_gain': 0.2, 'train.checkpoint_every': 5} | more)
+    assert training.train(config, str(tmp_path / name)) == 'done'
+    assert judged.pop()[-1] == 18  # and not 25, which only the shorter run was measured at
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import sae_jax
 from experiments import tiny
-from sae_jax import config, gradients, sae, sharding, topk
+from sae_jax import config, gradients, sae, schema, sharding, topk
 from sae_jax import train as training
 from sae_jax.axes import Shard
 from sae_jax.config import LossConfig, MeshConfig, SAEConfig
@@ -264,6 +264,9 @@ def test_flops_of_a_penalised_cell_count_the_latents_that_were_active(tmp_path):
   per_active = (result['flops_useful'] - encoder) / (20 * 8 * d * batch)  # without AuxK, which the threshold leaves out
   l0s = [line['train/l0'] for line in lines]
   assert min(l0s) < per_active < max(l0s) and result['k'] == 9
+  known = {field.line for field in schema.CURVES if field.line}
+  assert all(set(schema.content(line)) <= known for line in lines)
+  assert {'train/penalty', 'train/coefficient'} <= set(lines[0])
 
 
 # ----- a planted dictionary

@@ -15,7 +15,8 @@ from sae_jax.ahead import hlo
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
 from sae_jax.evaluate import Evaluator
-from sae_jax.startup import SAMPLE, start_up_sample
+from sae_jax.sae import SAMPLE
+from sae_jax.startup import start_up_sample
 from tests import cells
 
 SIZES = cells.cell()

@@ -2,7 +2,7 @@
 
 python -m sweeps.launch --sweep=sweeps/grids/families.py --ledger=runs/families --executor=local
 python -m analysis.report --ledger=runs/families --out=runs/families/report
-44 cells, about ten minutes on two cores.
+44 cells, a quarter of an hour on two cores busy with other work.
 """
 
 from experiments import tiny
