@@ -56,6 +56,8 @@ def saved(workdir, step: int, value: float) -> None:
   checkpoints.close()
 
 
+# When orbax gives up, writes of tensorstore may still end, and find its event loop closed.
+@pytest.mark.filterwarnings('ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning')
 def test_full_disk_during_a_save_keeps_the_one_before(small_disk):
   mount, fill = small_disk
   saved(mount, 1, 1.0)
