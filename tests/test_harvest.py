@@ -17,7 +17,9 @@ from sae_jax import config, progress, subjects
 from sae_jax.data import harvest, normalize, order, store, store_writer, windows
 from sae_jax.errors import UserError
 from sae_jax.subjects import llama, text
+from sae_jax.subjects.layers import Rope
 from sae_jax.subjects.subject import Subject
+from tests import toy_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 ARCH = llama.Arch(
@@ -29,7 +31,7 @@ ARCH = llama.Arch(
   d_ffn=5,
   vocabulary=27,
   context=16,
-  rope_base=50.0,
+  rope=Rope(50.0, 2),
   norm_eps=1e-5,
 )
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'
@@ -39,14 +41,12 @@ WINDOW, BLOCK_WINDOWS = 8, 5
 def toy_subject(name: str, site: str | None) -> Subject:
   """Random weights and one token a letter."""
   del name, site
-  rng = np.random.default_rng(0)
-  shapes = llama.parameter_shapes(ARCH, ARCH.n_layers)
   vocabulary = {'<start>': 0} | {letter: i + 1 for i, letter in enumerate(LETTERS)}
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
   return Subject(
     family=llama,
     arch=ARCH,
-    params={key: rng.standard_normal(s).astype(np.float32) for key, s in shapes.items()},
+    params=toy_model.llama_params(ARCH, 0, 1.0),
     n_blocks=ARCH.n_layers,
     tokenizer=tokenizer,
     start_token=0,

@@ -12,7 +12,9 @@ from sae_jax.subjects import catalogue
 from tests.test_config import imports
 
 ROOT = pathlib.Path(__file__).parents[1]
-MODELS = re.compile('|'.join([*catalogue.ENTRIES, 'smollm', 'llama', 'gpt-?[0-9j]', 'neox', 'pythia', 'gemma', 'qwen']))
+MODELS = re.compile(
+  '|'.join([*catalogue.ENTRIES, 'smollm', 'llama', 'gpt-?[0-9j]', 'neox', 'pythia', 'gemma', 'qwen', 'mistral'])
+)
 
 
 def decisions(code: str) -> Iterator[tuple[int, str]]:

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import sys
 
-import gguf
 import numpy as np
+import safetensors.numpy
+import tokenizers
 
 from tests import cells
 
@@ -18,8 +19,11 @@ TOKENS = ['<start>', *'abcdefghijklmnopqrstuvwxyz', 'ab']
 FAMILY = """
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+
+from sae_jax.subjects.subject import Names, Tensors
+
+NAMES = Names(prefixes=('',), block='blk.{}.', embedding='words', tied=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,39 +31,45 @@ class Arch:
   n_layers: int
   context: int
   d_model: int
+  vocabulary: int
 
 
-def arch_of(file):
-  return Arch(*(file.field(f'mills.{key}') for key in ('block_count', 'context_length', 'embedding_length')))
+def arch_of(settings):
+  return Arch(*(settings.whole(key) for key in ('depth', 'longest', 'width', 'vocab_size')))
 
 
-def params_of(file, arch, n_blocks):
-  d = arch.d_model
-  params = {f'turn{i}': file.tensor(f'blk.{i}.turn', (d, d)) for i in range(n_blocks)}
-  return params | {'embedding': file.tensor('token_embd', (28, d))}
+def tensors(arch):
+  return Tensors({'turn': (arch.d_model, arch.d_model)}, {'words': (arch.vocabulary, arch.d_model)})
+
+
+def block_params(arch, w):
+  return w
+
+
+def rest_params(arch, w):
+  return {'embedding': w['words']}
 
 
 def widths(arch):
   return dict.fromkeys(('resid_pre', 'mlp_out', 'resid_post'), arch.d_model)
 
 
-def flops(arch, site, window_tokens):
-  return 2.0 * site.blocks * arch.d_model**2
+def costs(arch):
+  whole = (arch.d_model**2, False)
+  return {'resid_pre': (0, False), 'mlp_out': whole, 'resid_post': whole}
+
+
+def reach(arch):
+  return (None,) * arch.n_layers
 
 
 def embed(arch, params, ids_BT):
   return params['embedding'][ids_BT]
 
 
-def run(arch, params, x_BTD, first, stop):
-  for layer in range(first, stop):
-    x_BTD = block(arch, params, x_BTD, layer, lambda kind, value: value)
-  return x_BTD
-
-
-def block(arch, params, x_BTD, layer, tap):
+def block(arch, p, x_BTD, layer, positions_T, attend, tap):
   x_BTD = tap('resid_pre', x_BTD)
-  return tap('resid_post', x_BTD + tap('mlp_out', jnp.tanh(x_BTD @ params[f'turn{layer}'])))
+  return tap('resid_post', x_BTD + tap('mlp_out', jnp.tanh(x_BTD @ p['turn'])))
 
 
 def unembed(arch, params, x_BTD):
@@ -97,22 +107,13 @@ def write_model(path: pathlib.Path) -> dict[str, np.ndarray]:
   """Random weights and one token a letter."""
   rng = np.random.default_rng(1)
   tensors = {f'blk.{i}.turn': rng.standard_normal((D, D), np.float32) for i in range(BLOCKS)}
-  tensors['token_embd'] = rng.standard_normal((len(TOKENS), D), np.float32)
-  writer = gguf.GGUFWriter(path, 'mills')
-  writer.add_block_count(BLOCKS)
-  writer.add_context_length(16)
-  writer.add_embedding_length(D)
-  writer.add_tokenizer_model('gpt2')
-  writer.add_tokenizer_pre('smollm')
-  writer.add_token_list(TOKENS)
-  writer.add_token_merges(['a b'])
-  writer.add_bos_token_id(0)
-  for name, value in tensors.items():
-    writer.add_tensor(f'{name}.weight', value)
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_tensors_to_file()
-  writer.close()
+  tensors['words'] = rng.standard_normal((len(TOKENS), D), np.float32)
+  path.mkdir()
+  sizes = {'depth': BLOCKS, 'longest': 16, 'width': D, 'vocab_size': len(TOKENS), 'bos_token_id': 0}
+  (path / 'config.json').write_text(json.dumps({'model_type': 'mills'} | sizes))
+  safetensors.numpy.save_file(tensors, path / 'model.safetensors')
+  vocabulary = {token: i for i, token in enumerate(TOKENS)}
+  tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [('a', 'b')])).save(str(path / 'tokenizer.json'))
   return tensors
 
 
@@ -121,13 +122,12 @@ def test_a_family_is_one_file_and_one_case(tmp_path):
   (tmp_path / 'experiments').symlink_to(ROOT / 'experiments')
   folder = tmp_path / 'sae_jax' / 'subjects'
   (folder / 'mills.py').write_text(FAMILY)
-  before, match, after = (folder / '__init__.py').read_text().partition('  match architecture:')
+  before, match, after = (folder / '__init__.py').read_text().partition('  match files.settings.kind:')
   (folder / '__init__.py').write_text(before + match + CASE.rstrip('\n') + after)
-  (tmp_path / 'model').mkdir()
-  tensors = write_model(tmp_path / 'model' / 'mills.gguf')
+  tensors = write_model(tmp_path / 'mills')
   changes = {key: value for key, value in cells.SHARED.items() if not key.startswith('data.')}
   ran = subprocess.run(
-    [sys.executable, '-c', USE, tmp_path / 'model', tmp_path, json.dumps(changes)],
+    [sys.executable, '-c', USE, tmp_path / 'mills', tmp_path, json.dumps(changes)],
     cwd=tmp_path,
     env=os.environ | {'PYTHONPATH': str(tmp_path), 'JAX_PLATFORMS': 'cpu'},
     capture_output=True,
@@ -136,11 +136,11 @@ def test_a_family_is_one_file_and_one_case(tmp_path):
   assert ran.returncode == 0, ran.stderr
   found = json.loads(ran.stdout)
   assert found['file'] == str(folder / 'mills.py') and found['kl'] == 0
-  x_BTD = tensors['token_embd'][np.arange(12).reshape(2, 6)].astype(np.float64)
+  x_BTD = tensors['words'][np.arange(12).reshape(2, 6)].astype(np.float64)
   x_BTD = x_BTD + np.tanh(x_BTD @ tensors['blk.0.turn'])
   np.testing.assert_allclose(found['x'], np.tanh(x_BTD @ tensors['blk.1.turn']), atol=1e-4)
   result = json.loads((tmp_path / 'cell' / 'result.json').read_text())
   assert result['d_model'] == D and 0 < result['nmse'] < 1
   assert result['flops_subject'] == 2 * BLOCKS * D**2 * 12 / 11 * result['tokens']
   meta = json.loads((tmp_path / 'store' / 'store.json').read_text())
-  assert meta['config']['site'] == 'mlp_out.1' and meta['provenance']['subject_file'] == 'mills.gguf'
+  assert meta['config']['site'] == 'mlp_out.1' and meta['provenance']['subject_file'] == 'mills'

@@ -16,8 +16,10 @@ from sae_jax import subjects
 from sae_jax.errors import UserError
 from sae_jax.subjects import llama, text
 from sae_jax.subjects.files.gguf import GGUF
+from sae_jax.subjects.layers import Rope
 from sae_jax.subjects.site import Site, parse
 from sae_jax.subjects.subject import Subject
+from tests import toy_model
 
 # Written for this check, so that no model was trained on it.
 PROSE = """\
@@ -41,7 +43,7 @@ TOY = llama.Arch(
   d_ffn=7,
   vocabulary=11,
   context=32,
-  rope_base=50.0,
+  rope=Rope(50.0, 2),
   norm_eps=1e-5,
 )
 
@@ -57,16 +59,12 @@ def prose_ids(model):
   return model.encode([PROSE])[0]
 
 
-def toy_params(n_blocks: int = TOY.n_layers) -> dict[str, np.ndarray]:
-  rng = np.random.default_rng(0)
-  shapes = llama.parameter_shapes(TOY, n_blocks)
-  return {key: rng.standard_normal(shape).astype(np.float32) * 0.5 for key, shape in shapes.items()}
+def toy_params(n_blocks: int = TOY.n_layers) -> dict:
+  return toy_model.llama_params(TOY, 0, 0.5, n_blocks)
 
 
 def toy(n_blocks: int = TOY.n_layers) -> Subject:
-  whole = toy_params()
-  params = {key: whole[key] if key in ('embedding', 'final_norm') else whole[key][:n_blocks] for key in whole}
-  return Subject(llama, TOY, params, n_blocks, tokenizers.Tokenizer(tokenizers.models.BPE()), 0, {})
+  return Subject(llama, TOY, toy_params(n_blocks), n_blocks, tokenizers.Tokenizer(tokenizers.models.BPE()), 0, {})
 
 
 def random_ids(rows: int, tokens: int, seed: int = 1) -> np.ndarray:
@@ -75,7 +73,8 @@ def random_ids(rows: int, tokens: int, seed: int = 1) -> np.ndarray:
 
 def reference(arch: llama.Arch, params: dict, ids_T, edits: dict | None = None) -> dict:
   """Every site of every block and the logits: one head and one position at a time, in float64."""
-  p = {key: value.astype(np.float64) for key, value in params.items()}
+  p = jax.tree.map(lambda value: value.astype(np.float64), params)
+  p |= p.pop('blocks')
   half, group = arch.d_head // 2, arch.n_heads // arch.n_kv_heads
   found = {}
 
@@ -83,7 +82,7 @@ def reference(arch: llama.Arch, params: dict, ids_T, edits: dict | None = None) 
     return x / np.sqrt((x * x).mean() + arch.norm_eps) * w
 
   def rotate(x, position):
-    angle = position * arch.rope_base ** (-np.arange(half) / half)
+    angle = position * arch.rope.base ** (-np.arange(half) / half)
     z = (x[:half] + 1j * x[half:]) * np.exp(1j * angle)
     return np.concatenate([z.real, z.imag])
 
@@ -319,7 +318,7 @@ def write_gguf(path, arch: llama.Arch, params: dict, skip: str = '', architectur
   writer.add_feed_forward_length(arch.d_ffn)
   writer.add_head_count(arch.n_heads)
   writer.add_head_count_kv(arch.n_kv_heads)
-  writer.add_rope_freq_base(arch.rope_base)
+  writer.add_rope_freq_base(arch.rope.base)
   writer.add_layer_norm_rms_eps(arch.norm_eps)
   writer.add_vocab_size(arch.vocabulary)
   writer.add_tokenizer_model('gpt2')
@@ -331,6 +330,7 @@ def write_gguf(path, arch: llama.Arch, params: dict, skip: str = '', architectur
   def interleave(w_ED, heads):
     return w_ED.reshape(heads, 2, arch.d_head // 2, -1).swapaxes(1, 2).reshape(w_ED.shape)
 
+  params = params | params['blocks']
   tensors = {'token_embd': params['embedding'], 'output_norm': params['final_norm']}
   n, kv = arch.n_heads * arch.d_head, arch.n_kv_heads * arch.d_head
   for i in range(arch.n_layers):
@@ -357,13 +357,11 @@ def write_gguf(path, arch: llama.Arch, params: dict, skip: str = '', architectur
 
 
 # Head width 4 has pairs to interleave.
-WIDE = dataclasses.replace(TOY, d_model=24, d_head=4)
+WIDE = dataclasses.replace(TOY, d_model=24, d_head=4, rope=Rope(50.0, 4))
 
 
-def wide_params() -> dict[str, np.ndarray]:
-  rng = np.random.default_rng(3)
-  shapes = llama.parameter_shapes(WIDE, WIDE.n_layers)
-  return {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+def wide_params() -> dict:
+  return toy_model.llama_params(WIDE, 3, 1.0)
 
 
 def test_gguf_round_trip_of_all_or_some_blocks(tmp_path):
@@ -375,7 +373,7 @@ def test_gguf_round_trip_of_all_or_some_blocks(tmp_path):
   assert model.encode(['ab11'])[0].tolist() == [2, 3, 3]
   assert (model.start_token, model.provenance['subject'], model.n_blocks) == (5, str(tmp_path), 3)
   some = subjects.load(str(tmp_path), 'resid_pre.2')
-  np.testing.assert_array_equal(some.params['qkv'], params['qkv'][:2])
+  np.testing.assert_array_equal(some.params['blocks']['qkv'], params['blocks']['qkv'][:2])
 
 
 def test_gguf_that_is_not_a_whole_model_is_refused(tmp_path):
@@ -386,7 +384,7 @@ def test_gguf_that_is_not_a_whole_model_is_refused(tmp_path):
   with pytest.raises(UserError, match="architecture 'mamba' is not known"):
     subjects.load(str(tmp_path))
   write_gguf(tmp_path / 'noise.gguf', WIDE, wide_params(), skip='blk.1.ffn_up')
-  with pytest.raises(UserError, match=r'no tensor blk\.1\.ffn_up'):
+  with pytest.raises(UserError, match=r'no tensor model\.layers\.1\.mlp\.up_proj'):
     subjects.load(str(tmp_path), 'resid_post.1')
   write_gguf(tmp_path / 'noise.gguf', WIDE, wide_params(), pre='llama-bpe')
   with pytest.raises(UserError, match='llama-bpe'):
@@ -394,5 +392,5 @@ def test_gguf_that_is_not_a_whole_model_is_refused(tmp_path):
   with pytest.raises(UserError, match=r'has no field tokenizer\.ggml\.none'):
     GGUF(tmp_path / 'noise.gguf').field('tokenizer.ggml.none')
   (tmp_path / 'more.gguf').write_bytes(b'')
-  with pytest.raises(UserError, match='a folder that holds one GGUF file'):
+  with pytest.raises(UserError, match='or with one GGUF file'):
     subjects.load(str(tmp_path))

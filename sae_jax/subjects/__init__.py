@@ -1,53 +1,90 @@
 """Language models under study. To add one: docs/add_a_subject.md."""
 
-import jax.numpy as jnp
+import pathlib
 
 from sae_jax.errors import UserError
-from sae_jax.subjects import catalogue, tokenizer
+from sae_jax.subjects import catalogue, hub
 from sae_jax.subjects.files.gguf import GGUF
+from sae_jax.subjects.files.safetensors import Folder
+from sae_jax.subjects.loading import Files, load_params
 from sae_jax.subjects.site import parse
 from sae_jax.subjects.subject import Family, Subject
 
 
-def load(name_or_folder: str, site: str | None = None) -> Subject:
+def load(name_or_folder: str, site: str | None = None, weights: str = 'float32') -> Subject:
   """A language model with the blocks that `site` needs, or with all of them when it is None.
 
   Args:
-    name_or_folder: a name in `catalogue.ENTRIES`, or a folder that holds one GGUF file.
+    name_or_folder: a name in `catalogue.ENTRIES`; a folder that holds config.json and safetensors, or one GGUF file; or
+      a name at the Hugging Face hub, `owner/model` or `owner/model@revision`.
     site: such as 'resid_post.12', see sae_jax/subjects/site.py.
+    weights: 'float32', or 'bfloat16' to keep weights in half the memory. Products are float32 in both.
 
-  Raises `UserError` for an unknown name, site or family, and when the weights are not installed or not complete.
+  Raises `UserError` for an unknown name, site or family, and when the weights are not installed or not what they should
+  be.
   """
-  file = GGUF(catalogue.path_of(name_or_folder))
-  architecture = file.field('general.architecture')
-  family = _family(architecture)
-  arch = family.arch_of(file)
-  n_blocks = arch.n_layers if site is None else parse(site, family.widths(arch), arch.n_layers).blocks
   entry = catalogue.ENTRIES.get(name_or_folder)
-  start_token = entry.start_token if entry else file.field('tokenizer.ggml.bos_token_id')
-  return Subject(
-    family=family,
-    arch=arch,
-    params={key: jnp.asarray(value) for key, value in family.params_of(file, arch, n_blocks).items()},
-    n_blocks=n_blocks,
-    tokenizer=tokenizer.of_gguf(file),
-    start_token=start_token,
-    provenance={
-      'subject': name_or_folder,
-      'subject_file': file.path.name,
-      'subject_sha256': file.sha256(),
-      'subject_weights': entry.weights if entry else f'{architecture}, dequantised to float32',
-      'tokenizer': entry.tokenizer if entry else 'of the same file',
-      'start_token': start_token,
-    },
-  )
+  facts = {'subject': name_or_folder}
+  if entry:
+    files: Files = GGUF(catalogue.path_of(name_or_folder))
+  else:
+    folder, revision = hub.folder(name_or_folder)
+    facts |= {'subject_revision': revision} if revision else {}
+    files = _opened(folder)
+  family = _family(files)
+  arch = family.arch_of(files.settings)
+  n_blocks = arch.n_layers if site is None else parse(site, family.widths(arch), arch.n_layers).blocks
+  tokenizer = files.tokenizer()
+  if tokenizer is not None and tokenizer.get_vocab_size() > arch.vocabulary:
+    raise UserError(
+      f'{files.settings.where}: the tokenizer has {tokenizer.get_vocab_size()} tokens and the model a vocabulary of '
+      f'{arch.vocabulary}; take the tokenizer of the model'
+    )
+  params = load_params(files, family, arch, n_blocks, weights)
+  facts |= files.provenance | ({'subject_weights': entry.weights, 'tokenizer': entry.tokenizer} if entry else {})
+  facts |= {'licence': entry.licence} if entry and entry.licence else {}
+  facts |= {'weights_in_memory': weights} if weights != 'float32' else {}
+  start_token = entry.start_token if entry else _start_token(files, arch.vocabulary)
+  return Subject(family, arch, params, n_blocks, tokenizer, start_token, facts | {'start_token': start_token})
 
 
-def _family(architecture: str) -> Family:
+def _opened(folder: pathlib.Path) -> Files:
+  """The model in a folder, in either format."""
+  found = sorted(folder.glob('*.gguf'))
+  if (folder / 'config.json').exists() and not found:
+    return Folder(folder)
+  if len(found) != 1 or (folder / 'config.json').exists():
+    raise UserError(
+      f'{folder} is not a model; a model is a folder with config.json and safetensors, or with one GGUF file'
+    )
+  return GGUF(found[0])
+
+
+def _family(files: Files) -> Family:
   """The file that knows models of this kind."""
-  match architecture:
-    case 'llama':
+  match files.settings.kind:
+    case 'llama' | 'mistral' | 'qwen2' | 'qwen3':
       from sae_jax.subjects import llama as family
-    case _:
-      raise UserError(f'the architecture {architecture!r} is not known; add it as docs/add_a_subject.md says')
+    case 'gpt2':
+      from sae_jax.subjects import gpt2 as family
+    case 'gpt_neox':
+      from sae_jax.subjects import neox as family
+    case 'gemma2' | 'gemma3_text' | 'gemma3':
+      from sae_jax.subjects import gemma as family
+    case other:
+      raise UserError(
+        f'{files.settings.where}: the kind of model {other[:40]!r} is not known; add it as docs/add_a_subject.md says'
+      )
   return family
+
+
+def _start_token(files: Files, vocabulary: int) -> int:
+  """The token that opens windows: the one that the settings declare, or else the one that ends a text."""
+  settings = files.settings
+  for key in ('bos_token_id', 'eos_token_id'):
+    if settings.has(key):
+      token = settings.first_whole(key)
+      if token >= vocabulary:
+        settings.refuse(key, f'is not in the vocabulary of {vocabulary}; take a sound file')
+      return token
+  return 0

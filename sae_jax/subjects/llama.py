@@ -1,31 +1,27 @@
-"""The Llama family: a decoder with RMSNorm, rotary positions, grouped queries and SwiGLU, in float32.
+"""Llama and its like: RMSNorm, rotary positions, grouped queries and SwiGLU.
 
-Pure functions on a dict of arrays, as `subject.Family` asks for them. The blocks are stacked and run by `lax.scan`,
-which compiles sooner and runs faster than an unrolled loop.
+Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3 differ in biases, in norms of queries and keys, and in how far back
+attention looks.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax.subjects.files.gguf import GGUF
-from sae_jax.subjects.site import Site
-from sae_jax.subjects.subject import Tap
+from sae_jax.subjects import rope
+from sae_jax.subjects.layers import Rope, einsum, rms_norm, rotate
+from sae_jax.subjects.settings import Settings
+from sae_jax.subjects.subject import Attend, Names, Params, Tap, Tensors
 
-# Activations are data here, so accelerators must not round the inputs of matmuls to bfloat16 or tf32.
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-_STACKED = ('attention_norm', 'qkv', 'attention_out', 'ffn_norm', 'gate_up', 'down')
-_MATRICES = ('qkv', 'attention_out', 'gate_up', 'down')
-# How many of a block's matrices a site needs.
-_NEEDS = {'resid_pre': 0, 'z': 1, 'attn_out': 2, 'resid_mid': 2, 'mlp_post': 3, 'mlp_out': 4, 'resid_post': 4}
+NAMES = Names(prefixes=('model.', ''), block='layers.{}.', embedding='embed_tokens.weight')
+_KINDS = ('full_attention', 'sliding_attention')
 
 
 @dataclasses.dataclass(frozen=True)
 class Arch:
-  """Sizes and constants of a Llama; hashable, so that it can be a static argument."""
+  """Sizes and constants; hashable, so that it can be a static argument."""
 
   d_model: int
   n_layers: int
@@ -35,167 +31,189 @@ class Arch:
   d_ffn: int
   vocabulary: int
   context: int
-  rope_base: float
+  rope: Rope
   norm_eps: float
+  qkv_bias: bool = False
+  out_bias: bool = False
+  ffn_bias: bool = False
+  qk_norm: bool = False
+  windows: tuple[int | None, ...] = ()  # by layer, how many positions it looks at; empty where all look at all
 
 
-def arch_of(file: GGUF) -> Arch:
-  """The sizes in a file. Raises `UserError` when one is missing."""
-  d_model, n_heads = file.field('llama.embedding_length'), file.field('llama.attention.head_count')
+def arch_of(settings: Settings) -> Arch:
+  """The sizes in settings."""
+  kind, d_model, n_heads = settings.kind, settings.whole('hidden_size'), settings.whole('num_attention_heads')
+  n_kv_heads = settings.whole('num_key_value_heads', n_heads)
+  if n_heads % n_kv_heads:
+    settings.refuse('num_key_value_heads', f'does not divide num_attention_heads={n_heads}; take a sound file')
+  if d_model % n_heads and not settings.has('head_dim') and kind != 'qwen3':
+    settings.refuse('num_attention_heads', f'does not divide hidden_size={d_model}; take a sound file')
+  d_head = settings.whole('head_dim', 128 if kind == 'qwen3' else d_model // n_heads, least=2)
+  n_layers, biased = settings.whole('num_hidden_layers'), settings.flag('attention_bias', False)
+  settings.choice('hidden_act', ('silu',), 'silu')
+  turning = rope.of(settings, d_head, settings.number('rope_theta', 1e4))
+  if turning.width != d_head or d_head % 2:
+    settings.refuse('head_dim', f'is {d_head}, of which {turning.width} turn; this family turns all of them, in pairs')
   return Arch(
     d_model=d_model,
-    n_layers=file.field('llama.block_count'),
+    n_layers=n_layers,
     n_heads=n_heads,
-    n_kv_heads=file.field('llama.attention.head_count_kv'),
-    d_head=d_model // n_heads,
-    d_ffn=file.field('llama.feed_forward_length'),
-    vocabulary=file.field('llama.vocab_size'),
-    context=file.field('llama.context_length'),
-    rope_base=file.field('llama.rope.freq_base'),
-    norm_eps=file.field('llama.attention.layer_norm_rms_epsilon'),
+    n_kv_heads=n_kv_heads,
+    d_head=d_head,
+    d_ffn=settings.whole('intermediate_size'),
+    vocabulary=settings.whole('vocab_size'),
+    context=settings.whole('max_position_embeddings', 2048),
+    rope=turning,
+    norm_eps=settings.number('rms_norm_eps', 1e-6),
+    qkv_bias=biased or kind == 'qwen2',
+    out_bias=biased and kind != 'qwen2',
+    ffn_bias=settings.flag('mlp_bias', False),
+    qk_norm=kind == 'qwen3',
+    windows=_windows(settings, kind, n_layers),
   )
 
 
-def parameter_shapes(arch: Arch, n_blocks: int) -> dict[str, tuple[int, ...]]:
-  """Shapes of `params` for the first `n_blocks` blocks; all of them are float32.
+def _windows(settings: Settings, kind: str, n_layers: int) -> tuple[int | None, ...]:
+  """How many positions each layer looks at; empty where all look at all."""
+  if kind == 'llama':
+    return ()
+  used = settings.flag('use_sliding_window', kind == 'mistral')
+  first = settings.whole('max_window_layers', 28, least=0) if kind != 'mistral' else 0
+  if not used or not settings.has('sliding_window'):
+    if settings.has('layer_types'):
+      settings.words('layer_types', _KINDS[:1], n_layers)
+    settings.whole('sliding_window', 1)
+    return ()
+  size = settings.whole('sliding_window')
+  kinds = tuple(_KINDS[layer >= first] for layer in range(n_layers))
+  if settings.has('layer_types'):
+    kinds = settings.words('layer_types', _KINDS, n_layers)
+  found = tuple(size if one == _KINDS[1] else None for one in kinds)
+  return found if any(found) else ()
 
-  `qkv` holds the columns of queries, keys and values side by side, `gate_up` those of the two halves of SwiGLU.
-  """
-  n, d, f = n_blocks, arch.d_model, arch.d_ffn
-  return {
-    'embedding': (arch.vocabulary, d),
-    'final_norm': (d,),
-    'attention_norm': (n, d),
-    'qkv': (n, d, (arch.n_heads + 2 * arch.n_kv_heads) * arch.d_head),
-    'attention_out': (n, arch.n_heads * arch.d_head, d),
-    'ffn_norm': (n, d),
-    'gate_up': (n, d, 2 * f),
-    'down': (n, f, d),
+
+def tensors(arch: Arch) -> Tensors:
+  """Names and shapes."""
+  d, f, q, kv = arch.d_model, arch.d_ffn, arch.n_heads * arch.d_head, arch.n_kv_heads * arch.d_head
+  block = {
+    'input_layernorm.weight': (d,),
+    'self_attn.q_proj.weight': (q, d),
+    'self_attn.k_proj.weight': (kv, d),
+    'self_attn.v_proj.weight': (kv, d),
+    'self_attn.o_proj.weight': (d, q),
+    'post_attention_layernorm.weight': (d,),
+    'mlp.gate_proj.weight': (f, d),
+    'mlp.up_proj.weight': (f, d),
+    'mlp.down_proj.weight': (d, f),
   }
+  biased = [*(['q', 'k', 'v'] if arch.qkv_bias else []), *(['o'] if arch.out_bias else [])]
+  names = [f'self_attn.{one}_proj' for one in biased]
+  names += [f'mlp.{one}_proj' for one in ('gate', 'up', 'down') if arch.ffn_bias]
+  block |= {f'{name}.bias': block[f'{name}.weight'][:1] for name in names}
+  if arch.qk_norm:
+    block |= {f'self_attn.{one}_norm.weight': (arch.d_head,) for one in 'qk'}
+  return Tensors(block, {'embed_tokens.weight': (arch.vocabulary, d), 'norm.weight': (d,)})
 
 
-def params_of(file: GGUF, arch: Arch, n_blocks: int) -> dict[str, np.ndarray]:
-  """The weights in a file, laid out as `parameter_shapes` says.
+def block_params(arch: Arch, w: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """`qkv` holds the columns of queries, keys and values side by side, `gate_up` those of the two halves of SwiGLU."""
 
-  Raises `UserError` when a tensor is missing or has another shape.
-  """
-  shapes = parameter_shapes(arch, n_blocks)
-  params = {key: np.empty(shape, np.float32) for key, shape in shapes.items()}
-  params['embedding'][:] = file.tensor('token_embd', shapes['embedding'])
-  params['final_norm'][:] = file.tensor('output_norm', shapes['final_norm'])
-  d, f, kv = arch.d_model, arch.d_ffn, arch.n_kv_heads * arch.d_head
-  for i in range(n_blocks):
-    q = _half_split(file.tensor(f'blk.{i}.attn_q', (d, d)), arch.n_heads)
-    k = _half_split(file.tensor(f'blk.{i}.attn_k', (kv, d)), arch.n_kv_heads)
-    v = file.tensor(f'blk.{i}.attn_v', (kv, d))
-    params['qkv'][i] = np.concatenate([q, k, v]).T
-    params['attention_out'][i] = file.tensor(f'blk.{i}.attn_output', (d, d)).T
-    params['gate_up'][i] = np.concatenate([file.tensor(f'blk.{i}.ffn_{a}', (f, d)) for a in ('gate', 'up')]).T
-    params['down'][i] = file.tensor(f'blk.{i}.ffn_down', (d, f)).T
-    params['attention_norm'][i] = file.tensor(f'blk.{i}.attn_norm', (d,))
-    params['ffn_norm'][i] = file.tensor(f'blk.{i}.ffn_norm', (d,))
-  return params
+  def joined(part: str, *names: str) -> np.ndarray:
+    return np.concatenate([w[f'{name}_proj.{part}'] for name in names]).T
+
+  qkv, gate_up = ('self_attn.q', 'self_attn.k', 'self_attn.v'), ('mlp.gate', 'mlp.up')
+  found = {
+    'attention_norm': w['input_layernorm.weight'],
+    'qkv': joined('weight', *qkv),
+    'attention_out': w['self_attn.o_proj.weight'].T,
+    'ffn_norm': w['post_attention_layernorm.weight'],
+    'gate_up': joined('weight', *gate_up),
+    'down': w['mlp.down_proj.weight'].T,
+  }
+  if arch.qkv_bias:
+    found['qkv_bias'] = joined('bias', *qkv)
+  if arch.out_bias:
+    found['attention_out_bias'] = w['self_attn.o_proj.bias']
+  if arch.ffn_bias:
+    found |= {'gate_up_bias': joined('bias', *gate_up), 'down_bias': w['mlp.down_proj.bias']}
+  if arch.qk_norm:
+    found |= {'q_norm': w['self_attn.q_norm.weight'], 'k_norm': w['self_attn.k_norm.weight']}
+  return found
+
+
+def rest_params(arch: Arch, w: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Embedding and last norm."""
+  del arch
+  return {'embedding': w['embed_tokens.weight'], 'final_norm': w['norm.weight']}
 
 
 def widths(arch: Arch) -> dict[str, int]:
-  """The kinds of sites that a block has, and their widths."""
-  others = {'z': arch.n_heads * arch.d_head, 'mlp_post': arch.d_ffn}
-  return {kind: others.get(kind, arch.d_model) for kind in _NEEDS}
+  """All seven kinds of sites."""
+  d = arch.d_model
+  z = arch.n_heads * arch.d_head
+  return {
+    'resid_pre': d, 'z': z, 'attn_out': d, 'resid_mid': d, 'mlp_post': arch.d_ffn, 'mlp_out': d, 'resid_post': d,
+  }  # fmt: skip
 
 
-def flops(arch: Arch, site: Site, window_tokens: int) -> float:
-  """Useful FLOPs for a token up to a site, on average over the positions of a window.
-
-  A multiply-add counts two. The matrices count, and the attention's scores and values, which look at (T + 1) / 2
-  positions on average. Norms, softmax and the look-up in the embedding count nothing.
-  """
-  shapes = parameter_shapes(arch, 1)
-  sizes = [a * b for _, a, b in (shapes[key] for key in _MATRICES)]
-  needed = _NEEDS[site.kind]
-  matrices = site.layer * sum(sizes) + sum(sizes[:needed])
-  attention = (site.layer + (needed > 0)) * 2 * arch.n_heads * arch.d_head * (window_tokens + 1) / 2
-  return 2 * (matrices + attention)
+def costs(arch: Arch) -> dict[str, tuple[int, bool]]:
+  """Multiply-adds of a token before each site."""
+  d, q, kv = arch.d_model, arch.n_heads * arch.d_head, arch.n_kv_heads * arch.d_head
+  z = d * (q + 2 * kv)
+  post = z + q * d + 2 * d * arch.d_ffn
+  found = {'resid_pre': 0, 'z': z, 'attn_out': z + q * d, 'resid_mid': z + q * d, 'mlp_post': post}
+  found |= dict.fromkeys(('mlp_out', 'resid_post'), post + arch.d_ffn * d)
+  return {kind: (count, kind != 'resid_pre') for kind, count in found.items()}
 
 
-def embed(arch: Arch, params: dict[str, jax.Array], ids_BT: jax.Array) -> jax.Array:
-  """The residual stream that enters the first block: float32 [B, T, D]."""
+def reach(arch: Arch) -> tuple[int | None, ...]:
+  """How many positions each layer looks at."""
+  return arch.windows or (None,) * arch.n_layers
+
+
+def embed(arch: Arch, params: Params, ids_BT: jax.Array) -> jax.Array:
+  """The residual stream that enters the first block."""
   del arch
-  return params['embedding'][ids_BT]
+  return params['embedding'][ids_BT].astype(jnp.float32)
 
 
-def run(arch: Arch, params: dict[str, jax.Array], x_BTD: jax.Array, first: int, stop: int) -> jax.Array:
-  """The residual stream after blocks first, ..., stop - 1, of what enters block `first`."""
-  if stop == first:
-    return x_BTD
-  layers = {key: params[key][first:stop] for key in _STACKED}
-  angles = _rope_angles(arch, x_BTD.shape[1])
-
-  def step(x_BTD: jax.Array, layer: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-    return _block(arch, layer, x_BTD, angles, lambda _, value: value), None
-
-  return jax.lax.scan(step, x_BTD, layers)[0]
-
-
-def block(arch: Arch, params: dict[str, jax.Array], x_BTD: jax.Array, layer: int, tap: Tap) -> jax.Array:
-  """One block, with every site of it passed through `tap`. Gives the stream that leaves the block."""
-  return _block(arch, {key: params[key][layer] for key in _STACKED}, x_BTD, _rope_angles(arch, x_BTD.shape[1]), tap)
-
-
-def unembed(arch: Arch, params: dict[str, jax.Array], x_BTD: jax.Array) -> jax.Array:
-  """Logits of the next token, of the residual stream that leaves the last block: [B, T, vocabulary]."""
-  return _einsum('btd,vd->btv', _rms_norm(x_BTD, params['final_norm'], arch.norm_eps), params['embedding'])
-
-
-def _block(arch: Arch, p: dict[str, jax.Array], x_BTD: jax.Array, angles: tuple, tap: Tap) -> jax.Array:
+def block(
+  arch: Arch,
+  p: dict[str, jax.Array],
+  x_BTD: jax.Array,
+  layer: jax.Array,
+  positions_T: jax.Array,
+  attend: Attend,
+  tap: Tap,
+) -> jax.Array:
+  """x + attention(norm(x)), and of that x + MLP(norm(x))."""
+  b, t, _ = x_BTD.shape
+  n, g, c = arch.n_heads, arch.n_kv_heads, arch.d_head
   x_BTD = tap('resid_pre', x_BTD)
-  h_BTD = _rms_norm(x_BTD, p['attention_norm'], arch.norm_eps)
-  z_BTE = tap('z', _attention(arch, _einsum('btd,de->bte', h_BTD, p['qkv']), angles))
-  attention_BTD = tap('attn_out', _einsum('bte,ed->btd', z_BTE, p['attention_out']))
+  qkv_BTE = _plus(einsum('btd,de->bte', rms_norm(x_BTD, p['attention_norm'], arch.norm_eps), p['qkv']), p, 'qkv')
+  q, k, v = jnp.split(qkv_BTE.reshape(b, t, n + 2 * g, c), [n, n + g], axis=2)
+  if arch.qk_norm:
+    q, k = rms_norm(q, p['q_norm'], arch.norm_eps), rms_norm(k, p['k_norm'], arch.norm_eps)
+  angles = arch.rope.angles(positions_T)
+  window = jnp.array([w or arch.context for w in arch.windows])[layer] if arch.windows else None
+  z_BTE = tap('z', attend(rotate(q, angles) * c**-0.5, rotate(k, angles), v, window))
+  attention_BTD = tap('attn_out', _plus(einsum('bte,ed->btd', z_BTE, p['attention_out']), p, 'attention_out'))
   x_BTD = tap('resid_mid', x_BTD + attention_BTD)
-  h_BTD = _rms_norm(x_BTD, p['ffn_norm'], arch.norm_eps)
-  gate_BTF, up_BTF = jnp.split(_einsum('btd,df->btf', h_BTD, p['gate_up']), 2, axis=-1)
+  h_BTF = _plus(einsum('btd,df->btf', rms_norm(x_BTD, p['ffn_norm'], arch.norm_eps), p['gate_up']), p, 'gate_up')
+  gate_BTF, up_BTF = jnp.split(h_BTF, 2, axis=-1)
   post_BTF = tap('mlp_post', jax.nn.silu(gate_BTF) * up_BTF)
-  mlp_BTD = tap('mlp_out', _einsum('btf,fd->btd', post_BTF, p['down']))
+  mlp_BTD = tap('mlp_out', _plus(einsum('btf,fd->btd', post_BTF, p['down']), p, 'down'))
   return tap('resid_post', x_BTD + mlp_BTD)
 
 
-def _attention(arch: Arch, qkv_BTE: jax.Array, angles: tuple) -> jax.Array:
-  """Causal attention with grouped queries. Letters: g key-value head, r query head of its group, c channel."""
-  b, t, _ = qkv_BTE.shape
-  n, g, c = arch.n_heads, arch.n_kv_heads, arch.d_head
-  r = n // g
-  q, k, v = jnp.split(qkv_BTE.reshape(b, t, n + 2 * g, c), [n, n + g], axis=2)
-  q, k = _rotate(q, angles) * c**-0.5, _rotate(k, angles)
-  # One matmul a group, and the division by the sum after the values: faster than a softmax for every head.
-  q = q.reshape(b, t, g, r, c).transpose(0, 2, 3, 1, 4).reshape(b, g, r * t, c)
-  scores = _einsum('bgqc,bsgc->bgqs', q, k).reshape(b, g, r, t, t)
-  causal = jnp.tril(jnp.ones((t, t), bool))[None, None, None]
-  scores = jnp.where(causal, scores, -jnp.inf).reshape(b, g, r * t, t)
-  weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-  out = _einsum('bgqs,bsgc->bgqc', weights, v) / weights.sum(axis=-1, keepdims=True)
-  return out.reshape(b, g, r, t, c).transpose(0, 3, 1, 2, 4).reshape(b, t, n * c)
+def unembed(arch: Arch, params: Params, x_BTD: jax.Array) -> jax.Array:
+  """Logits of the next token."""
+  norm_D, head_VD = (
+    params[key].astype(jnp.float32) for key in ('final_norm', 'head' if 'head' in params else 'embedding')
+  )
+  return einsum('btd,vd->btv', rms_norm(x_BTD, norm_D, arch.norm_eps), head_VD)
 
 
-def _rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
-  scale = jax.lax.rsqrt(jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True) + eps)
-  return x_BTD * scale * weight_D[None, None]
-
-
-def _rope_angles(arch: Arch, window: int) -> tuple[jax.Array, jax.Array]:
-  half = arch.d_head // 2
-  frequency = arch.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = jnp.arange(window, dtype=jnp.float32)[:, None] * frequency[None]
-  return jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
-
-
-def _rotate(x: jax.Array, angles: tuple) -> jax.Array:
-  """Rotary embedding on halves: channel i pairs with i + c/2 (not with its neighbour, as GGUF stores them)."""
-  cos, sin = angles
-  a, b = jnp.split(x, 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def _half_split(w_ED: np.ndarray, n_heads: int) -> np.ndarray:
-  """Undoes GGUF's interleaving of the rows that RoPE pairs. Left as stored, the model runs and predicts badly."""
-  rows, d = w_ED.shape
-  return w_ED.reshape(n_heads, rows // n_heads // 2, 2, d).swapaxes(1, 2).reshape(rows, d)
+def _plus(x: jax.Array, p: dict[str, jax.Array], name: str) -> jax.Array:
+  bias = p.get(f'{name}_bias')
+  return x if bias is None else x + bias[None, None]

@@ -5,48 +5,118 @@ A family is a module, see `Family`. It says what a block computes; what is done 
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from sae_jax.subjects.files.gguf import GGUF
+from sae_jax.errors import UserError
+from sae_jax.subjects.layers import attention, causal, mean_seen
+from sae_jax.subjects.settings import Settings
 from sae_jax.subjects.site import Site, parse
 
+Params = dict[str, Any]
 # Gets the kind of a site and what the model computed there; gives what the model goes on with.
 Tap = Callable[[str, jax.Array], jax.Array]
+# Gets queries [B, T, N, C], scaled, and keys and values [B, T, G, C] of the positions that a block computes, and, where
+# the model has them, how far back a position looks and what caps the scores. Gives what is found, [B, T, N * C].
+Attend = Callable[..., jax.Array]
 _TOKENS_AT_ONCE = 256  # whose logits exist at the same time: a vocabulary of 50,000 makes them 50 MB
 
 
+class Names(NamedTuple):
+  """How a family's tensors are called in files.
+
+  Attributes:
+    prefixes: what may stand in front of all names, in the order of trial.
+    block: the beginning of the names of a block, with {} for its number.
+    embedding: which tensor tells the prefix.
+    heads: names of the matrix that makes logits. A file without it uses the embedding.
+    ignored: a pattern of tensors that are no weights.
+    tied: whether the embedding makes logits where the settings do not say.
+  """
+
+  prefixes: tuple[str, ...]
+  block: str
+  embedding: str
+  heads: tuple[str, ...] = ('lm_head.weight',)
+  ignored: str = r'.*\.rotary_emb\.inv_freq'
+  tied: bool = False
+
+
+class Tensors(NamedTuple):
+  """Shapes of a family's tensors by name: those of every block, without the beginning, and the others."""
+
+  block: dict[str, tuple[int, ...]]
+  rest: dict[str, tuple[int, ...]]
+
+
 class Family(Protocol):
-  """What the file of a family holds. An `arch` is hashable and has `n_layers` and `context` (the longest window)."""
+  """What the file of a family holds.
 
-  def arch_of(self, file: GGUF) -> Any:
-    """Sizes and constants of the model in a file."""
+  An `arch` is hashable and has `n_layers`, `d_model`, `vocabulary` and `context`, the longest window.
+  """
 
-  def params_of(self, file: GGUF, arch: Any, n_blocks: int) -> dict[str, np.ndarray]:
-    """Float32 weights of the embedding, the first `n_blocks` blocks and the last norm."""
+  NAMES: Names
+
+  def arch_of(self, settings: Settings) -> Any:
+    """Sizes and constants of the model with these settings. Raises `UserError` for what the family does not have."""
+
+  def tensors(self, arch: Any) -> Tensors:
+    """What a file must hold, beside the head."""
+
+  def block_params(self, arch: Any, w: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters of a block from its tensors."""
+
+  def rest_params(self, arch: Any, w: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The others. `embedding` is among them."""
 
   def widths(self, arch: Any) -> dict[str, int]:
-    """The kinds of sites that a block has, resid_pre and resid_post among them, and their widths."""
+    """The kinds of sites that a block has, in the order in which it reaches them, and their widths."""
 
-  def flops(self, arch: Any, site: Site, window_tokens: int) -> float:
-    """Useful FLOPs for a token up to a site, on average over the positions of a window."""
+  def costs(self, arch: Any) -> dict[str, tuple[int, bool]]:
+    """For each kind: multiply-adds of a token in the block's matrices before it, and whether attention comes before."""
 
-  def embed(self, arch: Any, params: dict[str, jax.Array], ids_BT: jax.Array) -> jax.Array:
+  def reach(self, arch: Any) -> tuple[int | None, ...]:
+    """How many positions each layer looks at; None for all."""
+
+  def embed(self, arch: Any, params: Params, ids_BT: jax.Array) -> jax.Array:
     """The residual stream that enters the first block: float32 [B, T, D]."""
 
-  def run(self, arch: Any, params: dict[str, jax.Array], x_BTD: jax.Array, first: int, stop: int) -> jax.Array:
-    """The residual stream after blocks first, ..., stop - 1, of what enters block `first`."""
+  def block(
+    self,
+    arch: Any,
+    p: dict[str, jax.Array],
+    x_BTD: jax.Array,
+    layer: jax.Array,
+    positions_T: jax.Array,
+    attend: Attend,
+    tap: Tap,
+  ) -> jax.Array:
+    """One block with its own parameters, every site passed through `tap`. Gives the stream that leaves the block."""
 
-  def block(self, arch: Any, params: dict[str, jax.Array], x_BTD: jax.Array, layer: int, tap: Tap) -> jax.Array:
-    """One block, with every site of it passed through `tap`. Gives the stream that leaves the block."""
-
-  def unembed(self, arch: Any, params: dict[str, jax.Array], x_BTD: jax.Array) -> jax.Array:
+  def unembed(self, arch: Any, params: Params, x_BTD: jax.Array) -> jax.Array:
     """Logits of the next token, of the residual stream that leaves the last block: [B, T, vocabulary]."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['x_1TD', 'k_LTGC', 'v_LTGC'], meta_fields=['first'])
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """What a window left behind from a site on: enough to run some of its positions again.
+
+  Attributes:
+    x_1TD: what entered the block of the site, for a site inside one.
+    k_LTGC, v_LTGC: keys and values of each block that is run again.
+    first: the first of these blocks.
+  """
+
+  x_1TD: jax.Array | None
+  k_LTGC: jax.Array
+  v_LTGC: jax.Array
+  first: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +126,19 @@ class Subject:
   Attributes:
     family: the module of its family.
     arch: sizes and constants.
-    params: the weights that were loaded.
+    params: the weights that were loaded; under 'blocks' those of all blocks, stacked.
     n_blocks: how many blocks were.
-    tokenizer: text to ids, without any special token.
-    start_token: the id that opens every window. It is an attention sink: activations there are far larger than
+    tokenizer: text to ids, without any special token. None for a model that came without.
+    start_token: the id that opens every window. It is often an attention sink: activations there are far larger than
       elsewhere.
     provenance: JSON-able facts: file, sha256, tokenizer, quantisation.
   """
 
   family: Family
   arch: Any
-  params: dict[str, jax.Array]
+  params: Params
   n_blocks: int
-  tokenizer: tokenizers.Tokenizer
+  tokenizer: tokenizers.Tokenizer | None
   start_token: int
   provenance: dict[str, Any]
 
@@ -77,15 +147,32 @@ class Subject:
     return self.family.widths(self.arch)[self._site(site).kind]
 
   def flops(self, site: str, window_tokens: int) -> float:
-    """Useful FLOPs for a token up to a site, on average over the positions of a window."""
-    return self.family.flops(self.arch, self._site(site), window_tokens)
+    """Useful FLOPs for a token up to a site, on average over the positions of a window.
+
+    A multiply-add counts two. The matrices count, and the attention's scores and values of the positions that are looked
+    at. Norms, softmax and the look-up in the embedding count nothing.
+    """
+    place, costs = self._site(site), self.family.costs(self.arch)
+    (whole, _), (part, looks) = costs['resid_post'], costs[place.kind]
+    blocks = place.layer if place.kind != 'resid_post' else place.layer + 1
+    matrices = blocks * whole + (0 if place.kind == 'resid_post' else part)
+    seen = [mean_seen(window_tokens, reach) for reach in self.family.reach(self.arch)]
+    attending = sum(seen[:blocks]) + (seen[place.layer] if looks and place.kind != 'resid_post' else 0)
+    return 2 * (matrices + attending * 2 * self.family.widths(self.arch).get('z', 0))
 
   def residual(self, ids_BT: np.ndarray | jax.Array, site: str) -> jax.Array:
     """Activations at a site, float32 [B, T, D]. Later blocks are not run.
 
-    Raises `UserError` for a site that the model does not have, ValueError when its blocks were not loaded.
+    Raises `UserError` for a site that the model does not have, ids outside the vocabulary and windows beyond the
+    context; ValueError when the site's blocks were not loaded.
     """
-    return _residual(self.family, self.arch, self.params, ids_BT, self._loaded(site))
+    return self.residuals(ids_BT, [site])[0]
+
+  def residuals(self, ids_BT: np.ndarray | jax.Array, sites: Iterable[str]) -> tuple[jax.Array, ...]:
+    """`residual` at several sites from one pass."""
+    return _residuals(
+      self.family, self.arch, self.params, self._windows(ids_BT), tuple(self._loaded(site) for site in sites)
+    )
 
   def residual_at(self, ids_BT: np.ndarray | jax.Array, last_B: np.ndarray | jax.Array, site: str) -> jax.Array:
     """Activations at a site at one position of each row, float32 [B, D].
@@ -97,7 +184,7 @@ class Subject:
   def logits(self, ids_BT: np.ndarray | jax.Array) -> jax.Array:
     """Logits of the next token, float32 [B, T, vocabulary]. Raises ValueError unless all blocks were loaded."""
     self._check_complete()
-    return _logits(self.family, self.arch, self.params, ids_BT)
+    return _logits(self.family, self.arch, self.params, self._windows(ids_BT))
 
   def next_token(
     self, x_BTD: jax.Array, ids_BT: np.ndarray | jax.Array, site: str, reference: jax.Array | None = None
@@ -121,16 +208,62 @@ class Subject:
     self._check_complete()
     if reference is None:
       reference = self.residual(ids_BT, f'resid_post.{self.arch.n_layers - 1}')
+    ids_BT = self._windows(ids_BT)
     return _next_token(self.family, self.arch, self.params, x_BTD, ids_BT, reference, self._site(site))
 
+  def prefix(self, given: np.ndarray | jax.Array, site: str) -> Cache:
+    """Runs one window and keeps what `logits_from` needs to run its last positions again from a site.
+
+    Args:
+      given: the window's ids [1, T], or what the model computed at the site, [1, T, D], for a site between blocks.
+      site: where edits will be made.
+
+    Raises ValueError unless all blocks were loaded, and for activations inside a block: what else enters it is missing.
+    """
+    self._check_complete()
+    place = self._site(site)
+    if jnp.issubdtype(given.dtype, jnp.floating):
+      if not place.between_blocks:
+        raise ValueError(f'{site} is inside a block; give the ids of the window')
+      return _prefix_of_stream(self.family, self.arch, self.params, given, place.whole)
+    return _prefix(self.family, self.arch, self.params, self._windows(given), place)
+
+  def logits_from(self, cache: Cache, x_PSD: jax.Array, site: str, start: int | jax.Array) -> jax.Array:
+    """Logits [P, S, vocabulary] of positions start, ..., start + S - 1, from P edits of a site at these positions.
+
+    Earlier positions are as they were in `cache`, which `prefix` made for the same site.
+    """
+    self._check_complete()
+    return _logits_from(self.family, self.arch, self.params, cache, x_PSD, self._site(site), start)
+
   def encode(self, texts: list[str]) -> list[np.ndarray]:
-    """Token ids of each text, int32, no special tokens added."""
-    return [np.array(e.ids, np.int32) for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+    """Token ids of each text, int32, no special tokens added. Raises `UserError` without a tokenizer."""
+    return [np.array(e.ids, np.int32) for e in self._tokenizer().encode_batch(texts, add_special_tokens=False)]
 
   def encode_with_offsets(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each text its token ids, int32 [n], and the characters each of them covers: first and last + 1, [n, 2]."""
-    found = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+    found = self._tokenizer().encode_batch(texts, add_special_tokens=False)
     return [(np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in found]
+
+  def _tokenizer(self) -> tokenizers.Tokenizer:
+    if self.tokenizer is None:
+      raise UserError(
+        f'{self.provenance.get("subject", "the model")} has no tokenizer, which text needs; put the tokenizer.json of '
+        'the model into its folder'
+      )
+    return self.tokenizer
+
+  def _windows(self, ids_BT: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """The same ids, checked where they are on the host. Indexing would take an id that is too large for the last."""
+    if ids_BT.shape[1] > self.arch.context:
+      raise UserError(f'a window of {ids_BT.shape[1]} tokens exceeds the context of {self.arch.context}; shorten it')
+    if isinstance(ids_BT, np.ndarray) and ids_BT.size:
+      for id_ in (ids_BT.min(), ids_BT.max()):
+        if not 0 <= id_ < self.arch.vocabulary:
+          raise UserError(
+            f'token id {id_} is not in the vocabulary of {self.arch.vocabulary}; use the tokenizer of the model'
+          )
+    return ids_BT
 
   def _site(self, site: str) -> Site:
     return parse(site, self.family.widths(self.arch), self.arch.n_layers)
@@ -146,19 +279,106 @@ class Subject:
       raise ValueError(f'predictions need all {self.arch.n_layers} blocks and {self.n_blocks} were loaded')
 
 
-@functools.partial(jax.jit, static_argnames=('family', 'arch', 'site'))
-def _residual(family: Family, arch: Any, params: dict[str, jax.Array], ids_BT: jax.Array, site: Site) -> jax.Array:
-  x_BTD = family.run(arch, params, family.embed(arch, params, ids_BT), 0, site.whole)
-  if site.between_blocks:
-    return x_BTD
-  seen: dict[str, jax.Array] = {}
-  family.block(arch, params, x_BTD, site.layer, lambda kind, value: seen.setdefault(kind, value))
-  return seen[site.kind]  # jit drops what the block computes after it
+class _Past(NamedTuple):
+  """Keys and values [T, G, C] of a block for the positions before `start` of a window that was run."""
+
+  k_TGC: jax.Array
+  v_TGC: jax.Array
+  start: int | jax.Array
+
+
+class _Run:
+  """Blocks of one model on the same positions."""
+
+  def __init__(self, family: Family, arch: Any, params: Params, positions_T: jax.Array):
+    self.family, self.arch, self.params, self.positions_T = family, arch, params, positions_T
+
+  def block(
+    self, x_BTD: jax.Array, layer: int | jax.Array, tap: Tap, past: _Past | None = None
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The stream that leaves a block, and the keys and values of these positions."""
+    # One layer is taken out of the stack at a time: no copy of a part of the stack is made.
+    p = jax.tree.map(
+      lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(jnp.float32), self.params['blocks']
+    )
+    kept: list[tuple[jax.Array, jax.Array]] = []
+
+    def attend(
+      q_BTNC: jax.Array,
+      k_BTGC: jax.Array,
+      v_BTGC: jax.Array,
+      window: int | jax.Array | None = None,
+      cap: float | None = None,
+    ) -> jax.Array:
+      kept.append((k_BTGC, v_BTGC))
+      if past is None:
+        return attention(q_BTNC, k_BTGC, v_BTGC, causal(self.positions_T, self.positions_T, window), cap)
+      before_T = jnp.arange(len(past.k_TGC))
+      seen_TS = causal(self.positions_T, jnp.concatenate([before_T, self.positions_T]), window)
+      seen_TS &= jnp.concatenate([before_T < past.start, jnp.ones(len(self.positions_T), bool)])[None]
+      k_BSGC, v_BSGC = (
+        jnp.concatenate([jnp.broadcast_to(old[None], (len(new), *old.shape)), new], axis=1)
+        for old, new in ((past.k_TGC, k_BTGC), (past.v_TGC, v_BTGC))
+      )
+      return attention(q_BTNC, k_BSGC, v_BSGC, seen_TS, cap)
+
+    x_BTD = self.family.block(self.arch, p, x_BTD, jnp.asarray(layer), self.positions_T, attend, tap)
+    # A block without attention looks at nothing.
+    return x_BTD, kept[0] if kept else (jnp.zeros((*x_BTD.shape[:2], 0, 0)),) * 2
+
+  def blocks(
+    self,
+    x_BTD: jax.Array,
+    first: int,
+    stop: int,
+    cache: Cache | None = None,
+    start: int | jax.Array = 0,
+    keep: bool = False,
+  ) -> tuple[jax.Array, Any]:
+    """The stream after blocks first, ..., stop - 1, and, to be kept, the keys and values of each."""
+
+    def step(x_BTD: jax.Array, layer: jax.Array) -> tuple[jax.Array, Any]:
+      past = None
+      if cache is not None:
+        past = _Past(cache.k_LTGC[layer - cache.first], cache.v_LTGC[layer - cache.first], start)
+      x_BTD, found = self.block(x_BTD, layer, _untouched, past)
+      return x_BTD, jax.tree.map(lambda a_BTGC: a_BTGC[0], found) if keep else None
+
+    return jax.lax.scan(step, x_BTD, jnp.arange(first, stop))
+
+
+def _untouched(kind: str, value: jax.Array) -> jax.Array:
+  del kind
+  return value
+
+
+def _run(family: Family, arch: Any, params: Params, window_tokens: int) -> _Run:
+  return _Run(family, arch, params, jnp.arange(window_tokens))
+
+
+@functools.partial(jax.jit, static_argnames=('family', 'arch', 'sites'))
+def _residuals(
+  family: Family, arch: Any, params: Params, ids_BT: jax.Array, sites: tuple[Site, ...]
+) -> tuple[jax.Array, ...]:
+  run, x_BTD = _run(family, arch, params, ids_BT.shape[1]), family.embed(arch, params, ids_BT)
+  found: dict[Site, jax.Array] = {}
+  done = 0
+  for site in sorted(set(sites), key=lambda site: site.whole):
+    x_BTD, _ = run.blocks(x_BTD, done, site.whole)
+    done = site.whole
+    if site.between_blocks:
+      found[site] = x_BTD
+    else:
+      seen: dict[str, jax.Array] = {}
+      run.block(x_BTD, site.layer, lambda kind, value, seen=seen: seen.setdefault(kind, value))
+      found[site] = seen[site.kind]  # jit drops what the block computes after it, and computes nothing twice
+  return tuple(found[site] for site in sites)
 
 
 @functools.partial(jax.jit, static_argnames=('family', 'arch'))
-def _logits(family: Family, arch: Any, params: dict[str, jax.Array], ids_BT: jax.Array) -> jax.Array:
-  x_BTD = family.run(arch, params, family.embed(arch, params, ids_BT), 0, arch.n_layers)
+def _logits(family: Family, arch: Any, params: Params, ids_BT: jax.Array) -> jax.Array:
+  run = _run(family, arch, params, ids_BT.shape[1])
+  x_BTD, _ = run.blocks(family.embed(arch, params, ids_BT), 0, arch.n_layers)
   return family.unembed(arch, params, x_BTD)
 
 
@@ -166,19 +386,19 @@ def _logits(family: Family, arch: Any, params: dict[str, jax.Array], ids_BT: jax
 def _next_token(
   family: Family,
   arch: Any,
-  params: dict[str, jax.Array],
+  params: Params,
   x_BTD: jax.Array,
   ids_BT: jax.Array,
   reference_BTD: jax.Array,
   site: Site,
 ) -> tuple[jax.Array, jax.Array]:
+  run = _run(family, arch, params, ids_BT.shape[1])
   first = site.whole
   if not site.between_blocks:
-    before_BTD = family.run(arch, params, family.embed(arch, params, ids_BT), 0, site.layer)
-    given = {site.kind: x_BTD}
-    x_BTD = family.block(arch, params, before_BTD, site.layer, lambda kind, value: given.get(kind, value))
+    before_BTD, _ = run.blocks(family.embed(arch, params, ids_BT), 0, site.layer)
+    x_BTD, _ = run.block(before_BTD, site.layer, _replaced(site.kind, x_BTD))
     first += 1
-  x_BTD = family.run(arch, params, x_BTD, first, arch.n_layers)
+  x_BTD, _ = run.blocks(x_BTD, first, arch.n_layers)
 
   def flat(x_BTD: jax.Array) -> jax.Array:
     return x_BTD[:, :-1].reshape(-1, x_BTD.shape[-1])
@@ -194,3 +414,39 @@ def _next_token(
   tokens = flat(x_BTD), flat(reference_BTD), next_BT.reshape(-1)
   ce, kl = jax.lax.map(compare, tokens, batch_size=_TOKENS_AT_ONCE)
   return ce.reshape(next_BT.shape), kl.reshape(next_BT.shape)
+
+
+def _replaced(kind: str, given: jax.Array) -> Tap:
+  return lambda here, value: given if here == kind else value
+
+
+@functools.partial(jax.jit, static_argnames=('family', 'arch', 'site'))
+def _prefix(family: Family, arch: Any, params: Params, ids_1T: jax.Array, site: Site) -> Cache:
+  first = site.whole
+  x_1TD, _ = _run(family, arch, params, ids_1T.shape[1]).blocks(family.embed(arch, params, ids_1T), 0, first)
+  cache = _prefix_of_stream(family, arch, params, x_1TD, first)
+  return cache if site.between_blocks else dataclasses.replace(cache, x_1TD=x_1TD)
+
+
+@functools.partial(jax.jit, static_argnames=('family', 'arch', 'first'))
+def _prefix_of_stream(family: Family, arch: Any, params: Params, x_1TD: jax.Array, first: int) -> Cache:
+  run = _run(family, arch, params, x_1TD.shape[1])
+  _, (k_LTGC, v_LTGC) = run.blocks(x_1TD, first, arch.n_layers, keep=True)
+  return Cache(None, k_LTGC, v_LTGC, first)
+
+
+@functools.partial(jax.jit, static_argnames=('family', 'arch', 'site'))
+def _logits_from(
+  family: Family, arch: Any, params: Params, cache: Cache, x_PSD: jax.Array, site: Site, start: int | jax.Array
+) -> jax.Array:
+  run = _Run(family, arch, params, start + jnp.arange(x_PSD.shape[1]))
+  first = site.whole
+  if not site.between_blocks:
+    assert cache.x_1TD is not None
+    entered_1SD = jax.lax.dynamic_slice_in_dim(cache.x_1TD, start, x_PSD.shape[1], axis=1)
+    entered_PSD = jnp.broadcast_to(entered_1SD, (len(x_PSD), *entered_1SD.shape[1:]))
+    past = _Past(cache.k_LTGC[0], cache.v_LTGC[0], start)
+    x_PSD, _ = run.block(entered_PSD, site.layer, _replaced(site.kind, x_PSD), past)
+    first += 1
+  x_PSD, _ = run.blocks(x_PSD, first, arch.n_layers, cache, start)
+  return family.unembed(arch, params, x_PSD)

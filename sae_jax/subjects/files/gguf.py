@@ -1,17 +1,65 @@
-"""GGUF, the file format of llama.cpp: fields and tensors by name. It knows no model."""
+"""GGUF, the file format of llama.cpp, read in the words of Hugging Face: the same settings, the same names of tensors."""
 
+import functools
 import hashlib
 import pathlib
+import re
 from typing import Any
 
 import gguf
 import numpy as np
+import tokenizers
 
 from sae_jax.errors import UserError
+from sae_jax.subjects import tokenizer
+from sae_jax.subjects.settings import Settings
+
+_WORDS = {
+  'hidden_size': 'embedding_length',
+  'num_hidden_layers': 'block_count',
+  'num_attention_heads': 'attention.head_count',
+  'num_key_value_heads': 'attention.head_count_kv',
+  'head_dim': 'attention.key_length',
+  'intermediate_size': 'feed_forward_length',
+  'vocab_size': 'vocab_size',
+  'max_position_embeddings': 'context_length',
+  'rope_theta': 'rope.freq_base',
+  'rms_norm_eps': 'attention.layer_norm_rms_epsilon',
+  'sliding_window': 'attention.sliding_window',
+}
+_TENSORS = {
+  'token_embd': 'model.embed_tokens',
+  'output_norm': 'model.norm',
+  'output': 'lm_head',
+  'attn_norm': 'input_layernorm',
+  'attn_q': 'self_attn.q_proj',
+  'attn_k': 'self_attn.k_proj',
+  'attn_v': 'self_attn.v_proj',
+  'attn_output': 'self_attn.o_proj',
+  'attn_q_norm': 'self_attn.q_norm',
+  'attn_k_norm': 'self_attn.k_norm',
+  'ffn_norm': 'post_attention_layernorm',
+  'ffn_gate': 'mlp.gate_proj',
+  'ffn_up': 'mlp.up_proj',
+  'ffn_down': 'mlp.down_proj',
+}
+# Gemma has norms on both sides of attention and MLP.
+_TENSORS_OF_GEMMA = _TENSORS | {
+  'post_attention_norm': 'post_attention_layernorm',
+  'ffn_norm': 'pre_feedforward_layernorm',
+  'post_ffw_norm': 'post_feedforward_layernorm',
+}
 
 
 class GGUF:
-  """An open file. Its tensors stay on disk until they are asked for. Raises `UserError` when it cannot be read."""
+  """An open file. Its tensors stay on disk until they are asked for.
+
+  Attributes:
+    settings: as config.json would state them.
+    shapes: of every tensor, by the name that Hugging Face gives it.
+
+  Raises `UserError` when it cannot be read, or holds a model of a kind whose conventions are not known here.
+  """
 
   def __init__(self, path: pathlib.Path):
     self.path = path
@@ -19,7 +67,28 @@ class GGUF:
       self._reader = gguf.GGUFReader(path)
     except (OSError, ValueError, KeyError, IndexError) as error:
       raise UserError(f'{path} is not a readable GGUF file ({error}); install it again') from None
-    self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+    self._architecture = self.field('general.architecture')
+    match self._architecture:
+      case 'llama':
+        more, names, self._undo = {}, _TENSORS, self._undo_llama
+      case 'gemma3':
+        # What llama.cpp has as constants.
+        more = {'rope_local_base_freq': 1e4, 'sliding_window_pattern': 6, 'query_pre_attn_scalar': 256}
+        more |= {'vocab_size': len(self.field('tokenizer.ggml.tokens'))}
+        names, self._undo = _TENSORS_OF_GEMMA, _undo_gemma
+      case _:
+        raise UserError(
+          f'{path}: the architecture {self._architecture!r} is not known; add it as docs/add_a_subject.md says, or take '
+          "the model's folder of safetensors"
+        )
+    values = {word: self.field(f'{self._architecture}.{key}') for word, key in _WORDS.items() if self._states(key)}
+    if 'tokenizer.ggml.bos_token_id' in self._reader.fields:
+      values['bos_token_id'] = self.field('tokenizer.ggml.bos_token_id')
+    kind = {'gemma3': 'gemma3_text'}.get(self._architecture, self._architecture)
+    self.settings = Settings({'model_type': kind} | values | more, str(path))
+    self._tensors = {_renamed(tensor.name, names): tensor for tensor in self._reader.tensors}
+    # GGUF states shapes in reverse.
+    self.shapes = {name: tuple(int(n) for n in one.shape[::-1]) for name, one in self._tensors.items()}
 
   def field(self, key: str) -> Any:
     """The value of a field. Raises `UserError` when there is none."""
@@ -27,16 +96,48 @@ class GGUF:
       raise UserError(f'{self.path} has no field {key}; take a complete file')
     return self._reader.fields[key].contents()
 
-  def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor `<name>.weight`, dequantised to float32. Raises `UserError` when it is missing or of another shape."""
-    tensor = self._tensors.get(f'{name}.weight')
-    if tensor is None:
-      raise UserError(f'{self.path} has no tensor {name}.weight; take a complete file')
-    # GGUF states shapes in reverse.
-    if tuple(int(n) for n in tensor.shape[::-1]) != shape:
-      raise UserError(f'{self.path}: {name}.weight has shape {tensor.shape[::-1]}, not {shape}; wrong architecture')
-    return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+  def tensor(self, name: str) -> np.ndarray:
+    """A tensor by the name that Hugging Face gives it, dequantised to float32."""
+    found = self._tensors[name]
+    return self._undo(name, gguf.dequantize(found.data, found.tensor_type).reshape(self.shapes[name]))
 
-  def sha256(self) -> str:
+  def tokenizer(self) -> tokenizers.Tokenizer:
+    """That of the file."""
+    return tokenizer.of_gguf(self.field, self.path)
+
+  @functools.cached_property
+  def provenance(self) -> dict[str, Any]:
+    """What the file is, with its hash."""
     with open(self.path, 'rb') as f:
-      return hashlib.file_digest(f, 'sha256').hexdigest()
+      digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    return {
+      'subject_file': self.path.name,
+      'subject_sha256': digest,
+      'subject_weights': f'{self._architecture}, dequantised to float32',
+      'tokenizer': 'of the same file',
+    }
+
+  def _states(self, key: str) -> bool:
+    return f'{self._architecture}.{key}' in self._reader.fields
+
+  def _undo_llama(self, name: str, w: np.ndarray) -> np.ndarray:
+    """Undoes the interleaving of the rows that RoPE pairs. Left as stored, the model runs and predicts badly."""
+    if not name.endswith(('q_proj.weight', 'k_proj.weight')):
+      return w
+    heads = self.settings.whole('num_attention_heads' if name.endswith('q_proj.weight') else 'num_key_value_heads')
+    rows, d = w.shape
+    return w.reshape(heads, rows // heads // 2, 2, d).swapaxes(1, 2).reshape(rows, d)
+
+
+def _undo_gemma(name: str, w: np.ndarray) -> np.ndarray:
+  """Takes off the 1 that llama.cpp has added to weights of norms."""
+  return w - 1 if name.endswith('norm.weight') else w
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+  """A tensor's name at Hugging Face; its own where that is not known, so that it is refused by it."""
+  found = re.fullmatch(r'(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)', name)
+  if found is None or found[2] not in names:
+    return name
+  layer, word, part = found.groups()
+  return f'model.layers.{layer}.{names[word]}.{part}' if layer else f'{names[word]}.{part}'
