@@ -33,8 +33,8 @@ def load_params(files: Files, family: Family, arch: Any, n_blocks: int, dtype: s
   Raises `UserError` for a tensor that is missing, unknown, of another shape or not finite, for heads that contradict the
   settings, and for settings that nobody understood.
   """
-  files.settings.refuse_others()
   found = _matched(files, family, arch)
+  files.settings.refuse_others()
 
   def read(name: str) -> np.ndarray:
     value = files.tensor(found[name])
