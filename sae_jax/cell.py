@@ -135,6 +135,8 @@ class DataConfig:
   held_out_tokens: int  # tokens to harvest for evaluation
   dtype: str  # of activations on disk
   planted: PlantedConfig
+  positions: str = added('drop_first')  # which positions of a window count, see windows.counting
+  weights: str = added('float32')  # type of the subject's weights in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +160,8 @@ _CHOICES = {
   'data.source': ('planted', 'store', 'live'),
   'data.normalize': ('center_unit', 'scale', 'none'),
   'data.dtype': ('float32', 'float16'),
+  'data.positions': ('drop_first', 'from_3', 'by_norm'),
+  'data.weights': ('float32', 'bfloat16'),
 }
 # Keys that must be at least this.
 _AT_LEAST = {

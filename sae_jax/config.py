@@ -127,6 +127,8 @@ def template() -> ml_collections.ConfigDict:
     store_tokens=unset_int(),
     held_out_tokens=unset_int(),
     dtype=unset_str(),
+    positions=unset_str(),
+    weights=unset_str(),
     planted=dict(n_features=512, active=8.0, exponent=0.5, noise=0.05, seed=0),
   )
   c.mesh = dict(data=1, latent=1, row_chunks=1, exchange='auto', products='auto')
@@ -254,11 +256,10 @@ def read_store_file(path: str) -> dict[str, Any]:
     settings = {f.name: f for f in schema.STORE_CONFIG}
     if not isinstance(meta.get('identity'), str) or not isinstance(meta.get('config'), dict):
       raise schema.Broken('identity or config is missing')
-    if wrong := sorted(meta['config'].keys() ^ settings.keys()):
+    stated = schema.STORE_NEUTRAL | meta['config']
+    if wrong := sorted(stated.keys() ^ settings.keys()):
       raise schema.Broken(f'config.{wrong[0]} is {"missing" if wrong[0] in settings else "not known"}')
-    for field, value in [(f, meta.get(f.name)) for f in fields] + [
-      (f, meta['config'][name]) for name, f in settings.items()
-    ]:
+    for field, value in [(f, meta.get(f.name)) for f in fields] + [(f, stated[name]) for name, f in settings.items()]:
       if value is None and field.may:
         continue
       if not schema.is_kind(value, field.kind) or (field.must and value < 1):
@@ -293,7 +294,7 @@ def _store_facts(flat: dict[str, Any]) -> dict[str, Any]:
       f'data.seed={flat["data.seed"]} but the store was written in order {meta["config"]["seed"]}; '
       'use that seed or harvest another order'
     )
-  facts = {f'data.{key}': value for key, value in meta['config'].items() if key != 'seed'}
+  facts = {f'data.{key}': value for key, value in (schema.STORE_NEUTRAL | meta['config']).items() if key != 'seed'}
   return facts | {'sae.d_model': meta['d_model'], 'data.identity': meta['identity']}
 
 
@@ -304,7 +305,7 @@ def _source_defaults(source: str) -> dict[str, Any]:
     'data.site': '',
     'data.text': '',
     'data.dtype': 'float32',
-  }
+  } | {f'data.{key}': value for key, value in schema.STORE_NEUTRAL.items()}
   if source == 'planted':
     # Planted inputs have mean norm 1 by construction; centring would bend the planted directions.
     return common | {

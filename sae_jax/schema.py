@@ -223,7 +223,11 @@ STORE_CONFIG = (
   Field('held_out_tokens', int, 'of evaluation, as asked'),
   Field('dtype', str, 'of numbers on disk'),
   Field('seed', int, 'of the order'),
+  Field('positions', str, 'which positions of a window count', may=True),
+  Field('weights', str, 'type of the weights of the subject in memory', may=True),
 )
+# What stores mean that say nothing of it: settings that came later.
+STORE_NEUTRAL = {'positions': 'drop_first', 'weights': 'float32'}
 JOURNAL = (  # a block of an unfinished store
   Field('sha256', str, 'of its bytes'),
   Field('tokens', int, 'in it', must=True),

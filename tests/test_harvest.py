@@ -38,9 +38,9 @@ LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 WINDOW, BLOCK_WINDOWS = 8, 5
 
 
-def toy_subject(name: str, site: str | None) -> Subject:
+def toy_subject(name: str, sites: object = None, weights: str = 'float32') -> Subject:
   """Random weights and one token a letter."""
-  del name, site
+  del name, sites, weights
   vocabulary = {'<start>': 0} | {letter: i + 1 for i, letter in enumerate(LETTERS)}
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
   return Subject(
@@ -100,7 +100,7 @@ def reference_rows(name: str, tokens: int, site: str = 'resid_post.1') -> np.nda
   subject = toy_subject('', None)
   ids = [np.array([LETTERS.index(letter) + 1 for letter in t], np.int32) for _, t in toy_text('')]
   sizes = {'window_tokens': WINDOW, 'store_tokens': 173, 'held_out_tokens': 43}
-  split = windows.split(ids, corpus='', start_token=0, seed=3, **sizes)
+  split = windows.split(ids, corpus='', start_token=0, seed=3, positions='drop_first', **sizes)
   ids_WT = split.train.ids_WT if name == 'train' else split.held_out.ids_WT
   rows = []
   for block in range(-(-len(ids_WT) // BLOCK_WINDOWS)):
@@ -123,6 +123,50 @@ def test_harvest_holds_the_activations_in_the_one_order(toy, tmp_path, site, wid
   assert got.flops_per_token == toy_subject('', None).flops(site, WINDOW) * WINDOW / (WINDOW - 1)
   assert got.provenance['text_sha256'] == text.sha256(toy_text(''))
   store.verify(str(tmp_path))
+
+
+def test_several_sites_of_one_pass_are_the_stores_of_each_alone(toy, tmp_path, monkeypatch):
+  sites, calls = ('mlp_out.1', 'resid_post.1', 'resid_pre.0'), []
+  run = Subject.residuals
+  monkeypatch.setattr(Subject, 'residuals', lambda *args: calls.append(args) or run(*args))
+  broken = store_writer.StoreWriter.write
+
+  def stop(writer, array, block, x_BD):
+    broken(writer, array, block, x_BD)
+    if (array, block, writer.path) == ('train', 1, str(tmp_path / 'all' / sites[1])):
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(store_writer.StoreWriter, 'write', stop)
+  with pytest.raises(KeyboardInterrupt):  # two sites have the block, and the third has not
+    harvest.harvest(settings(), str(tmp_path / 'all'), progress=False, sites=sites)
+  monkeypatch.setattr(store_writer.StoreWriter, 'write', broken)
+  assert harvest.harvest(settings(), str(tmp_path / 'all'), progress=False, sites=sites)
+  together = len(calls)
+  for site in sites:
+    harvest.harvest(settings(site=site), str(tmp_path / site), progress=False)
+    np.testing.assert_array_equal(
+      opened(tmp_path / 'all' / site, site=site).rows(0, 173), opened(tmp_path / site, site=site).rows(0, 173)
+    )
+  alone = (len(calls) - together) // len(sites)
+  assert together <= 2 * alone
+  assert not harvest.harvest(settings(), str(tmp_path / 'all'), progress=False, sites=sites)
+
+
+@pytest.mark.parametrize('rule', ['from_3', 'by_norm'])
+def test_stores_record_which_positions_count_and_refuse_another_rule(toy, tmp_path, rule):
+  assert harvest.harvest(settings(positions=rule), str(tmp_path), progress=False)
+  found = opened(tmp_path, positions=rule)
+  assert config.read_store_file(str(tmp_path))['config']['positions'] == rule
+  assert found.flops_per_token == toy_subject('').flops('resid_post.1', WINDOW) * WINDOW / (WINDOW - 3)
+  with pytest.raises(UserError, match=f"positions='{rule}', not 'drop_first'"):
+    harvest.harvest(settings(), str(tmp_path), progress=False)
+  with pytest.raises(UserError, match=r"data.positions='drop_first' but the store .* has"):
+    opened(tmp_path, positions='drop_first')
+
+
+def test_store_of_the_first_rule_says_what_it_always_said(toy, tmp_path):
+  harvest.harvest(settings(), str(tmp_path), progress=False)
+  assert not {'positions', 'weights'} & json.loads((tmp_path / 'store.json').read_text())['config'].keys()
 
 
 def test_harvest_that_is_finished_does_nothing(toy, tmp_path, monkeypatch):

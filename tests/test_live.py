@@ -41,7 +41,7 @@ def test_live_equals_store(toy, tmp_path, dtype):  # noqa: F811
 @pytest.mark.parametrize('size, said', [(1e-9, 'loses a share of'), (1e5, 'exceed the range of float16')])
 def test_live_refuses_what_its_dtype_does_not_hold(toy, monkeypatch, size, said):  # noqa: F811
   genuine = reading.Reading.block
-  monkeypatch.setattr(reading.Reading, 'block', lambda *args: np.float32(size) * genuine(*args))
+  monkeypatch.setattr(reading.Reading, 'block', lambda *args: tuple(np.float32(size) * x_BD for x_BD in genuine(*args)))
   small = open_source(cell('live', '', 'float16', **{'data.normalize': 'none'}))
   with pytest.raises(UserError, match=f'block 0 of train: .*{said}'):
     small.rows(0, 16)

@@ -1,5 +1,6 @@
 """Windows: nothing lost or doubled, each knows where it comes from, held-out text is never trained on."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,6 +25,7 @@ def split(**changes):
     'store_tokens': 73,
     'held_out_tokens': 22,
     'seed': 3,
+    'positions': 'drop_first',
   } | changes
   return windows.split(documents(), **asked)
 
@@ -38,9 +40,30 @@ def test_windows_know_where_they_come_from():
   assert len(split().train[3:9]) == 6
 
 
-def test_the_first_position_of_a_window_does_not_count():
-  assert np.arange(6)[windows.drop_first(6)].tolist() == [1, 2, 3, 4, 5]
-  assert windows.counted(6) == 5
+# Of each window: norms of the tokens, and the positions that count by norm.
+NORMS = [
+  ([900, 1, 2, 3, 2, 1, 2, 3], [3, 4, 5, 6, 7]),
+  ([900, 1, 2, 3, 800, 1, 2, 3], [2, 3, 5, 6, 7]),
+  ([1, 500, 700, 3, 2, 1, 600, 3], [1, 3, 4, 5, 7]),
+  ([1, 2, 2, 2, 2, 2, 2, 19], [3, 4, 5, 6, 7]),
+]
+
+
+@pytest.mark.parametrize('rule, kept', [('drop_first', 7), ('from_3', 5), ('by_norm', 5)])
+def test_positions_that_count_are_those_of_the_rule(rule, kept):
+  norm_WT = np.array([norms for norms, _ in NORMS], np.float32)
+  x_WTD = norm_WT[..., None] * np.array([0.6, 0, -0.8], np.float32)
+  asked = {'drop_first': [list(range(1, 8))] * 4, 'from_3': [list(range(3, 8))] * 4}
+  want = asked.get(rule, [positions for _, positions in NORMS])
+  want_WTD = np.stack([x_TD[positions] for x_TD, positions in zip(x_WTD, want, strict=True)])
+  assert windows.counted(8, rule) == kept
+  for x in (x_WTD, jnp.asarray(x_WTD)):
+    np.testing.assert_array_equal(windows.counting(x, rule), want_WTD)
+
+
+def test_windows_without_a_position_that_counts_are_refused():
+  with pytest.raises(UserError, match=r"window_tokens=3 has no position that counts under data.positions='from_3'"):
+    split(window_tokens=3, positions='from_3')
 
 
 def test_split_keeps_held_out_documents_out_of_training():
@@ -75,11 +98,14 @@ def test_split_can_use_the_whole_training_text():
     split(store_tokens=available + 1)
 
 
+SIZES = {'corpus': '', 'start_token': 0, 'window_tokens': 6, 'seed': 0, 'positions': 'drop_first'}
+
+
 def test_split_holds_out_many_documents_however_long():
   text = [np.arange(60, dtype=np.int32)] * 100
-  made = windows.split(text, corpus='', start_token=0, window_tokens=6, store_tokens=5, held_out_tokens=40, seed=0)
+  made = windows.split(text, **SIZES, store_tokens=5, held_out_tokens=40)
   assert len(made.held_out_documents) == 5
-  more = windows.split(text, corpus='', start_token=0, window_tokens=6, store_tokens=5, held_out_tokens=601, seed=0)
+  more = windows.split(text, **SIZES, store_tokens=5, held_out_tokens=601)
   assert len(more.held_out_documents) == 11
   assert set(made.held_out_documents) < set(more.held_out_documents)
 
@@ -88,4 +114,4 @@ def test_split_refuses_more_held_out_tokens_than_there_are():
   with pytest.raises(UserError, match='held_out_tokens=1000'):
     split(held_out_tokens=1000)
   with pytest.raises(UserError, match='held_out_tokens=22 but the text holds 0'):
-    windows.split([], corpus='', start_token=0, window_tokens=6, store_tokens=1, held_out_tokens=22, seed=0)
+    windows.split([], **SIZES, store_tokens=1, held_out_tokens=22)

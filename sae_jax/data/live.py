@@ -82,7 +82,7 @@ class Live:
     return self._runner.submit(self._run_block, name, block)
 
   def _run_block(self, name: str, block: int) -> np.ndarray:
-    x_BD = normalize(self.reading.block(name, block), self.normalization)[0]
+    x_BD = normalize(self.reading.block(name, block)[0], self.normalization)[0]
     with np.errstate(over='ignore'):
       rounded_BD = x_BD.astype(self.dtype).astype(np.float32)  # as a store would
     where, remedy = f'block {block} of {name}', 'use data.dtype=float32 or data.normalize=center_unit'

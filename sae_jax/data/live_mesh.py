@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax import sharding
 from sae_jax.data.reading import Reading, windows_per_call
-from sae_jax.data.windows import drop_first
+from sae_jax.data.windows import counting
 
 _ALL = ('data', 'latent')  # windows need no neighbour, so every device takes some
 
@@ -76,8 +76,8 @@ class _Feed:
     )
 
     def forward(params: dict[str, jax.Array], ids_WT: jax.Array) -> jax.Array:
-      x_WTD = dataclasses.replace(reading.subject, params=params).residual(ids_WT, reading.site)
-      return stored(x_WTD[:, drop_first(window)])
+      x_WTD = dataclasses.replace(reading.subject, params=params).residual(ids_WT, reading.sites[0])
+      return stored(counting(x_WTD, reading.positions))
 
     spread = NamedSharding(mesh, P(_ALL))
     self._forward = jax.jit(forward, in_shardings=(everywhere, spread), out_shardings=spread)

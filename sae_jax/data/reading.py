@@ -19,32 +19,41 @@ class Reading:
 
   Attributes:
     subject: the model, with the blocks that the site needs.
-    site: where in it.
+    sites: where in it.
     windows: those of each stream.
     streams: the geometry of each.
     block_windows: how many windows have their tokens shuffled together.
     held_out_documents: the names of the documents that are held out.
-    d_model: width of an activation.
-    flops_per_token: useful FLOPs of the model for a token that counts; those that do not count are shared out.
+    positions: the rule that says which positions of a window count.
+    d_model: width of an activation at the first site.
+    flops_per_token: useful FLOPs of the model up to the first site for a token that counts; those that do not count are
+      shared out.
 
   Raises `UserError` for a subject, site or text that does not exist, and for windows longer than the model's context or
   more tokens than the text holds.
   """
 
-  def __init__(self, data: DataConfig):
+  def __init__(self, data: DataConfig, sites: tuple[str, ...] = ()):
+    self.sites = sites or (data.site,)
+    given = {'subject': data.subject, 'site': all(self.sites), 'text': data.text}
     for key, example in (('subject', 'smollm2-135m'), ('site', 'resid_post.12'), ('text', 'sotu')):
-      if not getattr(data, key):
+      if not given[key]:
         raise UserError(f'data.{key} is not set; name one, such as --config.data.{key}={example}')
     window, sizes = data.window_tokens, {'train': data.store_tokens, 'held_out': data.held_out_tokens}
     self.subject, split, self.held_out_documents = _opened(
-      data.subject, data.site, data.text, window, *sizes.values(), data.seed
+      data.subject, self.sites, data.weights, data.text, window, *sizes.values(), data.seed, data.positions
     )
-    self.site, self.block_windows = data.site, data.block_windows
-    block_tokens = data.block_windows * windows.counted(window)
+    self.block_windows, self.positions = data.block_windows, data.positions
+    self._counted = windows.counted(window, data.positions)
+    block_tokens = data.block_windows * self._counted
     self.windows = {'train': split.train, 'held_out': split.held_out}
     self.streams = {name: order.Stream(tokens, block_tokens, data.seed) for name, tokens in sizes.items()}
-    self.d_model = self.subject.width(data.site)
-    self.flops_per_token = self.subject.flops(data.site, window) * window / windows.counted(window)
+    self.d_model, self.flops_per_token = self.subject.width(self.sites[0]), self.flops_at(self.sites[0])
+
+  def flops_at(self, site: str) -> float:
+    """`flops_per_token` at a site."""
+    window = self.windows['train'].ids_WT.shape[1]
+    return self.subject.flops(site, window) * window / self._counted
 
   def windows_of(self, stream: str, block: int) -> windows.Windows:
     """The windows of a block. Their tokens may be more than the block's, whose last ones are then not used."""
@@ -52,12 +61,13 @@ class Reading:
 
   def order_of(self, stream: str, block: int) -> np.ndarray:
     """Where each token of a block comes from: a row of what counts in the block's windows."""
-    read = self.windows_of(stream, block)
-    n_tokens = len(read) * windows.counted(read.ids_WT.shape[1])
+    n_tokens = len(self.windows_of(stream, block)) * self._counted
     return order.tokens_of_block(n_tokens, stream, self.streams[stream].seed, block)[: self.streams[stream].size(block)]
 
-  def block(self, stream: str, block: int, update: Callable[[int], None] = lambda tokens: None) -> np.ndarray:
-    """Raw activations of a block in stream order: float32 [tokens of the block, D].
+  def block(
+    self, stream: str, block: int, update: Callable[[int], None] = lambda tokens: None
+  ) -> tuple[np.ndarray, ...]:
+    """Raw activations of a block in stream order, at each site: float32 [tokens of the block, D].
 
     `update` hears of the tokens done after each forward call.
     """
@@ -66,13 +76,14 @@ class Reading:
     step = windows_per_call(jax.default_backend(), window)
     # Padding the last call to the same shape saves a compilation.
     padded_WT = np.concatenate([ids_WT, np.repeat(ids_WT[-1:], -n % step, axis=0)])
-    x_WTD = np.empty((n, windows.counted(window), self.d_model), np.float32)
+    found = [np.empty((n, self._counted, self.subject.width(site)), np.float32) for site in self.sites]
     for i in range(0, n, step):
       count = min(step, n - i)
-      found_WTD = np.asarray(self.subject.residual(padded_WT[i : i + step], self.site))
-      x_WTD[i : i + count] = found_WTD[:count, windows.drop_first(window)]
-      update(count * x_WTD.shape[1])
-    return x_WTD.reshape(-1, self.d_model)[self.order_of(stream, block)]
+      for x_WTD, part_WTD in zip(found, self.subject.residuals(padded_WT[i : i + step], self.sites), strict=True):
+        x_WTD[i : i + count] = windows.counting(np.asarray(part_WTD)[:count], self.positions)
+      update(count * self._counted)
+    order = self.order_of(stream, block)
+    return tuple(x_WTD.reshape(-1, x_WTD.shape[-1])[order] for x_WTD in found)
 
 
 def windows_per_call(platform: str, window_tokens: int) -> int:
@@ -83,16 +94,18 @@ def windows_per_call(platform: str, window_tokens: int) -> int:
 @functools.lru_cache(maxsize=1)  # a worker opens one stream for cell after cell; reading all text takes seconds
 def _opened(
   subject_name: str,
-  site: str,
+  sites: tuple[str, ...],
+  weights: str,
   text_name: str,
   window_tokens: int,
   store_tokens: int,
   held_out_tokens: int,
   seed: int,
+  positions: str,
 ) -> tuple[Subject, windows.Split, list[str]]:
   """The subject, its windows, and the names of the documents that are held out."""
   documents = text.load(text_name)
-  subject = subjects.load(subject_name, site)
+  subject = subjects.load(subject_name, sites, weights)
   if window_tokens > subject.arch.context:
     raise UserError(f'data.window_tokens={window_tokens} exceeds the context of {subject.arch.context}; lower it')
   split = windows.split(
@@ -103,5 +116,6 @@ def _opened(
     store_tokens=store_tokens,
     held_out_tokens=held_out_tokens,
     seed=seed,
+    positions=positions,
   )
   return subject, split, [documents[i][0] for i in split.held_out_documents]

@@ -44,7 +44,7 @@ def block_tokens_at(path: str) -> int | None:
   for name in (schema.STORE, _PLAN):
     try:
       settings = schema.parse_large(files.read(files.join(path, name)))['config']
-      found = settings['block_windows'] * counted(settings['window_tokens'])
+      found = _block_tokens(settings)
     except (OSError, ValueError, KeyError, TypeError):
       continue
     if schema.is_kind(found, int) and found > 0:
@@ -82,11 +82,12 @@ class StoreWriter:
     self._plan = {
       'schema': SCHEMA,
       'd_model': d_model,
-      'config': settings,
+      # What came later stays out where it changes nothing, so that stores are what they were.
+      'config': {key: value for key, value in settings.items() if schema.STORE_NEUTRAL.get(key) != value},
       'provenance': provenance,
       'subject_flops_per_token': flops_per_token,
     } | ({'scale': scale} if settings['normalize'] == 'scale' else {})
-    block_tokens = settings['block_windows'] * counted(settings['window_tokens'])
+    block_tokens = _block_tokens(settings)
     sizes = {'train': settings['store_tokens'], 'held_out': settings['held_out_tokens']}
     self.streams = {name: order.Stream(sizes[name], block_tokens, settings['seed']) for name in ARRAYS}
     self._claim_folder()
@@ -304,8 +305,14 @@ def _combine(records: list[dict[str, Any]]) -> dict[str, Any]:
   } | ({'lost': lost / variance if variance > 0 else float(lost > 0)} if counted else {})
 
 
+def _block_tokens(settings: dict[str, Any]) -> int:
+  rule = settings.get('positions', schema.STORE_NEUTRAL['positions'])
+  return settings['block_windows'] * counted(settings['window_tokens'], rule)
+
+
 def _same(path: str, kind: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-  for key, value in mine.items():
+  theirs = schema.STORE_NEUTRAL | theirs
+  for key, value in (schema.STORE_NEUTRAL | mine).items():
     if theirs.get(key) != value:
       raise UserError(
         f'{path} holds {kind} with {key}={theirs.get(key)!r}, not {value!r}; '

@@ -5,6 +5,7 @@ Stores, live sources and measures all mean the same window by (digest of the cor
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -15,17 +16,37 @@ from sae_jax.errors import UserError
 _HELD_OUT_FRACTION = 0.05
 
 
-def drop_first(window_tokens: int) -> slice:
-  """The positions of a window that count: all but the first.
-
-  The start token there is an attention sink, whose activation is far longer than any other and says nothing.
-  """
-  return slice(1, window_tokens)
+# How many positions of a window do not count, by rule.
+_DROPPED = {'drop_first': 1, 'from_3': 3, 'by_norm': 3}
+_MASSIVE = 10.0  # times the median norm of its window
 
 
-def counted(window_tokens: int) -> int:
+def counted(window_tokens: int, rule: str) -> int:
   """How many positions of a window count."""
-  return len(range(window_tokens)[drop_first(window_tokens)])
+  return window_tokens - _DROPPED[rule]
+
+
+def counting(x_WTD: Any, rule: str) -> Any:
+  """The activations [W, T', D] at the positions of windows that count, in order; of numpy or of jax.
+
+  The start token is an attention sink: its activation is far longer than any other and says nothing. In some models
+  other tokens are so too, most of them at the beginning of a window.
+
+  Args:
+    x_WTD: raw activations of whole windows.
+    rule: 'drop_first' leaves out the start token; 'from_3' the first three positions; 'by_norm' three positions of each
+      window: the start token, then those with more than ten times the median norm, then the first ones.
+  """
+  if rule != 'by_norm':
+    return x_WTD[:, _DROPPED[rule] :]
+  xp = x_WTD.__array_namespace__()
+  norm_WT = xp.linalg.norm(x_WTD.astype(xp.float32), axis=-1)
+  place_WT = -xp.arange(x_WTD.shape[1], dtype=xp.float32)[None] + xp.zeros_like(norm_WT)
+  massive_WT = norm_WT > _MASSIVE * xp.median(norm_WT, axis=1, keepdims=True)
+  # Above 0 the massive ones by their norm, below it the others by their place.
+  badness_WT = xp.where(place_WT == 0, xp.inf, xp.where(massive_WT, norm_WT, place_WT))
+  kept_WT = xp.sort(xp.argsort(badness_WT, axis=1, stable=True)[:, : -_DROPPED[rule]], axis=1)
+  return xp.take_along_axis(x_WTD, kept_WT[..., None], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +93,21 @@ def split(
   store_tokens: int,
   held_out_tokens: int,
   seed: int,
+  positions: str,
 ) -> Split:
   """Splits the documents of a corpus (int32 ids each) and orders their windows, just enough for the tokens asked.
 
   What remains of a document after its last whole window is dropped. 5 % of the documents are held out, in an order that
   does not depend on the seed, and more of them until they hold `held_out_tokens`. The held-out windows are drawn from
-  all of these documents. Tokens are counted where `counted` says.
+  all of these documents. Tokens are those at positions that count.
   Raises `UserError` when the text holds fewer tokens than asked.
   """
-  body, kept = window_tokens - 1, counted(window_tokens)
+  body, kept = window_tokens - 1, counted(window_tokens, positions)
+  if kept < 1:
+    raise UserError(
+      f'data.window_tokens={window_tokens} has no position that counts under data.positions={positions!r}; raise it above '
+      f'{window_tokens - kept}'
+    )
   counts = [len(ids) // body for ids in documents]
   need = -(-held_out_tokens // kept)
   fixed_order = permutation(len(documents), 'documents')

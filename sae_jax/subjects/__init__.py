@@ -1,6 +1,7 @@
 """Language models under study. To add one: docs/add_a_subject.md."""
 
 import pathlib
+from collections.abc import Sequence
 
 from sae_jax.errors import UserError
 from sae_jax.subjects import catalogue, hub
@@ -11,8 +12,8 @@ from sae_jax.subjects.site import parse
 from sae_jax.subjects.subject import Family, Subject
 
 
-def load(name_or_folder: str, site: str | None = None, weights: str = 'float32') -> Subject:
-  """A language model with the blocks that `site` needs, or with all of them when it is None.
+def load(name_or_folder: str, site: str | Sequence[str] | None = None, weights: str = 'float32') -> Subject:
+  """A language model with the blocks that a site needs, or several; with all of them when it is None.
 
   Args:
     name_or_folder: a name in `catalogue.ENTRIES`; a folder that holds config.json and safetensors, or one GGUF file; or
@@ -33,7 +34,8 @@ def load(name_or_folder: str, site: str | None = None, weights: str = 'float32')
     files = _opened(folder)
   family = _family(files)
   arch = family.arch_of(files.settings)
-  n_blocks = arch.n_layers if site is None else parse(site, family.widths(arch), arch.n_layers).blocks
+  sites = [site] if isinstance(site, str) else site or []
+  n_blocks = max((parse(one, family.widths(arch), arch.n_layers).blocks for one in sites), default=arch.n_layers)
   tokenizer = files.tokenizer()
   if tokenizer is not None and tokenizer.get_vocab_size() > arch.vocabulary:
     raise UserError(
