@@ -15,7 +15,8 @@ _WITHOUT_EFFECT = frozenset(
   'return_dict summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj '
   'task_specific_params tokenizer_class torch_dtype transformers_version unsloth_fixed unsloth_version use_cache '
   '_name_or_path attn_implementation _attn_implementation _attn_implementation_autoset reorder_and_upcast_attn '
-  'bos_token eos_token chunk_size_feed_forward is_decoder'.split()
+  'bos_token eos_token chunk_size_feed_forward is_decoder '
+  'vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index'.split()
 )
 
 
@@ -90,6 +91,13 @@ class Settings:
     if not isinstance(value, dict):
       self._refuse(key, value, 'is not a section')
     return Settings(value, self.where, f'{self._inside}{key}.')
+
+  def lifted(self, key: str) -> 'Settings':
+    """These settings with those of a section among them, where there is one."""
+    if not self.has(key):
+      return self
+    inner = self.section(key)._values
+    return Settings({name: value for name, value in self._values.items() if name != key} | inner, self.where)
 
   def table(self, key: str) -> dict[str, str]:
     """Words by words."""

@@ -344,6 +344,8 @@ class _Run:
       x_BTD, found = self.block(x_BTD, layer, _untouched, past)
       return x_BTD, jax.tree.map(lambda a_BTGC: a_BTGC[0], found) if keep else None
 
+    if first == stop and not keep:  # an empty scan is traced all the same, and an empty cache has no layer
+      return x_BTD, None
     return jax.lax.scan(step, x_BTD, jnp.arange(first, stop))
 
 

@@ -35,7 +35,8 @@ class Folder:
 
   def __init__(self, path: pathlib.Path):
     self.path = path
-    self.settings = Settings(_json(path / _CONFIG), str(path / _CONFIG))
+    # A model that sees keeps the settings of its half for text one level deeper.
+    self.settings = Settings(_json(path / _CONFIG), str(path / _CONFIG)).lifted('text_config')
     self._files: dict[str, pathlib.Path] = {}
     self._headers: dict[str, dict[str, Any]] = {}
     for file, named in self._weights():
@@ -49,8 +50,13 @@ class Folder:
     self.shapes = {name: tuple(entry['shape']) for name, entry in self._headers.items()}
 
   def tensor(self, name: str) -> np.ndarray:
-    """A tensor by its name in the files, in the type it has there. It is a view of the disk."""
+    """A tensor by its name in the files, in the type it has there. It is a view of the disk.
+
+    Raises `UserError` when that is no type of weights. Masks that old files carry are not asked for.
+    """
     entry = self._headers[name]
+    if entry['dtype'] not in _TYPES:
+      raise UserError(f'{self._files[name]}: {name[:80]} is {entry["dtype"]}; weights are {", ".join(_TYPES)}')
     first = entry['data_offsets'][0] + entry['data_begins']
     return np.memmap(self._files[name], _TYPES[entry['dtype']], 'r', first, tuple(entry['shape']))
 
@@ -141,8 +147,6 @@ def _header(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     raise UserError(f'{path} is not a whole safetensors file ({printable(str(error))[:120]}); copy it again') from None
   found = {name: header[name] | {'data_begins': 8 + size} for name in names}
   for name, entry in found.items():
-    if entry['dtype'] not in _TYPES:
-      raise UserError(f'{path}: {name[:80]} is {entry["dtype"]}; weights are {", ".join(_TYPES)}')
     if math.prod(entry['shape']) == 0:
       raise UserError(f'{path}: {name[:80]} is empty; take the file of the model')
   return found
