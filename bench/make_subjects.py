@@ -143,7 +143,7 @@ def make(name: str, seed: int = 0) -> Any:
   for parameter in model.parameters():
     noise = torch.randn_like(parameter)
     value = 0.06 * noise if parameter.ndim > 1 else parameter.detach() + 0.2 * noise
-    parameter.data = value if name in _FULL_PRECISION else value.bfloat16().float()
+    parameter.data = value if BORROWED.get(name, name) in _FULL_PRECISION else value.bfloat16().float()
   return model
 
 
