@@ -364,16 +364,18 @@ def _residuals(
 ) -> tuple[jax.Array, ...]:
   run, x_BTD = _run(family, arch, params, ids_BT.shape[1]), family.embed(arch, params, ids_BT)
   found: dict[Site, jax.Array] = {}
-  done = 0
-  for site in sorted(set(sites), key=lambda site: site.whole):
+  seen: dict[str, jax.Array] = {}
+  done, left_BTD = 0, None  # what enters block `done` is x_BTD; what leaves it, once it was run
+  # A set has another order in every process, and a program in another order is compiled again.
+  for site in sorted(dict.fromkeys(sites), key=lambda site: site.whole):
+    if left_BTD is not None and site.whole > done:
+      x_BTD, left_BTD, done = left_BTD, None, done + 1
     x_BTD, _ = run.blocks(x_BTD, done, site.whole)
     done = site.whole
-    if site.between_blocks:
-      found[site] = x_BTD
-    else:
-      seen: dict[str, jax.Array] = {}
-      run.block(x_BTD, site.layer, lambda kind, value, seen=seen: seen.setdefault(kind, value))
-      found[site] = seen[site.kind]  # jit drops what the block computes after it, and computes nothing twice
+    if not site.between_blocks and left_BTD is None:
+      seen = {}
+      left_BTD, _ = run.block(x_BTD, done, lambda kind, value, seen=seen: seen.setdefault(kind, value))
+    found[site] = x_BTD if site.between_blocks else seen[site.kind]  # jit drops what the block computes after it
   return tuple(found[site] for site in sites)
 
 
