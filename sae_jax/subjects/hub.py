@@ -16,7 +16,7 @@ def folder(name: str) -> tuple[pathlib.Path, str]:
 
   Raises `UserError` when there is no such folder or model.
   """
-  if pathlib.Path(name).is_dir():
+  if name and pathlib.Path(name).is_dir():
     return pathlib.Path(name), ''
   found = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?', name)
   if found is None or name.startswith('.') or '..' in name:
