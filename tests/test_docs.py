@@ -5,10 +5,14 @@ A block that needs a cluster begins with `# not run here`; its `python -m` comma
 
 import argparse
 import importlib
+import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -44,6 +48,9 @@ SHELL = [
 ]
 
 
+OWN_MODEL = [body for kind, body in blocks(ROOT / 'docs' / 'your_own_model.md') if kind == 'sh']
+
+
 def commands(body):
   return [(module, shlex.split(rest, comments=True)) for _, module, rest in _COMMAND.findall(body)]
 
@@ -67,17 +74,76 @@ def own_activations(tmp_path_factory):
   return folder
 
 
+@pytest.fixture(scope='session')
+def own_model(tmp_path_factory):
+  """The files that the guide on one's own model begins with, tiny ones, and the store that its first command makes."""
+  folder = tmp_path_factory.mktemp('model')
+  shutil.copytree(ROOT / 'tests' / 'subjects' / 'llama', folder / 'models' / 'mine')
+  (folder / 'texts').mkdir()
+  words = np.random.default_rng(0).choice(['the', 'sea', 'wall', 'and', 'a', 'boat', 'by'], (20, 300))
+  for i, row in enumerate(words):
+    (folder / 'texts' / f'{i}.txt').write_text(' '.join(row))
+  small = {
+    '1_000_000': '2048',
+    '16_384': '256',
+    '8192': '256',
+    '64, 256': '32, 8',
+    '1024, 32': '64, 4',
+    '512, ': '64, ',
+  }
+  small |= {'[256, 512, 1024]': '[16, 32]', '[8, 16, 32]': '[2, 4]'}
+  with pytest.MonkeyPatch.context() as patched:
+    patched.chdir(folder)
+    for kind, body in blocks(ROOT / 'docs' / 'your_own_model.md'):
+      if kind == 'python' and (named := _NAMED_FILE.match(body)):
+        for large, less in small.items():
+          body = body.replace(large, less)
+        (folder / named[1]).write_text(body)
+  run_in_a_process(folder, *commands(OWN_MODEL[0])[0])
+  return folder
+
+
+def run_in_a_process(folder, module, argv):
+  """A command that wants a jax of its own."""
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': f'{folder}:{ROOT}'}
+  subprocess.run([sys.executable, '-m', module, *argv], check=True, env=env, cwd=folder)
+
+
+@pytest.mark.chaos  # for its length
+def test_own_model_goes_from_a_folder_to_laws(own_model, monkeypatch):
+  for module, argv in [pair for body in OWN_MODEL for pair in commands(body)]:
+    run_in_a_process(own_model, module, argv)
+  monkeypatch.chdir(own_model)
+  assert 'joint_nk' in (own_model / 'runs/model/report/laws.json').read_text()
+  sites = [
+    config.read_store_file(f'runs/model/sites/{site}')['config']['site'] for site in ('mlp_out.0', 'resid_post.1')
+  ]
+  assert sites == ['mlp_out.0', 'resid_post.1']
+  found: dict = {}
+  (notebook,) = [
+    body
+    for kind, body in blocks(ROOT / 'docs' / 'your_own_model.md')
+    if kind == 'python' and not _NAMED_FILE.match(body)
+  ]
+  exec(notebook, found)
+  assert found['kl_BT'].shape == (1, len(found['ids'])) and (found['kl_BT'] > 0).all()
+
+
 @pytest.fixture
-def guide_folder(tmp_path, monkeypatch, own_activations):
+def guide_folder(tmp_path, monkeypatch, own_activations, own_model):
   """A folder as the guides have it: the repository's, with the files that they show."""
   for name in ('analysis', 'experiments', 'sweeps'):
     (tmp_path / name).symlink_to(ROOT / name)
-  (tmp_path / 'runs').symlink_to(own_activations / 'runs')
+  (tmp_path / 'runs').mkdir()
+  for path in [*(own_activations / 'runs').iterdir(), own_model / 'runs' / 'model']:
+    (tmp_path / 'runs' / path.name).symlink_to(path)
   for guide in GUIDES:
     for kind, body in blocks(guide):
       if kind != 'sh' and (named := _NAMED_FILE.match(body)):
         assert not (tmp_path / named[1]).exists(), f'{named[1]} is shown twice'
         (tmp_path / named[1]).write_text(body)
+  for name in ('model.py', 'model_grid.py'):
+    shutil.copy(own_model / name, tmp_path)
   monkeypatch.chdir(tmp_path)
   fake_bucket.use(monkeypatch)
   return tmp_path

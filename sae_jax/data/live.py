@@ -16,6 +16,7 @@ from sae_jax.data import live_mesh, soundness
 from sae_jax.data.normalize import normalize
 from sae_jax.data.reading import Reading
 from sae_jax.errors import UserError
+from sae_jax.subjects import text
 
 _CACHED_BLOCKS = 3
 
@@ -38,6 +39,10 @@ class Live:
     if config.eval.tokens > data.held_out_tokens:
       raise UserError(
         f'eval.tokens={config.eval.tokens} but data.held_out_tokens={data.held_out_tokens}; raise the latter'
+      )
+    if text.is_folder(data.text):
+      raise UserError(
+        f'data.text={data.text!r} is a folder, whose files may change while a live source reads them again; harvest a store'
       )
     self.reading = Reading(data)
     self.d_model, self.flops_per_token = self.reading.d_model, self.reading.flops_per_token

