@@ -3,6 +3,8 @@
 import pathlib
 from collections.abc import Sequence
 
+import tokenizers
+
 from sae_jax.errors import UserError
 from sae_jax.subjects import catalogue, hub
 from sae_jax.subjects.files.gguf import GGUF
@@ -37,10 +39,10 @@ def load(name_or_folder: str, site: str | Sequence[str] | None = None, weights: 
   sites = [site] if isinstance(site, str) else site or []
   n_blocks = max((parse(one, family.widths(arch), arch.n_layers).blocks for one in sites), default=arch.n_layers)
   tokenizer = files.tokenizer()
-  if tokenizer is not None and tokenizer.get_vocab_size() > arch.vocabulary:
+  if tokenizer is not None and (beyond := _beyond(tokenizer, arch.vocabulary)):
     raise UserError(
-      f'{files.settings.where}: the tokenizer has {tokenizer.get_vocab_size()} tokens and the model a vocabulary of '
-      f'{arch.vocabulary}; take the tokenizer of the model'
+      f'{files.settings.where}: the tokenizer has an id {max(beyond)} and the model a vocabulary of {arch.vocabulary}; '
+      'take the tokenizer of the model'
     )
   params = load_params(files, family, arch, n_blocks, weights)
   facts |= files.provenance | ({'subject_weights': entry.weights, 'tokenizer': entry.tokenizer} if entry else {})
@@ -78,6 +80,12 @@ def _family(files: Files) -> Family:
         f'{files.settings.where}: the kind of model {other[:40]!r} is not known; add it as docs/add_a_subject.md says'
       )
   return family
+
+
+def _beyond(tokenizer: tokenizers.Tokenizer, vocabulary: int) -> set[int]:
+  """Ids of words that the model lacks. Gemma's smaller tokenizers have a special token for pictures too many."""
+  special = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+  return {id_ for id_ in tokenizer.get_vocab().values() if id_ >= vocabulary} - special
 
 
 def _start_token(files: Files, vocabulary: int) -> int:

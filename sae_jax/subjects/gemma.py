@@ -54,7 +54,7 @@ class Arch:
 def arch_of(settings: Settings) -> Arch:
   """The sizes in settings."""
   three = settings.kind != 'gemma2'
-  n_heads, n_layers = settings.whole('num_attention_heads', 8), settings.whole('num_hidden_layers')
+  n_heads, n_layers = settings.whole('num_attention_heads', 8), settings.layers('num_hidden_layers')
   n_kv_heads, d_head = settings.whole('num_key_value_heads', 4), settings.whole('head_dim', 256, least=2)
   if n_heads % n_kv_heads:
     settings.refuse('num_key_value_heads', f'does not divide num_attention_heads={n_heads}; take a sound file')

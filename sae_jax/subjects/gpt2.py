@@ -43,7 +43,7 @@ def arch_of(settings: Settings) -> Arch:
   settings.neutral('add_cross_attention', False)
   return Arch(
     d_model=d_model,
-    n_layers=settings.whole('n_layer'),
+    n_layers=settings.layers('n_layer'),
     n_heads=n_heads,
     d_ffn=settings.whole('n_inner', 4 * d_model),
     vocabulary=settings.whole('vocab_size'),

@@ -49,7 +49,7 @@ def arch_of(settings: Settings) -> Arch:
   if d_model % n_heads and not settings.has('head_dim') and kind != 'qwen3':
     settings.refuse('num_attention_heads', f'does not divide hidden_size={d_model}; take a sound file')
   d_head = settings.whole('head_dim', 128 if kind == 'qwen3' else d_model // n_heads, least=2)
-  n_layers, biased = settings.whole('num_hidden_layers'), settings.flag('attention_bias', False)
+  n_layers, biased = settings.layers('num_hidden_layers'), settings.flag('attention_bias', False)
   settings.choice('hidden_act', ('silu',), 'silu')
   turning = rope.of(settings, d_head, settings.number('rope_theta', 1e4))
   if turning.width != d_head or d_head % 2:

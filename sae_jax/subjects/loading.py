@@ -86,7 +86,7 @@ def _matched(files: Files, family: Family, arch: Any) -> dict[str, str]:
       )
   for name in sorted(files.shapes.keys() - {name for name, _ in wanted.values()}):
     if not re.fullmatch(names.ignored, name):
-      raise UserError(f'{where}: the tensor {name[:80]} is not known to this family; the model needs code')
+      raise UserError(f'{where}: the tensor {name[:80]!r} is not known to this family; the model needs code')
   tied = files.settings.flag('tie_word_embeddings', names.tied if not heads else False)
   if not heads and not tied and files.settings.has('tie_word_embeddings'):
     raise UserError(

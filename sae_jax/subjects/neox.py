@@ -57,7 +57,7 @@ def arch_of(settings: Settings) -> Arch:
     settings.refuse('rotary_pct', f'turns {turning.width} of {d_model // n_heads} channels; they turn in pairs')
   return Arch(
     d_model=d_model,
-    n_layers=settings.whole('num_hidden_layers'),
+    n_layers=settings.layers('num_hidden_layers'),
     n_heads=n_heads,
     d_ffn=settings.whole('intermediate_size'),
     vocabulary=settings.whole('vocab_size'),

@@ -1,12 +1,13 @@
 """The settings of a model as its config.json states them. The file is somebody else's: every value is checked."""
 
-import math
 from typing import Any, NoReturn
 
 from sae_jax.errors import UserError
 
 _MISSING: Any = object()
-_MOST = 2**31
+_MOST = 2**31 - 1
+_MOST_LAYERS = 1000
+_SMALLEST, _LARGEST = 1e-18, 1e18
 # They say nothing about what a model computes in use.
 _WITHOUT_EFFECT = frozenset(
   'architectures attention_dropout attn_pdrop bos_token_id eos_token_id pad_token_id cache_implementation '
@@ -43,12 +44,16 @@ class Settings:
     """Whether it is set to something."""
     return self._values.get(key) is not None
 
-  def whole(self, key: str, default: Any = _MISSING, least: int = 1) -> int:
+  def whole(self, key: str, default: Any = _MISSING, least: int = 1, most: int = _MOST) -> int:
     """A whole number."""
     value = self._value(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _MOST:
-      self._refuse(key, value, f'is not a whole number from {least} to {_MOST - 1}')
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+      self._refuse(key, value, f'is not a whole number from {least} to {most}')
     return value
+
+  def layers(self, key: str) -> int:
+    """How many blocks there are, few enough to be listed."""
+    return self.whole(key, most=_MOST_LAYERS)
 
   def first_whole(self, key: str) -> int:
     """A whole number from 0, or the first of a list of them."""
@@ -57,11 +62,11 @@ class Settings:
       self._values[key] = value[0]
     return self.whole(key, least=0)
 
-  def number(self, key: str, default: Any = _MISSING, least: float = 0.0) -> float:
-    """A finite number above `least`."""
+  def number(self, key: str, default: Any = _MISSING) -> float:
+    """A number above 0 that float32 can compute with."""
     value = self._value(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= least:
-      self._refuse(key, value, f'is not a finite number above {least:g}')
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _SMALLEST <= value <= _LARGEST:
+      self._refuse(key, value, f'is not a number from {_SMALLEST:g} to {_LARGEST:g}')
     return float(value)
 
   def flag(self, key: str, default: bool) -> bool:
@@ -116,7 +121,9 @@ class Settings:
     """Refuses the first key that was not read and is set to something."""
     for key, value in self._values.items():
       if key not in self._read and key not in _WITHOUT_EFFECT and value not in (None, False, '', [], {}):
-        self._refuse(key, value, 'is not understood; if it does not change what the model computes, take it out')
+        self._refuse(
+          repr(key[:60]), value, 'is not understood; if it does not change what the model computes, take it out'
+        )
 
   def _value(self, key: str, default: Any) -> Any:
     self._read.add(key)

@@ -42,10 +42,14 @@ class Folder:
     for file, named in self._weights():
       header = _header(file)
       if named is not None and (lost := sorted(named - header.keys())):
-        raise UserError(f'{path / _INDEX} says that {file.name} has {lost[0]}, and it has not; take a complete folder')
+        raise UserError(
+          f'{path / _INDEX} says that {file.name} has {lost[0][:80]!r}, and it has not; take a complete folder'
+        )
       for name, entry in header.items():
         if name in self._headers:
-          raise UserError(f'{name} is in {self._files[name].name} and in {file.name} of {path}; take a sound folder')
+          raise UserError(
+            f'{name[:80]!r} is in {self._files[name].name} and in {file.name} of {path}; take a sound folder'
+          )
         self._files[name], self._headers[name] = file, entry
     self.shapes = {name: tuple(entry['shape']) for name, entry in self._headers.items()}
 
@@ -148,5 +152,5 @@ def _header(path: pathlib.Path) -> dict[str, dict[str, Any]]:
   found = {name: header[name] | {'data_begins': 8 + size} for name in names}
   for name, entry in found.items():
     if math.prod(entry['shape']) == 0:
-      raise UserError(f'{path}: {name[:80]} is empty; take the file of the model')
+      raise UserError(f'{path}: {name[:80]!r} is empty; take the file of the model')
   return found
