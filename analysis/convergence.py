@@ -70,7 +70,9 @@ def fit_convergence(curves: pd.DataFrame, eps: float = EPS, *, bootstrap: int = 
   return fit.warned(*_left_out(found))
 
 
-def unconverged_warnings(curves: pd.DataFrame, ids: pd.Series, eps: float = EPS) -> list[dict[str, str]]:
+def unconverged_warnings(
+  curves: pd.DataFrame, ids: pd.Series, eps: float = EPS, *, named: bool = False
+) -> list[dict[str, str]]:
   """One warning when runs among `ids` still improved by more than eps per doubling at their end."""
   if isinstance(ids, str) or not isinstance(ids, pd.Series | Sequence | np.ndarray):
     raise UserError(f'ids={checks.shown(ids)} are no cells; give a column of ids or a list of them')
@@ -82,6 +84,9 @@ def unconverged_warnings(curves: pd.DataFrame, ids: pd.Series, eps: float = EPS)
     f'{still.sum()} of {len(found)} cells still improve by more than {100 * eps:g} % per doubling of tokens at their end: '
     'what is fitted holds at this training budget, not at convergence'
   )
+  if named:
+    names = found.loc[still, 'id'].astype(str).tolist()
+    text += f' ({", ".join(names[:_NAMED])}{f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""})'
   return [table.warning('still_improving', text)]
 
 

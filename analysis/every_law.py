@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import convergence, isoflop, laws, learning_rate, read_ledger, sparsity, table
+from analysis import convergence, equal_l0, isoflop, laws, learning_rate, read_ledger, sparsity, table
 from analysis.allocation import allocate
 from analysis.family import Family, fit_family
 from analysis.findings import Findings, OneFamily, OneTarget
@@ -23,7 +23,6 @@ from sae_jax import checks
 from sae_jax.errors import UserError
 
 _LEAST_SIZES = 4  # of a power law with three constants
-_UNEQUAL = 1.1  # ratio of the largest L0 to the smallest beyond which cells are not of one sparsity
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +74,23 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
     _one_family(part, name, {'activation': name} if len(names) > 1 else {}, bootstrap)
     for name, part in zip(names or [''], parts, strict=True)
   ]
-  return Findings(cells, done, curves, families, warnings + holes + notes)
+  about = warnings + holes + notes
+  if len(names) < 2:
+    return Findings(cells, done, curves, families, about)
+  compared, among = _together(data)
+  return Findings(cells, done, curves, families, about, compared, among)
+
+
+def _together(data: _Data) -> tuple[equal_l0.Compared | None, list[dict[str, str]]]:
+  """The families at equal L0, and the warnings of their cells."""
+  points = data.points
+  moving = convergence.unconverged_warnings(data.curves, points['id'], named=True)
+  among = convergence.risen_warnings(points) + moving
+  try:
+    compared = equal_l0.compare(points)
+  except UserError as error:
+    return None, [*among, *equal_l0.suspects(points), table.warning('not_compared', f'families at equal L0: {error}')]
+  return compared, among + compared.warnings
 
 
 def _one_family(data: _Data, name: str, family: dict[str, str], bootstrap: int) -> OneFamily:
@@ -87,7 +102,7 @@ def _one_family(data: _Data, name: str, family: dict[str, str], bootstrap: int) 
   tries = Tries(bootstrap, _largest(points), family)
   targets = sparsity.targets(points)
   # Where more latents are active than were asked for, k is a wish: it was steered for, and what came of it is the L0.
-  missed = points['k'].isna() | (points['l0'] > _UNEQUAL * points['k'])
+  missed = points['k'].isna() | (points['l0'] > sparsity.ALIKE * points['k'])
   sparse = sparsity.MEASURED if missed.any() else 'k'
 
   def all_targets(law: str, b: int, holdout: str | None) -> Fit:
@@ -233,7 +248,7 @@ def _mixed_settings(points: pd.DataFrame) -> list[dict[str, str]]:
 def _unequal_sparsity(points: pd.DataFrame, target: dict[str, float]) -> list[dict[str, str]]:
   """A warning where the cells of one target do not have one L0: a coefficient decides none, and steering may miss it."""
   low, high = points['l0'].min(), points['l0'].max()
-  if not high > _UNEQUAL * low:
+  if not high > sparsity.ALIKE * low:
     return []
   text = (
     f'at {sparsity.said(target)} L0 runs from {low:.3g} to {high:.3g}: a law over n there is of autoencoders of unequal '

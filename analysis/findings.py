@@ -1,19 +1,17 @@
 """The record of what a ledger says: its cells, the laws of every family and target, warnings; and its JSON."""
 
 import dataclasses
-import functools
 import math
 import re
 from typing import Any
 
 import pandas as pd
 
-from analysis import table
 from analysis.allocation import Allocation
 from analysis.compare import Comparison
-from analysis.equal_l0 import EqualL0, compare
+from analysis.equal_l0 import Compared
 from analysis.family import Family
-from analysis.fit_result import Fit, warning_lines
+from analysis.fit_result import Fit, gathered, warning_lines
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,12 +87,8 @@ class Findings:
   curves: pd.DataFrame  # of the subject that the laws are about
   families: list[OneFamily]
   about: list[dict[str, str]]  # warnings of the ledger as a whole
-
-  @functools.cached_property
-  def equal_l0(self) -> list[EqualL0]:
-    """The families compared; empty where there is one."""
-    known = {'activation', 'l0'} <= set(self.done.columns)
-    return compare(self.done) if known and len(self.families) > 1 else []
+  compared: Compared | None = None  # the families at equal L0; None where there is one, or nothing to compare
+  among: list[dict[str, str]] = dataclasses.field(default_factory=list)  # warnings of cells, said once for all families
 
   @property
   def fits(self) -> list[Fit]:
@@ -108,30 +102,34 @@ class Findings:
 
   @property
   def warnings(self) -> list[dict[str, str]]:
-    """Those of the ledger, then those of its families."""
-    return [
-      *self.about,
-      *(table.warning(w['code'], self._of(one, w['message'])) for one in self.families for w in one.warnings),
-    ]
+    """Those of the ledger, then those of its families; of several, a kind is said once."""
+    if len(self.families) == 1:
+      return [*self.about, *self.families[0].warnings]
+    said = {w['code'] for w in self.among}
+    own = [(one.name, w) for one in self.families for w in one.warnings if w['code'] not in said]
+    return [*self.about, *self.among, *gathered(own, every=len(self.families))]
 
   @property
   def not_attempted(self) -> list[str]:
-    """Laws this sweep was not made for, with what it lacks."""
-    return [self._of(one, text) for one in self.families for text in one.not_attempted]
+    """Laws this sweep was not made for, with what it lacks, and in which families where that is not all."""
+    texts = dict.fromkeys(text for one in self.families for text in one.not_attempted)
+    whose = {text: [one.name for one in self.families if text in one.not_attempted] for text in texts}
+    return [
+      text if len(names) == len(self.families) else f'{text} [{"; ".join(names)}]' for text, names in whose.items()
+    ]
 
   def to_json(self) -> list[dict[str, Any]]:
     """The content of laws.json."""
     return [entry for one in self.families for entry in one.to_json()]
 
   def warning_lines(self) -> list[str]:
-    """Those of the ledger, then those of the fits that say something else."""
+    """Those of the ledger, then those of the fits that say something else; of several families, whose they are."""
     said = {w['code'] for w in self.warnings}
-    own = [line for line in warning_lines(self.fits) if line.partition(':')[0] not in said]
-    return [f'{w["code"]}: {w["message"]}' for w in self.warnings] + own
-
-  def _of(self, one: OneFamily, text: str) -> str:
-    """A text about one family, which says whose it is where there are several."""
-    return text if len(self.families) == 1 else f'{one.name}: {text}'
+    lines = [f'{w["code"]}: {w["message"]}' for w in self.warnings]
+    if len(self.families) == 1:
+      return lines + [line for line in warning_lines(self.fits) if line.partition(':')[0] not in said]
+    own = [(one.name, w) for one in self.families for fit in one.fits for w in fit.warnings if w['code'] not in said]
+    return lines + [f'{w["code"]}: {w["message"]}' for w in gathered(own, every=len(self.families))]
 
 
 def _split_json(split: Allocation, cost: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ class Fit:
       UserError: a column of the law is missing, its values are not finite and positive, or lengths differ.
     """
     with np.errstate(over='ignore'):  # a law far outside its data may leave the range of float64: inf, not an error
-      return np.exp(self.law.log_prediction(self.theta_P[None], self._logs(at))[0][0])
+      return np.exp(self.law.log_prediction(self.theta_P[None], self.logs(at))[0][0])
 
   @property
   def freedom(self) -> int:
@@ -163,13 +163,18 @@ class Fit:
 
   def _band(self, at: pd.DataFrame | Mapping[str, Any], residual_N: Array | None) -> tuple[Array, Array]:
     low, high = uncertainty.band(
-      self.law, self.theta_P, self.draws_BP, self.covariance_PP, self.freedom, self._logs(at), residual_N
+      self.law, self.theta_P, self.draws_BP, self.covariance_PP, self.freedom, self.logs(at), residual_N
     )
     # A law far outside its data may leave the range of float64, which is "unbounded", not an error.
     with np.errstate(over='ignore'):
       return np.exp(low), np.exp(high)
 
-  def _logs(self, at: pd.DataFrame | Mapping[str, Any]) -> Array:
+  def derived(self, value: Callable[[Array], Array]) -> uncertainty.Estimate:
+    """A number made of the constants [M, P] in fit coordinates, with its 90 % interval: see `uncertainty.derived`."""
+    return uncertainty.derived(value, self.theta_P, self.draws_BP, self.covariance_PP, self.freedom)
+
+  def logs(self, at: pd.DataFrame | Mapping[str, Any]) -> Array:
+    """Natural logarithms [N, Q] of the variables at the rows of a table, or by column name."""
     rows = at if isinstance(at, pd.DataFrame) else _rows(at)
     return np.log(table.positive(rows, self.x))
 
@@ -205,16 +210,35 @@ def nothing_is_zero(name: str, value: float) -> float:
 
 
 def warning_lines(fits: Sequence[Fit]) -> list[str]:
-  """One line a kind of warning: its code, the first message and, of several fits, whose that is and who has the like."""
-  lines = []
-  for code in dict.fromkeys(w['code'] for fit in fits for w in fit.warnings):
-    hits = [(fit.label, w['message']) for fit in fits for w in fit.warnings if w['code'] == code]
+  """One line a kind of warning of these fits, as of `gathered`."""
+  pairs = [(fit.label, w) for fit in fits for w in fit.warnings]
+  return [f'{w["code"]}: {w["message"]}' for w in gathered(pairs, whose=len(fits) > 1)]
+
+
+def gathered(
+  pairs: Sequence[tuple[str, dict[str, str]]], *, whose: bool = True, every: int = 0
+) -> list[dict[str, str]]:
+  """One warning a kind: the first message and, if asked for, whose that is and who has the like.
+
+  Args:
+    pairs: the owner of a warning, and the warning. Two refusals are of a kind when they are of the same law.
+    whose: whether owners are named.
+    every: their number; where it is given, all of them are not named one by one.
+  """
+  kinds: dict[tuple[str, str], list[tuple[str, str]]] = {}
+  for owner, w in pairs:
+    law = re.split(' at |: ', w['message'])[0] if w['code'] == 'not_fitted' else ''
+    kinds.setdefault((w['code'], law), []).append((owner, w['message']))
+  out = []
+  for (code, _), hits in kinds.items():
     message = hits[0][1]
-    same = list(dict.fromkeys(label for label, said in hits if said == message))
-    like = list(dict.fromkeys(label for label, said in hits if said != message and label not in same))
-    whose = f' [{"; ".join(same)}]' + (f'; the like for {"; ".join(like)}' if like else '')
-    lines.append(f'{code}: {message}' + (whose if len(fits) > 1 else ''))
-  return lines
+    same = list(dict.fromkeys(owner for owner, said in hits if said == message))
+    like = list(dict.fromkeys(owner for owner, said in hits if said != message and owner not in same))
+    more = f' [{"; ".join(same) if len(same) != every else "every family"}]' + (
+      f'; the like for {"; ".join(like)}' if like else ''
+    )
+    out.append(table.warning(code, message + (more if whose else '')))
+  return out
 
 
 def _rows(at: Mapping[str, Any]) -> pd.DataFrame:

@@ -14,9 +14,8 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from analysis import sparsity
+from analysis import family_tables, sparsity
 from analysis.compare import Comparison
-from analysis.equal_l0 import EqualL0
 from analysis.figures import style
 from analysis.findings import Findings, OneFamily
 from analysis.fit_result import Fit, nothing_is_zero, warning_lines
@@ -66,7 +65,10 @@ _CAPTIONS = {
   'Hollow: no best rate there, and why.',
   'allocation': 'Loss over latents and tokens, and the best split of a budget. Dashed: extrapolation.',
   'family': 'Loss against n, one line a subject; grey: with one exponent for all.',
+  'frontiers': 'Loss against measured L0 at every size, a line a family.',
+  'scaling': 'Families at equal L0: loss against n, and what it is over that of one of them.',
 }
+_TOGETHER = ('frontiers', 'scaling')  # of all families
 
 
 def render(
@@ -95,7 +97,10 @@ def render(
     states=[f'{count} {state}' for state, count in states.items()],
     warnings=[line.partition(':') for line in found.warning_lines()],
     not_attempted=found.not_attempted,
-    equal_l0=[_equal_l0(one, pictures) for one in found.equal_l0 if f'equal_at_n{one.n_latents}' in pictures],
+    together=[{'source': _source(pictures[key]), 'caption': _CAPTIONS[key]} for key in _TOGETHER if key in pictures],
+    tables=family_tables.tables(found.compared, [one.joint for one in found.families if one.joint])
+    if found.compared
+    else [],
     families=[_family(one, pictures, several=len(found.families) > 1) for one in found.families],
     cells=_cells(found.done),
     others=[[str(row[key]) for key in ('id', 'state', 'reason')] for row in others.to_dict('records')],
@@ -121,18 +126,6 @@ def _family(one: OneFamily, pictures: Mapping[str, bytes], *, several: bool) -> 
     'laws': _laws([fit for fit in one.fits if 'flops_dense' not in fit.x]),
     'dense_laws': _laws([fit for fit in one.fits if 'flops_dense' in fit.x]),
     'comparisons': [_comparison(pair) for pair in one.comparisons],
-  }
-
-
-def _equal_l0(one: EqualL0, pictures: Mapping[str, bytes]) -> dict[str, Any]:
-  """A size at which families are compared: its figure, and a row a family."""
-  best = min(one.nmse.values())
-  return {
-    'caption': f'Loss against measured L0 at n = {one.n_latents:,}, a line a family.',
-    'source': _source(pictures[f'equal_at_n{one.n_latents}']),
-    'l0': f'{one.l0:.3g}',
-    'rows': [(name, f'{nmse:.4g}', f'{nmse / best:.3f}') for name, nmse in one.nmse.items()],
-    'without': sorted(set(map(str, one.rows['activation'])) - set(one.nmse)),
   }
 
 

@@ -6,16 +6,14 @@ A law that cannot be fitted is named with its reason, and the report is written 
 import argparse
 import datetime
 import hashlib
-import io
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import heading, page, plots
 from analysis.every_law import analyse
-from analysis.figures import equal_l0
+from analysis.figures import equal_l0, style
 from analysis.findings import Findings, OneFamily
 from analysis.fit_result import Fit, write_json
 from sae_jax import files, schema
@@ -28,7 +26,8 @@ def figures(found: Findings) -> dict[str, Figure]:
   Where a ledger has several families, each has a folder of its name.
   """
   several = len(found.families) > 1
-  together = {f'equal_at_n{one.n_latents}': equal_l0.equal_l0(one) for one in found.equal_l0}
+  one = found.compared
+  together = {'frontiers': equal_l0.frontiers(one), 'scaling': equal_l0.scaling(one)} if one else {}
   return together | {
     f'{one.folder}/{name}' if several else name: figure
     for one in found.families
@@ -80,13 +79,7 @@ def write(found: Findings, out: str, title: str, facts: str = '') -> str:
   """Writes the report into a folder or fsspec URL and returns the path of its page; title and facts as of `heading`."""
   pictures, digests = {}, {}
   for name, figure in figures(found).items():
-    # No dates and versions in files, so that the same findings give the same bytes.
-    metadata: dict[str, dict[str, Any]] = {'png': {'Software': None}, 'pdf': {'CreationDate': None}}
-    for kind, said in metadata.items():
-      buffer = io.BytesIO()
-      figure.savefig(buffer, format=kind, metadata=said)
-      figure.set_layout_engine('none')  # it is laid out now; once more would double the time
-      data = buffer.getvalue()
+    for kind, data in style.saved(figure).items():
       files.write_output(files.join(out, f'{name}.{kind}'), data, '--out')
       digests[f'{name}.{kind}'] = hashlib.sha256(data).hexdigest()
       if kind == 'png':

@@ -15,6 +15,7 @@ from sae_jax.errors import UserError
 TARGETS = ('k', 'sparsity')  # columns; of a row, the first that is not missing counts
 KEYS = ('activation', *TARGETS)  # whose rows belong together where all are equal
 MEASURED = 'l0'  # no two cells share it exactly
+ALIKE = 1.1  # factor within which one L0 is like another
 
 
 def keys(rows: pd.DataFrame) -> list[str]:

@@ -147,6 +147,7 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
   'Fit.predict': lambda: {'self': joint(), 'at': AT},
   'Fit.band': lambda: {'self': joint(), 'at': AT},
   'Fit.interval': lambda: {'self': joint(), 'at': AT},
+  'Fit.logs': lambda: {'self': joint(), 'at': AT},
   'analysis.analyse': lambda: {'ledger': LEDGER, 'bootstrap': 0, 'subject': None},
   'analysis.best_learning_rate': lambda: {'table': Table(CELLS, ('n_latents', 'k', 'learning_rate', 'nmse'))},
   'analysis.fit_law': lambda: {

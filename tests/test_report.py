@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import re
 
 import numpy as np
 import pytest
@@ -320,12 +319,23 @@ def test_report_of_two_families_has_the_laws_of_each(families):
 
 def test_report_of_two_families_says_whose_a_warning_is(families):
   refused = [w['message'] for w in families.warnings if w['code'] == 'not_fitted']
-  assert refused and all(text.startswith(('relu: ', 'topk: ')) for text in refused)
-  assert any(text.startswith('topk: L(C) at k=3, 17: there are no curves') for text in refused)
-  assert any(text.startswith('relu: lr(n) at sparsity=0.01: 0 sizes') for text in refused)
+  curves = [text for text in refused if text.startswith('L(C) at ')]  # said once for both, which lack them elsewhere
+  assert len(curves) == 1 and curves[0].startswith('L(C) at sparsity=0.01: there are no curves')
+  assert curves[0].endswith(' [relu]; the like for topk')
+  assert any(text.startswith('lr(n) at sparsity=0.01: 0 sizes') and text.endswith(' [relu]') for text in refused)
   unequal = {one.name: [w['code'] for one in one.targets for w in one.power.warnings] for one in families.families}
   assert 'unequal_sparsity' in unequal['relu'] and 'unequal_sparsity' not in unequal['topk']
-  assert {text.partition(':')[0] for text in families.not_attempted} == {'relu', 'topk'}
+  missing = {text.partition(',')[0]: text for text in families.not_attempted}
+  assert missing['lr(n)'].endswith('one rate a size [topk]') and missing['L_s(n)'].endswith('one subject')
+
+
+def test_report_of_two_families_compares_them_at_equal_l0(families, tmp_path):
+  found = families.compared.ratio('relu', 'topk')
+  assert found.value == pytest.approx(planted_ledger.WORSE, rel=0.01)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(report, 'figures', lambda found: {})
+    text = files.read(report.write(families, str(tmp_path), 'two')).decode()
+  assert 'Families at equal L0' in text and 'NMSE over topk' in text and '<td>relu</td>' in text
 
 
 def test_report_of_two_families_has_a_folder_of_figures_each(families, tmp_path):
@@ -334,7 +344,7 @@ def test_report_of_two_families_has_a_folder_of_figures_each(families, tmp_path)
   assert drawn.keys() >= {f'{name}/{kind}' for name in ('relu', 'topk') for kind in same}
   assert drawn.keys() >= {'relu/frontier', 'relu/isoflop_sparsity0.1', 'relu/learning_rates_sparsity0.01'}
   together = [name for name in drawn if '/' not in name]
-  assert together and all(re.fullmatch('equal_at_n[0-9]+', name) for name in together)
+  assert together == ['frontiers', 'scaling']
   for key, figure in ((name, drawn[name]) for name in drawn if name not in together):
     said = [ax.get_title() for ax in figure.axes] + [
       text.get_text() for box in figure.legends for text in box.get_texts()

@@ -4,6 +4,7 @@ Colours run from dark to light with the ordered variable and markers differ, so 
 and grey print. Legends stand outside the axes; codes of the warnings stand in the lower left corner of the figure.
 """
 
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -46,10 +47,14 @@ _X_SYMBOLS = SYMBOLS | {'budget': 'C', 'nmse': r'\mathrm{NMSE}', 'l0': 'L_0', 's
 _Y_SYMBOLS = {'converged_tokens': 'T', 'learning_rate': r'\eta', 'n_latents': r'n_{\mathrm{opt}}'}
 
 
-def axes(panels: int = 1) -> tuple[Figure, list[Axes]]:
-  """A figure with logarithmic axes side by side."""
-  fig = Figure(figsize=(8.4 if panels == 1 else 11.2, 4.9), dpi=160, layout='constrained')
-  out = list(np.ravel(fig.subplots(1, panels)))
+def axes(panels: int = 1, *, share: bool = False) -> tuple[Figure, list[Axes]]:
+  """A figure with logarithmic axes side by side, three in a row at most; `share` for those with the same limits."""
+  rows = -(-panels // 3)
+  fig = Figure(figsize=(8.4 if panels == 1 else 11.2, 4.9 if rows == 1 else 3.6 * rows), dpi=160, layout='constrained')
+  grid = list(np.ravel(fig.subplots(rows, min(panels, 3), sharex=share, sharey=share)))
+  out = grid[:panels]
+  for ax in grid[panels:]:
+    ax.remove()
   for ax in out:
     ax.set_xscale('log')
     ax.set_yscale('log')
@@ -57,6 +62,18 @@ def axes(panels: int = 1) -> tuple[Figure, list[Axes]]:
     ax.set_axisbelow(True)
     ax.spines[['top', 'right']].set_visible(False)
   return fig, out
+
+
+def saved(fig: Figure) -> dict[str, bytes]:
+  """The figure as a file of every kind, by its ending. No dates and versions are in them: one figure, the same bytes."""
+  metadata: dict[str, dict[str, Any]] = {'png': {'Software': None}, 'pdf': {'CreationDate': None}}
+  out = {}
+  for kind, said in metadata.items():
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format=kind, metadata=said)
+    fig.set_layout_engine('none')  # it is laid out now; once more would double the time
+    out[kind] = buffer.getvalue()
+  return out
 
 
 def look(i: int, count: int) -> tuple[str, str]:
@@ -95,8 +112,8 @@ def sides(fit: Fit) -> tuple[str, str | None]:
   return (others[0], x) if MEASURED in others else (x, others[0] if others else None)
 
 
-def law(ax: Axes, fit: Fit, fixed: Mapping[str, float], color: str, beyond: float) -> None:
-  """The law over the data and, dashed, `beyond` times further; its band over both.
+def law(ax: Axes, fit: Fit, fixed: Mapping[str, float], color: str, beyond: float, *, band: bool = True) -> None:
+  """The law over the data and, dashed, `beyond` times further; its band over both unless told otherwise.
 
   Further is to larger values, or to lower ones of a loss.
   """
@@ -107,6 +124,8 @@ def law(ax: Axes, fit: Fit, fixed: Mapping[str, float], color: str, beyond: floa
   for start, stop, style in ((low, high, '-'), (*further, '--')):
     place = {x: np.geomspace(start, stop, 80)} | {key: np.full(80, value) for key, value in fixed.items()}
     ax.plot(place[x], fit.predict(place), style, color=color, lw=1.4, zorder=3)
+    if not band:
+      continue
     below, above = fit.band(place)
     ax.fill_between(place[x], below, above, color=color, alpha=0.16, lw=0, zorder=2)
 

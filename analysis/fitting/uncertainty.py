@@ -1,5 +1,8 @@
 """What a fit does not know: standard errors, correlations, intervals, and whether the irreducible loss is a guess."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 from scipy import special
 
@@ -10,6 +13,32 @@ LEVEL = 0.9  # of every interval
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 _WINDOW = 1.0  # half-width, in standard deviations, within which small residuals of Huber are counted
 _VAGUE = np.log(4)  # reach of the log of an irreducible loss beyond which it may as well be none
+
+
+class Estimate(NamedTuple):
+  """A number with its 90 % interval, NaN where that is not known."""
+
+  value: float
+  low: float
+  high: float
+
+  @classmethod
+  def of(cls, value: Array, draws_B: Array) -> 'Estimate':
+    """The interval is from the percentiles of draws. It is not known where one of them is not."""
+    ends = (np.nan, np.nan) if np.isnan(draws_B).any() else np.quantile(draws_B, TAILS, method='nearest')
+    return cls(float(value), float(ends[0]), float(ends[1]))
+
+  @property
+  def known(self) -> bool:
+    return not np.isnan([*self]).any()
+
+  def __str__(self) -> str:
+    """As many digits as the interval deserves."""
+    width = self.high - self.low
+    plain = 1e-5 < width < 1e6 and abs(self.value) < 1e6
+    form = f',.{max(0, 1 - int(np.floor(np.log10(width))))}f' if plain else '.3g'
+    ends = f' [{self.low:{form}}, {self.high:{form}}]' if self.known else ''
+    return f'{self.value:{form}}{ends}'.replace('inf', 'unbounded')
 
 
 def covariance(residual_N: Array, jacobian_NP: Array, delta: float = np.inf) -> Array | None:
@@ -75,6 +104,27 @@ def band(
     lows.append(np.minimum(low_M, center_M))
     highs.append(np.maximum(high_M, center_M))
   return np.fmin.reduce(lows), np.fmax.reduce(highs)
+
+
+def derived(
+  value: Callable[[Array], Array], theta_P: Array, draws_BP: Array, covariance_PP: Array | None, freedom: int
+) -> Estimate:
+  """A number made of the constants [M, P] in fit coordinates; its interval is the wider, at each end, as of `band`."""
+  center = float(value(theta_P[None])[0])
+  lows, highs = [np.nan], [np.nan]
+  if freedom > 0 and covariance_PP is not None:
+    step_P = 1e-3 * np.sqrt(np.diagonal(covariance_PP)) + 1e-12
+    ahead_P, behind_P = (value(theta_P + sign * np.diag(step_P)) for sign in (1, -1))
+    with np.errstate(invalid='ignore'):  # where the number itself is infinite
+      gradient_P = (ahead_P - behind_P) / (2 * step_P)
+      reach = special.stdtrit(freedom, TAILS[1]) * np.sqrt(gradient_P @ covariance_PP @ gradient_P)
+    lows.append(center - reach)
+    highs.append(center + reach)
+  if len(draws_BP):
+    low, high = np.quantile(value(draws_BP), TAILS, method='nearest')
+    lows.append(min(low, center))
+    highs.append(max(high, center))
+  return Estimate(center, float(np.fmin.reduce(lows)), float(np.fmax.reduce(highs)))
 
 
 def correlation(jacobian_NP: Array) -> list[list[float]] | None:
