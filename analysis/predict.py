@@ -12,26 +12,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from analysis import convergence, laws, read_ledger, sparsity, table
-from analysis.fit import Fit, fit_law, warning_lines, with_holdout, write_json
+from analysis import derived, laws, rests
+from analysis.fit import Fit, warning_lines, write_json
 from analysis.fit_result import fits_of, where_words
-from analysis.fitting import resample, uncertainty
-from sae_jax import checks, flops
+from analysis.fitting import uncertainty
+from analysis.reach import reach
+from sae_jax import checks
 from sae_jax.errors import UserError, one_line_errors
-
-_FAR = 1.0  # decades beyond the data from which an extrapolation is warned of
-_MOST = 10**15  # latents; guards against nonsense, not a limit of anything
-SPARSE = (*sparsity.TARGETS, sparsity.MEASURED)  # what the sparsity of a prediction can be given in
-_NEAR = 1.1  # factor within which one L0 is like another
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
   """The loss of a cell of one size with its 90 % interval, what it costs, and what the reader must know."""
 
-  at: dict[str, float | str]  # n_latents, one of `SPARSE`, and the family where the ledger has several
+  at: dict[str, float | str]  # n_latents, one of `rests.SPARSE`, and the family where the ledger has several
   nmse: float
   low: float  # NaN when unknown
   high: float
@@ -41,6 +36,7 @@ class Prediction:
   flops_subject: float  # of making the activations; NaN when the ledger does not say
   beyond: dict[str, float]  # decades above the largest (positive) or below the smallest (negative) in the ledger
   fit: Fit
+  numbers: dict[str, uncertainty.Estimate]  # exponent of n, and the relative change of the loss a doubling, of the law
   warnings: list[dict[str, str]]
 
   def to_json(self) -> dict[str, Any]:
@@ -48,6 +44,7 @@ class Prediction:
     numbers = {key: _known(getattr(self, key)) for key in ('nmse', 'low', 'high')}
     costs = {key: _known(getattr(self, key)) for key in ('flops_useful', 'flops_dense', 'flops_subject')}
     rest = {
+      **{name: dict(zip(('estimate', 'low', 'high'), map(_known, e), strict=True)) for name, e in self.numbers.items()},
       'decades_beyond': self.beyond,
       'holdout': self.fit.to_json()['holdout'],
       'warnings': self.warnings,
@@ -73,12 +70,18 @@ class Prediction:
     return '\n'.join(
       [
         f'NMSE {self.nmse:.4g} at {where}   {interval}',
+        f'  exponent of n there {self.numbers["exponent_n"]}; {self._doublings()}',
         f'  law {self.fit.law.name} through {len(self.fit.table)} cells; {self._where()}',
         f'  held out: {self.fit.holdout_text() or "nothing"}',
         f'  needs {self.tokens:,} tokens as the cells of the ledger: {self.flops_useful:.3g} useful FLOPs, '
         f'{self.flops_dense:.3g} dense{subject}',
       ]
     )
+
+  def _doublings(self) -> str:
+    """What one more doubling of every variable does to the loss."""
+    changes = {x: uncertainty.Estimate(*(100 * end for end in self.numbers[f'per_doubling_{x}'])) for x in self.fit.x}
+    return ', '.join(f'a doubling of {laws.SYMBOLS.get(x, x)} changes the loss by {e} %' for x, e in changes.items())
 
   def _where(self) -> str:
     words = []
@@ -106,28 +109,12 @@ def predict(ledger: str, at: Mapping[str, float | str], *, bootstrap: int = 500)
   Raises:
     UserError: the ledger cannot carry the law, or `at` is no size.
   """
-  at = _size(at)
-  resample.count(bootstrap)
-  done = _family(read_ledger.load_ledger(ledger), at)
-  best = table.best_learning_rate(done)
+  at = rests.size(at)
+  done, best, sparse, fit = rests.ground(ledger, at, bootstrap)
   place = {key: float(value) for key, value in at.items() if not isinstance(value, str)}
-  sparse = next(key for key in place if key in SPARSE)
-  if lacking := best.loc[best[sparse].isna(), 'id'].tolist():
-    asked = [key for key in sparsity.TARGETS if best[key].notna().all()]
-    raise UserError(f'cell {lacking[0]} has no {sparse}; predict at {" or ".join([*asked, sparsity.MEASURED])}')
-  sizes = sorted(best['n_latents'].unique())
-  alone = len(sparsity.targets(best)) == 1
-  if alone:
-    _check_near(best, sparse, place[sparse])
-  law, x = ('power', ['n_latents']) if alone else ('joint_nk', ['n_latents', sparse])
-  fit = with_holdout(
-    lambda holdout: fit_law(best, law, x, bootstrap=bootstrap, holdout=holdout),
-    f'n_latents>{sizes[-2]:g}' if len(sizes) > 1 else None,
-  )
   low, high = interval(fit, place)
-  costs, tokens, notes = _costs(best, place)
-  beyond = {column: _beyond(best[column], place[column]) for column in ('n_latents', sparse)}
-  curves = read_ledger.load_curves(ledger)
+  costs, tokens, notes = rests.costs(best, place)
+  beyond = {column: rests.beyond(best[column], place[column]) for column in ('n_latents', sparse)}
   return Prediction(
     at=at,
     nmse=float(fit.predict(place)[0]),
@@ -137,14 +124,9 @@ def predict(ledger: str, at: Mapping[str, float | str], *, bootstrap: int = 500)
     **costs,
     beyond=beyond,
     fit=fit,
-    warnings=[
-      *table.useless_warnings(done),
-      *fit.warnings,
-      *notes,
-      *convergence.risen_warnings(best),
-      *_far(fit, beyond),
-      *convergence.unconverged_warnings(curves, best['id']),
-    ],
+    numbers={'exponent_n': derived.exponent(fit, place)}
+    | {f'per_doubling_{x}': derived.doubling(fit, place, x) for x in fit.x},
+    warnings=[*rests.warnings(ledger, done, best, fit), *notes, *rests.far(fit, beyond)],
   )
 
 
@@ -164,6 +146,10 @@ def parse_at(text: str) -> dict[str, float | str]:
 
   Raises `UserError` for anything else.
   """
+  return rests.size(_pairs(text))
+
+
+def _pairs(text: str) -> dict[str, Any]:
   at: dict[str, Any] = {}
   if not isinstance(text, str):
     raise UserError(f'--at {checks.shown(text)} is not a size; write it as n_latents=8192,k=32')
@@ -179,102 +165,7 @@ def parse_at(text: str) -> dict[str, float | str]:
     except ValueError:
       raise UserError(f'{key[:40]}={value[:40]!r} is not a number; write --at as n_latents=8192,k=32') from None
     at[key] = int(number) if math.isfinite(number) and number == int(number) else number
-  return _size(at)
-
-
-def _size(at: Mapping[str, Any]) -> dict[str, float | str]:
-  if not isinstance(at, Mapping):
-    raise UserError(f'at={checks.shown(at)} is not a size; give {{"n_latents": 8192, "k": 32}}')
-  sparse = next((key for key in at if key in SPARSE), '')
-  if {*at} - {'activation'} != {'n_latents', sparse}:
-    names = ', '.join(str(key)[:40] for key in at) or 'nothing'
-    raise UserError(
-      f'a prediction is made at n_latents and k (or l0, or sparsity), not at {names}; write n_latents=8192,k=32'
-    )
-  size = {key: _whole(key, at[key]) for key in ('n_latents', sparse) if key in ('n_latents', 'k')}
-  if sparse not in size:
-    size[sparse] = checks.positive(sparse, at[sparse], 'write n_latents=8192,l0=32')
-  if sparse != 'sparsity' and size[sparse] > size['n_latents']:
-    raise UserError(f'{sparse}={size[sparse]} exceeds n_latents={size["n_latents"]}; lower {sparse} or raise n_latents')
-  if 'activation' in at:
-    return size | {'activation': checks.text('activation', at['activation'], 'name a family of the ledger')}
-  return size
-
-
-def _whole(key: str, value: Any) -> int:
-  if isinstance(value, float) and value.is_integer():  # a column of whole numbers with gaps holds them so
-    value = int(value)
-  if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= _MOST:
-    raise UserError(f'{key}={checks.shown(value)} is not a whole number of at least 1; give one, e.g. {key}=32')
-  return int(value)
-
-
-def _family(done: pd.DataFrame, at: Mapping[str, float | str]) -> pd.DataFrame:
-  """The cells of the family that `at` names, or of the only one."""
-  names = sorted(done['activation'].dropna().unique())
-  name = at.get('activation', names[0] if len(names) == 1 else None)
-  if names and name is None:
-    raise UserError(f'the ledger has cells of {", ".join(names)}; name one of them: activation={names[0]}')
-  if name is not None and name not in names:
-    raise UserError(f'no finished cell of activation={name}; the ledger has {", ".join(names) or "none"}')
-  return done if len(names) < 2 else done[done['activation'] == name].reset_index(drop=True)
-
-
-def _check_near(best: pd.DataFrame, sparse: str, value: float) -> None:
-  """Raises `UserError` where cells of one target say nothing of another sparsity."""
-  low, high = float(best[sparse].min()), float(best[sparse].max())
-  reach = _NEAR if sparse == sparsity.MEASURED else 1.0
-  if not low / reach <= value <= high * reach:
-    alone = f'{low:g}' if low == high else f'{low:.3g} to {high:.3g}'
-    raise UserError(
-      f'{sparse}={value:g} cannot be predicted from cells of {sparse}={alone} alone; add another {sparse}'
-    )
-
-
-def _costs(best: pd.DataFrame, at: dict[str, float]) -> tuple[dict[str, float], int, list[dict[str, str]]]:
-  """FLOPs, tokens and warnings, at the budget of the ledger's largest cells."""
-  if best['d_model'].nunique() > 1:
-    widths = ', '.join(f'{d:g}' for d in sorted(best['d_model'].unique()))
-    raise UserError(f'cells have d_model {widths}; predict from a ledger of one width')
-  notes = []
-  for column in ('tokens', 'batch_tokens'):
-    if best[column].nunique() > 1:
-      values = ', '.join(f'{v:g}' for v in sorted(best[column].unique())[:6])
-      text = f'cells have {column} {values}; the cost is that of the largest cell, and the law ignores the difference'
-      notes.append(table.warning(f'mixed_{column}', text))
-  like = best.sort_values(['n_latents', 'tokens'], kind='stable').iloc[-1]
-  batch = int(like['batch_tokens'])
-  steps = int(like['tokens']) // batch
-  # Useful FLOPs follow the active latents; of a coefficient, one knows those of the cells trained with the nearest.
-  near = (best['sparsity'] / at['sparsity']).apply(np.log).abs().idxmin() if 'sparsity' in at else None
-  active = best.loc[near, 'l0'] if near is not None else at.get('k', at.get('l0'))
-  spent = flops.step_flops(int(at['n_latents']), active, int(like['d_model']), batch)
-  subject = like['flops_subject'] if 'flops_subject' in like else math.nan
-  costs = {f'flops_{key}': steps * value for key, value in spent.items()} | {'flops_subject': float(subject)}
-  return costs, steps * batch, notes
-
-
-def _beyond(values: pd.Series, value: float) -> float:
-  low, high = float(values.min()), float(values.max())
-  return math.log10(value / high) if value > high else math.log10(value / low) if value < low else 0.0
-
-
-def _far(fit: Fit, beyond: dict[str, float]) -> list[dict[str, str]]:
-  out = []
-  for column, decades in beyond.items():
-    if abs(decades) > _FAR:
-      text = f'{laws.SYMBOLS.get(column, column)} is {abs(decades):.1f} decades outside the cells: the law itself may not hold there'
-      out.append(table.warning('far_extrapolation', text))
-  sizes = np.unique(fit.table['n_latents'])
-  if fit.holdout and beyond['n_latents'] > 0 and len(sizes) > 1:
-    seen = math.log10(sizes[-1] / sizes[-2])
-    if beyond['n_latents'] > seen + 1e-9:
-      text = (
-        f'the held-out error is over {seen:.2f} decades of n, this prediction reaches {beyond["n_latents"]:.2f} '
-        'beyond the data: expect a larger error'
-      )
-      out.append(table.warning('beyond_holdout', text))
-  return out
+  return at
 
 
 def _known(value: float) -> float | None:
@@ -289,16 +180,30 @@ def main(argv: list[str]) -> int:
   )
   parser.add_argument(
     '--at',
-    required=True,
+    default='',
     metavar='SIZE',
-    help='the cell, e.g. "n_latents=8192,k=32" or "n_latents=8192,l0=30,activation=relu"',
+    help='the cell, e.g. "n_latents=8192,k=32" or "n_latents=8192,l0=30,activation=relu"; with --reach its sparsity',
+  )
+  parser.add_argument('--activation', metavar='NAME', help='the family, where the ledger has several')
+  parser.add_argument(
+    '--reach', metavar='LOSS', help='find the n and the compute instead that a loss takes: --reach nmse=0.1 --at k=32'
   )
   parser.add_argument(
     '--bootstrap', type=int, default=500, metavar='N', help='resamples behind the interval (default: 500)'
   )
   parser.add_argument('--json', metavar='OUT', help='write the prediction there')
   args = parser.parse_args(argv)
-  found = predict(args.ledger, parse_at(args.at), bootstrap=args.bootstrap)
+  at = _pairs(args.at) if args.at or args.reach is None else {}
+  if args.activation is not None:
+    if at.setdefault('activation', args.activation) != args.activation:
+      raise UserError(f'--activation={args.activation} is not that of --at, {at["activation"]}; name one family')
+  if args.reach is None:
+    found = predict(args.ledger, at, bootstrap=args.bootstrap)
+  else:
+    target = _pairs(args.reach)
+    if {*target} != {'nmse'}:
+      raise UserError(f'--reach {args.reach[:80]!r} is not a loss; write it as nmse=0.1')
+    found = reach(args.ledger, target['nmse'], at, bootstrap=args.bootstrap)
   print(found.summary())
   said = dataclasses.replace(found.fit, warnings=found.warnings)
   for line in warning_lines([said]):
