@@ -11,7 +11,7 @@ DEMO = $(or $(DEMO_$(SUBJECT)),$(error SUBJECT=$(SUBJECT) is not known; use smol
 RUN = runs/$(if $(filter demo,$(DEMO)),demo,demo-$(SUBJECT))
 CALIBRATION := runs/calibration
 
-.PHONY: install demo calibrate test test-tpu test-slurm test-chaos chaos lint
+.PHONY: install demo calibrate activations test test-tpu test-slurm test-chaos chaos lint
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,10 @@ calibrate: install
 	  --n_latents=2048,4096,8192 --k=8,16,32,64 --out=$(CALIBRATION)/predictions.json
 	$(BIN)/python -m sweeps.launch --sweep=sweeps/grids/calibration_large.py --ledger=$(CALIBRATION)/large --executor=local
 	$(BIN)/python -m analysis.calibrate --check=$(CALIBRATION)/predictions.json --ledger=$(CALIBRATION)/large
+
+# Compares the families of autoencoders as the paper does, from the table of a sweep that took hours: figures, laws, verdicts.
+activations: install
+	$(BIN)/python -m analysis.activations analysis/data/smollm2_activations.csv --out=runs/activations
 
 # A file stays with one process, so that what its tests share is made once.
 test: install

@@ -84,9 +84,16 @@ def test_every_case_of_the_families_is_a_name_that_is_looked_for():
   assert names and all(MODELS.search(str(name)) for name in names)
 
 
-# Where a family may be known by its name: a cell checks the knobs of each, the configuration holds the defaults, and a grid
-# says which to train.
-KNOW_FAMILIES = ('sae_jax/families', 'sae_jax/subjects', 'sae_jax/cell.py', 'sae_jax/config.py', 'sweeps/grids')
+# Where a family may be known by its name: a cell checks the knobs of each, the configuration holds the defaults, a grid
+# says which to train, and the claims of the paper are of some of them.
+KNOW_FAMILIES = (
+  'sae_jax/families',
+  'sae_jax/subjects',
+  'sae_jax/cell.py',
+  'sae_jax/config.py',
+  'sweeps/grids',
+  'analysis/activations.py',
+)
 
 
 def collected(code: str) -> Iterator[tuple[int, str]]:
