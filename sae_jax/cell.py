@@ -69,6 +69,8 @@ class LossConfig:
   sparsity: float = added(0.0)
   # Idle for more than this share of the steps so far: dead. 0: `dead_tokens` says.
   dead_share: float = added(0.0)
+  # Coefficient at the first step, in units of the NMSE, where `sae.k` steers it.
+  steer_start: float = added(0.05)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +182,7 @@ _AT_LEAST = {
   'loss.aux_coefficient': 0,
   'loss.dead_tokens': 1,
   'loss.sparsity': 0,
+  'loss.steer_start': 0,
   'optim.learning_rate': 0,
   'optim.clip_norm': 0,
   'optim.warmup_tokens': 0,
@@ -225,7 +228,7 @@ class Cell:
   def __post_init__(self) -> None:
     flat = self.flat()
     check_values(flat)
-    for key, below in (('sae.bandwidth', 1), ('sae.rho', 1), ('optim.ema_width', 0.28)):
+    for key, below in (('sae.bandwidth', 1), ('sae.rho', 1), ('loss.steer_start', 1), ('optim.ema_width', 0.28)):
       if flat[key] >= below or (flat[key] == 0 and key != 'optim.ema_width'):
         raise UserError(f'{key}={flat[key]} is not between 0 and {below}; choose a smaller one above 0')
     if not 0 < self.sae.recall_target < 1:
@@ -267,6 +270,8 @@ class Cell:
     known = family(name)
     if sparsity and not known.penalised:
       raise UserError(f'loss.sparsity={sparsity} but {name} has no penalty; drop it and set sae.k')
+    if self.loss.steer_start != LossConfig.steer_start and not known.penalised:
+      raise UserError(f'loss.steer_start={self.loss.steer_start} but {name} has no penalty; drop it')
     if k is not None and not known.steered:
       raise UserError(f'sae.k={k} but all latents of {name} are active; set sae.k=None and loss.sparsity')
     if k is not None and sparsity:

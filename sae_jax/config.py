@@ -91,7 +91,13 @@ def template() -> ml_collections.ConfigDict:
     rho=0.05,
     weight_decay=1e-4,
   )
-  c.loss = dict(aux_coefficient=1 / 32, dead_tokens=unset_int(), sparsity=0.0, dead_share=unset_float())
+  c.loss = dict(
+    aux_coefficient=1 / 32,
+    dead_tokens=unset_int(),
+    sparsity=0.0,
+    dead_share=unset_float(),
+    steer_start=unset_float(),
+  )
   c.optim = dict(
     learning_rate=unset_float(),
     beta1=0.9,

@@ -28,6 +28,7 @@ class ScalingRecipe:
   dead_max_tokens: int  # the paper's 10 million
   warmup_fraction: float  # linear learning-rate warm-up; the paper uses none
   horizon: str = added('budget')  # of which the fractions are: 'budget', or 'so far'
+  steer_start: float = added(0.05)  # coefficient at the first step where one is steered, in units of the NMSE
 
   def hyperparameters(self, *, n_latents: int, d_model: int, tokens: int, batch_tokens: int) -> dict[str, Any]:
     """Flat config keys and values for one size with `n_latents` >= 1; what else is out of range `cell` refuses later."""
@@ -49,6 +50,7 @@ class ScalingRecipe:
       'optim.ema_decay': 0.0 if so_far else 1 - 1 / horizon,
       'optim.ema_width': self.ema_fraction if so_far else 0.0,
       'optim.warmup_tokens': int(self.warmup_fraction * tokens),
+      'loss.steer_start': self.steer_start,
       'loss.dead_share': self.dead_fraction if so_far else 0.0,
       'loss.dead_tokens': self.dead_max_tokens
       if so_far

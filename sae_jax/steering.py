@@ -8,15 +8,14 @@ run with the same end would be, and the loss that late steps minimise stays near
 import jax
 import jax.numpy as jnp
 
-_START = 0.05  # coefficient, in units of the NMSE
 _MEMORY = 0.9  # of the running mean of the error
 _PULL, _DAMPING, _MOST = 0.01, 1.0, 0.1
 _FULL_STEPS = 1000  # with full gains; then they fall as 1 over the steps
 
 
-def start() -> dict[str, jax.Array]:
-  """What steering carries from step to step."""
-  return {'log_coefficient': jnp.log(jnp.asarray(_START, jnp.float32)), 'log_excess': jnp.zeros((), jnp.float32)}
+def start(coefficient: float) -> dict[str, jax.Array]:
+  """What steering carries from step to step, beginning with a coefficient above 0."""
+  return {'log_coefficient': jnp.log(jnp.asarray(coefficient, jnp.float32)), 'log_excess': jnp.zeros((), jnp.float32)}
 
 
 def steer(carried: dict[str, jax.Array], l0: jax.Array, target: int, step: jax.Array) -> dict[str, jax.Array]:

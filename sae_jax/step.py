@@ -116,7 +116,7 @@ def _programs(
       idle_F=jnp.zeros(size.n_latents, jnp.int32),
       aux_steps=jnp.zeros((), jnp.int32),
       scale=scale,
-      carried=_start_carried(known.penalised, steered, kind.threshold),
+      carried=_start_carried(known.penalised, steered, kind.threshold, loss.steer_start),
     )
 
   some_key = np.asarray(jax.random.key_data(jax.random.key(0)))
@@ -195,10 +195,10 @@ def _programs(
   return jax.jit(init, in_shardings=(replicated,) * 4, out_shardings=state_shardings), step
 
 
-def _start_carried(penalised: bool, steered: bool, threshold: bool) -> dict[str, jax.Array]:
+def _start_carried(penalised: bool, steered: bool, threshold: bool, coefficient: float) -> dict[str, jax.Array]:
   """The mean L0 so far where a penalty decides it, what steering knows, and the threshold of a family that keeps one."""
   names = ['mean_l0'] * penalised + ['threshold'] * threshold
-  return {name: jnp.zeros(()) for name in names} | (steering.start() if steered else {})
+  return {name: jnp.zeros(()) for name in names} | (steering.start(coefficient) if steered else {})
 
 
 def abstract_state(init: Callable, mesh: Mesh, config: Cell) -> Any:

@@ -128,6 +128,8 @@ def test_foreign_bytes_are_a_user_error(data):
     ({'recipe.horizon': 'ever'}, "recipe.horizon='ever' is not known; use 'budget' or 'so far'"),
     ({'loss.sparsity': 0.1}, 'loss.sparsity=0.1 but topk has no penalty; drop it and set sae.k'),
     ({'loss.sparsity': -0.1}, 'loss.sparsity=-0.1 is below 0'),
+    ({'loss.steer_start': 0.1}, 'loss.steer_start=0.1 but topk has no penalty; drop it'),
+    ({'sae.activation': 'relu', 'loss.steer_start': 0.0}, 'loss.steer_start=0.0 is not between 0 and 1'),
     ({'sae.selection': 'random'}, "'random' is not known; use one of exact, approximate"),
     ({'sae.recall_target': 1.0}, "not in .*for 1 use sae.selection='exact'"),
     ({'nonsense': 1}, "config key 'nonsense' is not known"),

@@ -289,13 +289,15 @@ def planted(name: str, steps: int, **overrides):
 
 
 def test_steering_finds_its_target_without_swings_and_directions_are_recovered(tmp_path):
-  steered = [planted(name, 1600, **{'sae.k_aux': 0, 'eval.per_decade': 12}) for name in ('relu', 'gated')]
+  settings = {'sae.k_aux': 0, 'eval.per_decade': 12}
+  steered = [planted('relu', 1600, **settings), planted('gated', 1600, **settings, **{'loss.steer_start': 0.02})]
   folders = [tmp_path / one.sae.activation for one in steered]
   training.train_group([(one, str(folder)) for one, folder in zip(steered, folders, strict=True)])
   for one, folder in zip(steered, folders, strict=True):
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     late = [line['eval/l0'] for line in lines if line['step'] > 800]
     assert len(late) > 3 and max(abs(np.log(l0 / 3)) for l0 in late) < 0.1, late
+    assert lines[0]['train/coefficient'] == pytest.approx(one.loss.steer_start)
     assert lines[0]['train/l0'] > 50 and recovered(folder, one) > 0.9
 
 
