@@ -11,7 +11,11 @@ DEMO = $(or $(DEMO_$(SUBJECT)),$(error SUBJECT=$(SUBJECT) is not known; use smol
 RUN = runs/$(if $(filter demo,$(DEMO)),demo,demo-$(SUBJECT))
 CALIBRATION := runs/calibration
 
-.PHONY: install demo calibrate activations test test-tpu test-slurm test-chaos chaos lint
+# Where the cells behind the comparison of activation functions go.
+export RUNS ?= runs/activations
+ACTIVATIONS := analysis/data/smollm2_activations.csv
+
+.PHONY: install demo calibrate activations activations-runs test test-tpu test-slurm test-chaos chaos lint
 
 install: $(VENV)/.installed
 
@@ -47,9 +51,15 @@ calibrate: install
 	$(BIN)/python -m sweeps.launch --sweep=sweeps/grids/calibration_large.py --ledger=$(CALIBRATION)/large --executor=local
 	$(BIN)/python -m analysis.calibrate --check=$(CALIBRATION)/predictions.json --ledger=$(CALIBRATION)/large
 
-# Compares the families of autoencoders as the paper does, from the table of a sweep that took hours: figures, laws, verdicts.
+# Compares the families of autoencoders as the paper does, from the table of a sweep that took hours.
 activations: install
-	$(BIN)/python -m analysis.activations analysis/data/smollm2_activations.csv --out=runs/activations
+	$(BIN)/python -m analysis.activations $(ACTIVATIONS) --out=$(RUNS)/report
+
+# Hours; started again, it goes on. Writes the table anew.
+activations-runs: install
+	$(BIN)/python -m sae_jax.data.harvest --config=experiments/activations.py --out=$(RUNS)/store
+	$(BIN)/python -m sweeps.launch --sweep=sweeps/grids/activations.py --ledger=$(RUNS)/ledger --executor=local
+	$(BIN)/python -m analysis.activations_table --ledger=$(RUNS)/ledger --out=$(ACTIVATIONS)
 
 # A file stays with one process, so that what its tests share is made once.
 test: install

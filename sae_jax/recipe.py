@@ -69,3 +69,17 @@ GAO2024 = ScalingRecipe(
 )
 
 ONE_CURVE = dataclasses.replace(GAO2024, name='one_curve', horizon='so far')
+
+# One recipe a family, for SmolLM2-135M. Named after the families, whose cells in sweeps/grids/activations.py have them.
+
+TOPK = dataclasses.replace(ONE_CURVE, name='topk', learning_rate_at_16k=1e-3)
+
+BATCHTOPK = dataclasses.replace(TOPK, name='batchtopk')
+
+GATED = dataclasses.replace(TOPK, name='gated')
+
+JUMPRELU_STEP = dataclasses.replace(TOPK, name='jumprelu_step')
+
+PROLU_RELU = dataclasses.replace(TOPK, name='prolu_relu')
+
+RELU = dataclasses.replace(TOPK, name='relu')
