@@ -30,7 +30,8 @@ COLUMNS = [
 
 def rows(table: pd.DataFrame) -> pd.DataFrame:
   """These columns of a ledger's table, ordered by what was asked for, so that a ledger that grew changes few lines."""
-  return table[COLUMNS].sort_values(['activation', 'n_latents', 'k', 'tokens', 'seed'])
+  whole = dict.fromkeys(('n_latents', 'k', 'tokens', 'seed'), int)
+  return table[COLUMNS].astype(whole).sort_values(['activation', *whole])
 
 
 @one_line_errors
