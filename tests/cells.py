@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments import tiny
 from sae_jax import config, files, flops, metrics, schema
+from sae_jax.families.family import family
 from sweeps import grid
 
 STEPS = 20
@@ -46,6 +47,13 @@ class NeverTold:
 def cell(**overrides: Any) -> config.Cell:
   """The shared cell with dotted keys replaced."""
   return config.resolve(config.override(tiny.get_config(), SHARED | overrides))
+
+
+def of_family(name: str, **overrides: Any) -> config.Cell:
+  """The shared cell as one of a family, without AuxK: 9 latents a token are what a penalised one is steered to."""
+  known = family(name)
+  own = {} if not known.penalised else {'sae.k': 9} if known.steered else {'sae.k': None, 'loss.sparsity': 1e-3}
+  return cell(**{'sae.activation': name, 'sae.k_aux': 0} | own | overrides)
 
 
 def sweep(*overrides: Mapping[str, Any], name: str = 'primes', base: Mapping[str, Any] | None = None) -> grid.Sweep:

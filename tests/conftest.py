@@ -76,13 +76,3 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   for one in store.entries():
     assert training.train(one.cell, store.folder(one.id)) == 'done'
   return path
-
-
-@pytest.fixture(scope='session')
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict:
-  """The result of `cells.ON_MESH` from one process of eight devices that talk as processes do."""
-  from tests import test_distributed
-
-  workdir = tmp_path_factory.mktemp('one')
-  test_distributed.finish(test_distributed.start(workdir, 1))
-  return test_distributed.result(workdir)

@@ -13,6 +13,7 @@ import pytest
 
 from sae_jax import distributed
 from sae_jax.errors import UserError
+from sae_jax.families.family import NAMES
 from tests import cells
 
 BATCH = cells.cell().train.batch_tokens
@@ -107,9 +108,34 @@ def test_half_a_gang_is_one_line(change, line):
   assert line in str(found.value)
 
 
-def test_two_processes_equal_one_bit_for_bit(one_process, tmp_path):
-  finish(start(tmp_path, 2))
-  assert result(tmp_path) == one_process
+# The command, and after it a group of one cell a family in the same process.
+AND_FAMILIES = """
+import sys
+from sae_jax import train
+from sae_jax.families.family import family
+from tests import cells
+folder, *names = sys.argv[1:]
+try:
+  flags = [f'--config.{key}={value}' for key, value in cells.ON_MESH.items()]
+  train.main(['--config=experiments/tiny.py', f'--workdir={folder}/topk', *flags])
+except SystemExit as end:
+  assert end.code == 0
+few = {'mesh.data': 2, 'mesh.latent': 4, 'train.tokens': 40 * 6}
+aux = {True: {'sae.k_aux': 5, 'loss.dead_tokens': 80}, False: {}}
+group = [(cells.of_family(name, **few | aux[family(name).auxk]), f'{folder}/{name}') for name in names]
+assert train.train_group(group) == ['done'] * len(group)
+"""
+FEW = ('batchtopk', 'gated', 'cs294a')  # of each kind of codes
+
+
+@pytest.mark.parametrize(
+  'names', [FEW, pytest.param([name for name in NAMES if name not in (*FEW, 'topk')], marks=pytest.mark.chaos)]
+)
+def test_two_processes_equal_one_bit_for_bit(names, tmp_path):
+  for gang in [launch(['-c', AND_FAMILIES, str(tmp_path / str(count)), *names], count) for count in (1, 2)]:
+    finish(gang)
+  for name in ('topk', *names):
+    assert result(tmp_path / '1' / name) == result(tmp_path / '2' / name), name
 
 
 @pytest.mark.chaos

@@ -228,19 +228,13 @@ def test_gradients_are_those_of_the_written_loss(name, mesh, x64):
 # ----- from end to end
 
 
-def cell(name: str, **overrides):
-  known = family(name)
-  own = {} if not known.penalised else {'sae.k': 9} if known.steered else {'sae.k': None, 'loss.sparsity': 1e-3}
-  return cells.cell(**{'sae.activation': name, 'sae.k_aux': 0} | own | overrides)
-
-
 @pytest.mark.parametrize('name', [name for name in NAMES if name != 'topk'])  # which all other tests train
 def test_a_cell_trains_resumes_and_is_loaded(name, tmp_path):
   whole, halves = tmp_path / 'whole', tmp_path / 'halves'
-  assert training.train(cell(name), str(whole)) == 'done'
+  assert training.train(cells.of_family(name), str(whole)) == 'done'
   seen = iter([False] * 11 + [True])
-  assert training.train(cell(name), str(halves), should_stop=lambda: next(seen)) == 'preempted'
-  assert training.train(cell(name), str(halves)) == 'done'
+  assert training.train(cells.of_family(name), str(halves), should_stop=lambda: next(seen)) == 'preempted'
+  assert training.train(cells.of_family(name), str(halves)) == 'done'
   results = [json.loads((folder / 'result.json').read_text()) for folder in (whole, halves)]
   for key in ('params_digest', 'nmse', 'l0', 'flops_useful'):
     assert results[0][key] == results[1][key], key
@@ -256,7 +250,7 @@ def test_a_cell_trains_resumes_and_is_loaded(name, tmp_path):
 
 
 def test_flops_of_a_penalised_cell_count_the_latents_that_were_active(tmp_path):
-  assert training.train(cell('relu'), str(tmp_path)) == 'done'
+  assert training.train(cells.of_family('relu'), str(tmp_path)) == 'done'
   lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   result = json.loads((tmp_path / 'result.json').read_text())
   n, d, batch = 88, 24, 40
