@@ -44,7 +44,7 @@ class Sparse(NamedTuple):
 
   def gradient(self, w_dec_FD: jax.Array, g_BD: jax.Array, slots: Slots) -> jax.Array:
     """Gradient [B, K] of the codes for reconstruction gradient g, 0 where a code is 0."""
-    return jnp.where(self.z_BK > 0, sparse.code_gradient(self.idx_BK, w_dec_FD, g_BD, slots), 0)
+    return jnp.where(self.z_BK > 0, sparse.code_gradient(self.idx_BK, w_dec_FD, g_BD, slots, uneven=self.uneven), 0)
 
   def add_weight_gradients(
     self,
@@ -56,7 +56,8 @@ class Sparse(NamedTuple):
     slots: Slots,
   ) -> tuple[jax.Array, jax.Array]:
     """The gradients of encoder and decoder, added to these."""
-    return sparse.add_weight_gradients(dw_enc_FD, dw_dec_FD, self.idx_BK, dz_BK, xc_BD, self.z_BK, g_BD, slots)
+    args = (dw_enc_FD, dw_dec_FD, self.idx_BK, dz_BK, xc_BD, self.z_BK, g_BD, slots)
+    return sparse.add_weight_gradients(*args, uneven=self.uneven)
 
   def add_at(self, total_F: jax.Array, values_BK: jax.Array) -> jax.Array:
     """Adds a value for every code to the entry of its latent."""

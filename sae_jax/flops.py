@@ -36,7 +36,8 @@ def step_parts(n: float, k: float | None, d: int, batch: float) -> dict[str, dic
 
 
 def chip_parts(config: Cell, *, aux: bool) -> dict[str, dict[str, float]]:
-  """`step_parts` of one chip of the configuration's mesh, with 'executed': the FLOPs of its matrix products.
+  """`step_parts` of one chip of the configuration's mesh, with 'executed': the FLOPs of its matrix products, and of
+  the slots beyond k that a family's sparse products have.
 
   A chip holds 1/latent of the latents and of each token's codes, 1/data of the tokens, and updates its part of the
   state. `aux` for a step in which AuxK runs. Bytes are the least that a chip's memory must move; in row chunks the
@@ -44,8 +45,12 @@ def chip_parts(config: Cell, *, aux: bool) -> dict[str, dict[str, float]]:
   """
   mesh, d = config.mesh, config.sae.d_model
   n, rows = config.sae.n_latents / mesh.latent, config.train.batch_tokens / mesh.data
-  penalised = family(config.sae.activation).penalised
-  parts = step_parts(n, None if penalised else config.sae.k / mesh.latent, d, rows)
+  known = family(config.sae.activation)
+  k = None if known.penalised else config.sae.k / mesh.latent
+  parts, offered = step_parts(n, k, d, rows), step_parts(n, k and min(known.offered * k, n), d, rows)
+  beyond = {name: offered[name]['useful'] - part['useful'] for name, part in parts.items()}
+  for name, part in parts.items():
+    part['bytes'] = offered[name]['bytes']
   reread = FLOAT * n * d * (mesh.row_chunks - 1)
   parts['encode']['bytes'] += reread
   parts['optimizer']['bytes'] /= mesh.data if config.state_is_split else 1
@@ -57,9 +62,12 @@ def chip_parts(config: Cell, *, aux: bool) -> dict[str, dict[str, float]]:
       del again['encode']
     parts |= {f'aux_{name}': part for name, part in again.items() if name not in ('pre_bias_gradient', 'optimizer')}
   dense = ['encode', 'aux_encode', 'pre_bias_gradient']
-  if penalised:
+  if known.penalised:
     dense += ['decode', 'code_gradient', 'decoder_gradient', 'encoder_gradient']
-  return {name: part | {'executed': part['useful'] if name in dense else 0.0} for name, part in parts.items()}
+  return {
+    name: part | {'executed': part['useful'] if name in dense else beyond.get(name, 0.0)}
+    for name, part in parts.items()
+  }
 
 
 def state_pass_bytes(n: float, d: int) -> float:

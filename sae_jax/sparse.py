@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax.errors import UserError
-from sae_jax.kernels import dense, loops, triton
+from sae_jax.kernels import dense, loops, rows, triton
 from sae_jax.kernels.loops import Slots
 
 PATHS = ('loops', 'kernels', 'dense')
@@ -65,13 +65,19 @@ def describe(platform: str, batch: int, n_latents: int, d_model: int, k: int) ->
 def decode(z_BK: jax.Array, idx_BK: jax.Array, w_FD: jax.Array, slots: Slots = None) -> jax.Array:
   """sum_k z[b, k] w[idx[b, k]]: reconstruction [B, D] in the type of w, differentiable in z and w."""
   by_path = (loops.decode, triton.decode, dense.decode)
-  return _product(by_path, (z_BK, idx_BK, w_FD), slots, (len(idx_BK), *w_FD.shape, idx_BK.shape[1]))
+  return _product(by_path, (z_BK, idx_BK, w_FD), slots, (len(idx_BK), *w_FD.shape, idx_BK.shape[1]), loops.decode)
 
 
-def code_gradient(idx_BK: jax.Array, w_FD: jax.Array, g_BD: jax.Array, slots: Slots = None) -> jax.Array:
-  """<w[idx[b, k]], g[b]>: gradient [B, K] of the codes for reconstruction gradient g; 0 from `slots` on."""
+def code_gradient(
+  idx_BK: jax.Array, w_FD: jax.Array, g_BD: jax.Array, slots: Slots = None, *, uneven: bool = False
+) -> jax.Array:
+  """<w[idx[b, k]], g[b]>: gradient [B, K] of the codes for reconstruction gradient g; of no use from `slots` on.
+
+  `uneven` says that rows use far fewer slots than there are.
+  """
   by_path = (loops.code_gradient, triton.code_gradient, dense.code_gradient)
-  return _product(by_path, (idx_BK, w_FD, g_BD), slots, (len(idx_BK), *w_FD.shape, idx_BK.shape[1]))
+  cpu = rows.code_gradient if uneven else loops.code_gradient
+  return _product(by_path, (idx_BK, w_FD, g_BD), slots, (len(idx_BK), *w_FD.shape, idx_BK.shape[1]), cpu)
 
 
 def add_weight_gradients(
@@ -83,6 +89,8 @@ def add_weight_gradients(
   z_BK: jax.Array,
   g_BD: jax.Array,
   slots: Slots = None,
+  *,
+  uneven: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Adds sum_b dz[b, k] x[b] to row idx[b, k] of the first and sum_b z[b, k] g[b] to that of the second."""
   by_path = (
@@ -91,7 +99,8 @@ def add_weight_gradients(
     dense.add_weight_gradients,
   )
   args = (dw_enc_FD, dw_dec_FD, idx_BK, dz_BK, x_BD, z_BK, g_BD)
-  return _product(by_path, args, slots, (len(idx_BK), *dw_dec_FD.shape, idx_BK.shape[1]))
+  cpu = rows.add_weight_gradients if uneven else loops.add_weight_gradients
+  return _product(by_path, args, slots, (len(idx_BK), *dw_dec_FD.shape, idx_BK.shape[1]), cpu)
 
 
 def add_at(total_F: jax.Array, idx_BK: jax.Array, values_BK: jax.Array) -> jax.Array:
@@ -126,7 +135,9 @@ def _path(platform: str, batch: int, n_latents: int, d_model: int, k: int) -> tu
   return 'loops', f'as always on {platform}'
 
 
-def _product(by_path: tuple[Callable, Callable, Callable], args: tuple, slots: Slots, sizes: tuple[int, ...]) -> Any:
+def _product(
+  by_path: tuple[Callable, Callable, Callable], args: tuple, slots: Slots, sizes: tuple[int, ...], cpu: Callable
+) -> Any:
   if path := _forced.get():
     return by_path[PATHS.index(path)](*args, slots)
   by_loops, by_triton, by_matmuls = by_path
@@ -142,7 +153,7 @@ def _product(by_path: tuple[Callable, Callable, Callable], args: tuple, slots: S
 
   off_cpu = {'loops': over_slots, 'kernels': by_triton, 'dense': dense_if_worth_it}
   cuda, tpu = (off_cpu[_path(platform, *sizes)[0]] for platform in ('cuda', 'tpu'))
-  return jax.lax.platform_dependent(*args, slots, cuda=cuda, tpu=tpu, default=by_loops)
+  return jax.lax.platform_dependent(*args, slots, cuda=cuda, tpu=tpu, cpu=cpu, default=by_loops)
 
 
 def _decode_forward(z_BK: jax.Array, idx_BK: jax.Array, w_FD: jax.Array, slots: Slots) -> tuple[jax.Array, _Saved]:

@@ -49,11 +49,16 @@ def cell(**overrides: Any) -> config.Cell:
   return config.resolve(config.override(tiny.get_config(), SHARED | overrides))
 
 
-def of_family(name: str, **overrides: Any) -> config.Cell:
-  """The shared cell as one of a family, without AuxK: 9 latents a token are what a penalised one is steered to."""
+def family_keys(name: str) -> dict[str, Any]:
+  """What makes a family of the shared cell: no AuxK, and 9 latents a token that a penalised one is steered to."""
   known = family(name)
   own = {} if not known.penalised else {'sae.k': 9} if known.steered else {'sae.k': None, 'loss.sparsity': 1e-3}
-  return cell(**{'sae.activation': name, 'sae.k_aux': 0} | own | overrides)
+  return {'sae.activation': name, 'sae.k_aux': 0} | own
+
+
+def of_family(name: str, **overrides: Any) -> config.Cell:
+  """The shared cell as one of a family."""
+  return cell(**family_keys(name) | overrides)
 
 
 def sweep(*overrides: Mapping[str, Any], name: str = 'primes', base: Mapping[str, Any] | None = None) -> grid.Sweep:

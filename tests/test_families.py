@@ -6,6 +6,10 @@ hold for every row.
 
 import functools
 import json
+import pathlib
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +28,7 @@ from sae_jax.families import cs294a
 from sae_jax.families.family import NAMES, family
 from tests import cells
 
+ROOT = pathlib.Path(__file__).parents[1]
 B, D, F, K, AUX = 24, 7, 40, 3, 5
 SCALE, COEFFICIENT = 1.7, 0.3
 
@@ -212,7 +217,9 @@ def test_gradients_are_those_of_the_written_loss(name, mesh, x64):
   grads, new_idle_F, sums = hand_written(name, params, idle_F, x_BD, *mesh, k_aux)
   dead_F = new_idle_F > 10
   assert dead_F.sum() == sums.n_dead == (0 if name == 'cs294a' else 9)
-  loss, expected = jax.value_and_grad(functools.partial(written_loss, name))(params, x_BD, dead_F, k_aux)
+  loss, expected = jax.jit(jax.value_and_grad(functools.partial(written_loss, name)), static_argnums=3)(
+    params, x_BD, dead_F, k_aux
+  )
   if sae.kind_of(size_of(name)).unit_norm:
     w_FD = params['w_dec_FD']
     along_F1 = jnp.sum(expected['w_dec_FD'] * w_FD, axis=1, keepdims=True)
@@ -231,10 +238,11 @@ def test_gradients_are_those_of_the_written_loss(name, mesh, x64):
 @pytest.mark.parametrize('name', [name for name in NAMES if name != 'topk'])  # which all other tests train
 def test_a_cell_trains_resumes_and_is_loaded(name, tmp_path):
   whole, halves = tmp_path / 'whole', tmp_path / 'halves'
-  assert training.train(cells.of_family(name), str(whole)) == 'done'
+  one = cells.of_family(name, **{'train.checkpoint_every': 10**6})
+  assert training.train(one, str(whole)) == 'done'
   seen = iter([False] * 11 + [True])
-  assert training.train(cells.of_family(name), str(halves), should_stop=lambda: next(seen)) == 'preempted'
-  assert training.train(cells.of_family(name), str(halves)) == 'done'
+  assert training.train(one, str(halves), should_stop=lambda: next(seen)) == 'preempted'
+  assert training.train(one, str(halves)) == 'done'
   results = [json.loads((folder / 'result.json').read_text()) for folder in (whole, halves)]
   for key in ('params_digest', 'nmse', 'l0', 'flops_useful'):
     assert results[0][key] == results[1][key], key
@@ -295,14 +303,46 @@ def test_steering_finds_its_target_without_swings_and_directions_are_recovered(t
     assert lines[0]['train/l0'] > 50 and recovered(folder, one) > 0.9
 
 
-@pytest.mark.storm
+@pytest.mark.chaos
 @pytest.mark.parametrize('mesh', [(1, 1), (2, 4)])
-# The sigmoid autoencoder of the notes has no sparse codes, and finds no directions.
-@pytest.mark.parametrize('name', [name for name in NAMES if name != 'cs294a'])
-def test_a_planted_dictionary_is_recovered(name, mesh, tmp_path):
-  one = planted(name, 800, **{'mesh.data': mesh[0], 'mesh.latent': mesh[1]})
-  assert training.train(one, str(tmp_path)) == 'done'
-  assert recovered(tmp_path, one) > 0.9
+def test_a_planted_dictionary_is_recovered_by_every_family(mesh, tmp_path):
+  # The sigmoid autoencoder of the notes has no sparse codes, and finds no directions.
+  names, on_mesh = (
+    [name for name in NAMES if name != 'cs294a'],
+    dict(zip(('mesh.data', 'mesh.latent'), mesh, strict=True)),
+  )
+  group = [(planted(name, 800, **on_mesh), str(tmp_path / name)) for name in names]
+  assert training.train_group(group) == ['done'] * len(group)
+  found = {name: recovered(folder, one) for name, (one, folder) in zip(names, group, strict=True)}
+  assert min(found.values()) > 0.9, found
+
+
+# Ends this process as soon as a checkpoint is complete.
+KILLED = """
+import os, signal, sys
+from sae_jax import checkpoint, train
+save = checkpoint.Checkpoints.save
+def killed(self, *args):
+  save(self, *args)
+  self.wait()
+  os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.Checkpoints.save = killed
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize('name', NAMES)
+def test_a_family_that_was_killed_ends_with_the_bits_of_one_that_was_not(name, tmp_path):
+  flags = [f'--config.{key}={value}' for key, value in (cells.SHARED | cells.family_keys(name)).items()]
+  argv = ['--config=experiments/tiny.py', f'--workdir={tmp_path / "killed"}', *flags]
+  ran = subprocess.run([sys.executable, '-c', KILLED, *argv], cwd=ROOT, capture_output=True, text=True)
+  assert ran.returncode == -signal.SIGKILL, ran.stderr
+  assert [path.name for path in (tmp_path / 'killed' / 'ckpt').iterdir()] == ['5']
+  for folder in ('killed', 'whole'):
+    assert training.train(cells.of_family(name), str(tmp_path / folder)) == 'done'
+  killed, whole = (json.loads((tmp_path / folder / 'result.json').read_text()) for folder in ('killed', 'whole'))
+  assert killed['bit_exact'] and killed['params_digest'] == whole['params_digest'] and killed['id'] == whole['id']
 
 
 # ----- what families share

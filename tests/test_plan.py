@@ -119,6 +119,17 @@ def test_chip_counts_sum_to_those_of_the_step():
   assert parts['optimizer']['bytes'] == flops.state_pass_bytes(F / 4, D) / 2
 
 
+def test_a_family_that_offers_more_than_k_counts_those_slots():
+  base = {'mesh.data': 1, 'mesh.latent': 1, 'sae.k_aux': 0}
+  topk, multi = (
+    flops.chip_parts(cell(**base, **{'sae.activation': name}), aux=False) for name in ('topk', 'multitopk')
+  )
+  offered = min(4 * K, F)
+  for name in ('decode', 'code_gradient', 'decoder_gradient', 'encoder_gradient'):
+    assert topk[name]['executed'] == 0 and multi[name]['executed'] == 2 * B * (offered - K) * D
+    assert multi[name]['useful'] == topk[name]['useful'] and multi[name]['bytes'] > topk[name]['bytes']
+
+
 PROGRAM = """HloModule step, num_partitions=8
 %add (a: f32[], b: f32[]) -> f32[] {
   ROOT %r = f32[] add(%a, %b)

@@ -23,6 +23,9 @@ NAMES = (  # for messages
 )
 
 
+MORE = 4  # times k latents that a token offers where it may come to use more than k
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
   """What the rest of the library knows of a family.
@@ -33,12 +36,14 @@ class Family:
       steered until `sae.k` latents a token are active.
     steered: whether it can be.
     auxk: whether AuxK brings its dead latents back.
+    offered: times k slots that the sparse products of a token have.
   """
 
   mathematics: Callable[[], Any]
   penalised: bool = False
   steered: bool = True
   auxk: bool = True
+  offered: int = 1
 
 
 def family(name: str) -> Family:
@@ -47,9 +52,9 @@ def family(name: str) -> Family:
     case 'topk':
       return Family(lambda: families.topk.TOPK)
     case 'multitopk':
-      return Family(lambda: families.multitopk.MULTITOPK)
+      return Family(lambda: families.multitopk.MULTITOPK, offered=MORE)
     case 'batchtopk':
-      return Family(lambda: families.batchtopk.BATCHTOPK)
+      return Family(lambda: families.batchtopk.BATCHTOPK, offered=MORE)
     case 'matryoshka':
       return Family(lambda: families.matryoshka.MATRYOSHKA)
     case 'ksparse':

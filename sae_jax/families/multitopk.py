@@ -11,22 +11,21 @@ from sae_jax import topk
 from sae_jax.axes import Shard
 from sae_jax.codes import Head, Selection, Sparse
 from sae_jax.config import SAEConfig
+from sae_jax.families.family import MORE
 from sae_jax.families.topk import select
-
-_MORE = 4
 
 
 def parts(pre: topk.Preactivations, size: SAEConfig, shard: Shard, step: jax.Array) -> tuple[Sparse, Sparse]:
   """The k largest, and those from there to the 4k-th."""
   del step
-  many = min(_MORE * size.k, size.n_latents)
+  many = min(MORE * size.k, size.n_latents)
   v_BK, idx_BK, kept_BK = pre.best(many, shard)
   # Of a search whose result is only used in slices XLA makes a full sort on a CPU.
   v_BK, idx_BK = jax.lax.optimization_barrier((v_BK, idx_BK))
   z_BK = jax.nn.relu(jnp.where(kept_BK, v_BK, 0))
   m = min(size.k, v_BK.shape[1])
   if shard.axes.latent is None:
-    return Sparse(z_BK[:, :m], idx_BK[:, :m]), Sparse(z_BK[:, m:], idx_BK[:, m:])
+    return Sparse(z_BK[:, :m], idx_BK[:, :m]), Sparse(z_BK[:, m:], idx_BK[:, m:], uneven=True)
   first_Bm = topk.select(v_BK[:, :m], size.k, len(pre.bias_F), shard.axes.latent, shard.exchange)
   rest_BK = z_BK.at[:, :m].set(jnp.where(first_Bm, 0, z_BK[:, :m]))
   return Sparse(jnp.where(first_Bm, z_BK[:, :m], 0), idx_BK[:, :m]), Sparse(rest_BK, idx_BK).packed()
