@@ -217,9 +217,7 @@ def test_gradients_are_those_of_the_written_loss(name, mesh, x64):
   grads, new_idle_F, sums = hand_written(name, params, idle_F, x_BD, *mesh, k_aux)
   dead_F = new_idle_F > 10
   assert dead_F.sum() == sums.n_dead == (0 if name == 'cs294a' else 9)
-  loss, expected = jax.jit(jax.value_and_grad(functools.partial(written_loss, name)), static_argnums=3)(
-    params, x_BD, dead_F, k_aux
-  )
+  loss, expected = jax.value_and_grad(functools.partial(written_loss, name))(params, x_BD, dead_F, k_aux)
   if sae.kind_of(size_of(name)).unit_norm:
     w_FD = params['w_dec_FD']
     along_F1 = jnp.sum(expected['w_dec_FD'] * w_FD, axis=1, keepdims=True)
@@ -382,6 +380,20 @@ def test_selections_are_topk_where_there_is_nothing_else_to_choose():
   np.testing.assert_array_equal(select('batchtopk', 1), select('topk', 1))
   for name, knobs in (('multitopk', {}), ('matryoshka', {'levels': 1}), ('ksparse', {})):
     np.testing.assert_array_equal(select(name, B, **knobs), select('topk', B))
+
+
+def test_a_token_of_batchtopk_takes_more_than_is_searched_for_at_first():
+  size, noise_BF = size_of('batchtopk'), jax.random.normal(jax.random.key(1), (B, F))
+  alike_BF = noise_BF[:1] + noise_BF / 100
+  for product_BF, least, most in ((alike_BF, 1, 2 * K), (alike_BF.at[0].multiply(10), 4 * K, 4 * K)):
+    pre = topk.Preactivations(product_BF, lambda _: None, jnp.zeros((B, D)), jnp.zeros(F))
+    codes = sae.kind_of(size).select(pre, size, Shard())
+    offered_BF = dense_topk(product_BF, 4 * K)
+    expected_BF = dense_topk(offered_BF.reshape(1, -1), K * B).reshape(offered_BF.shape)
+    found_BF = np.zeros((B, F))
+    np.put_along_axis(found_BF, np.asarray(codes.idx_BK), np.asarray(codes.z_BK), axis=1)
+    np.testing.assert_array_equal(found_BF, expected_BF)
+    assert least <= codes.active().max() <= most
 
 
 def test_the_penalty_of_the_notes_is_at_rest_where_the_mean_is_as_asked():

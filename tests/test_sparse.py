@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sae_jax import sparse
-from sae_jax.kernels import dense, triton
+from sae_jax.kernels import dense, rows, triton
 
 RUN = 2  # pairs that one program sums, so that tiny cases have latents with several runs
 
@@ -70,6 +70,19 @@ def reference(c: dict[str, np.ndarray], slots: int | None = None) -> dict[str, n
       out['dec'][f] += c['z'][b, j] * c['g'][b]
       out['total'][f] += c['z'][b, j]
   return out
+
+
+@pytest.mark.parametrize(('k', 'slots'), [(5, None), (70, None), (70, 33), (70, 3)])
+def test_loops_over_blocks_of_slots_agree_with_the_reference(k, slots, x64):
+  c = case(3, 6, 7, 90, k)
+  if slots is not None:
+    c['z'][:, slots:], c['dz'][:, slots:] = 0, 0
+  expected, traced = reference(c, slots), None if slots is None else jnp.int32(slots)
+  dz_BK = jax.jit(rows.code_gradient)(c['idx'], c['w'], c['g'], traced)
+  np.testing.assert_allclose(dz_BK[:, :slots], expected['code_gradient'][:, :slots], rtol=1e-12)
+  args = (c[name] for name in ('enc', 'dec', 'idx', 'dz', 'x', 'z', 'g'))
+  for name, found in zip(('enc', 'dec'), jax.jit(rows.add_weight_gradients)(*args, traced), strict=True):
+    np.testing.assert_allclose(found, expected[name], rtol=1e-12, atol=1e-14)
 
 
 def products(c: dict[str, np.ndarray], slots: int | None = None) -> dict[str, jax.Array]:
