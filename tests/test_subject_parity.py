@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from sae_jax import subjects
 from sae_jax.errors import UserError
+from sae_jax.subjects import loading
 from sae_jax.subjects.subject import Subject
 from tests import tiny_subjects
 from tests.tiny_subjects import KEPT, KEPT_EDITED, LARGE, NAMES, START, Config, Tensors
@@ -350,3 +351,10 @@ def test_some_blocks_are_the_first_of_all(case_of, tmp_path):
   assert subject.n_blocks == 2
   for site, x_BTD in zip(('resid_post.0', 'z.1'), subject.residuals(case.ids_BT, ['resid_post.0', 'z.1']), strict=True):
     agree(x_BTD, case.sites[site], what=site)
+
+
+@pytest.mark.parametrize('shape, dtype', [((3, 5, 7), 'float32'), ((1,), 'float32'), ((2, 9), 'bfloat16')])
+def test_weights_are_read_into_the_memory_that_the_model_keeps(shape, dtype):
+  room = loading._room(shape, dtype)
+  room[...] = np.arange(room.size).reshape(shape)
+  assert room.shape == shape and np.shares_memory(np.asarray(jax.device_put(room)), room)

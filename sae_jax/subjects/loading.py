@@ -1,16 +1,19 @@
 """Weights of a model from its files: every tensor is named, shaped and finite as its family says, or refused."""
 
+import math
 import re
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
 from sae_jax.errors import UserError
 from sae_jax.subjects.settings import Settings
 from sae_jax.subjects.subject import Family, Params
+
+_ALIGNED = 64  # bytes
+_AT_ONCE = 2**22  # numbers that are looked at together
 
 
 class Files(Protocol):
@@ -38,7 +41,7 @@ def load_params(files: Files, family: Family, arch: Any, n_blocks: int, dtype: s
 
   def read(name: str) -> np.ndarray:
     value = files.tensor(found[name])
-    if not np.isfinite(np.asarray(value, np.float32).sum(dtype=np.float64)):
+    if not _is_finite(value):
       raise UserError(f'{files.settings.where}: {found[name]} holds NaN or infinity; take the file of the model')
     return value
 
@@ -54,14 +57,31 @@ def load_params(files: Files, family: Family, arch: Any, n_blocks: int, dtype: s
     w = {name: read(beginning.format(layer) + name) for name in block}
     for key, value in family.block_params(arch, w).items():
       if key not in stacked:
-        stacked[key] = np.empty((n_blocks, *value.shape), dtype)
+        stacked[key] = _room((n_blocks, *value.shape), dtype)
       stacked[key][layer] = value
-  params['blocks'] = {key: _placed(stacked.pop(key), dtype) for key in sorted(stacked)}
+  params['blocks'] = {key: jax.device_put(stacked.pop(key)) for key in sorted(stacked)}
   return params
 
 
 def _placed(value: np.ndarray, dtype: str) -> jax.Array:
-  return jnp.asarray(np.asarray(value, dtype))
+  room = _room(value.shape, dtype)
+  room[...] = value
+  return jax.device_put(room)
+
+
+def _room(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+  """Memory for an array that `jax.device_put` takes over on a CPU. It would copy one that begins elsewhere."""
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  memory = np.empty(size + _ALIGNED, np.uint8)
+  first = -memory.ctypes.data % _ALIGNED
+  return memory[first : first + size].view(dtype).reshape(shape)
+
+
+def _is_finite(value: np.ndarray) -> bool:
+  """A few rows at a time, because a sum of numbers of a small type is made in another."""
+  rows = max(1, _AT_ONCE * len(value) // value.size)
+  parts = (value[i : i + rows].astype(np.float32).sum(dtype=np.float64) for i in range(0, len(value), rows))
+  return all(np.isfinite(part) for part in parts)
 
 
 def _matched(files: Files, family: Family, arch: Any) -> dict[str, str]:
