@@ -116,11 +116,11 @@ from sae_jax.families.family import family
 from tests import cells
 folder, *names = sys.argv[1:]
 try:
-  flags = [f'--config.{key}={value}' for key, value in cells.ON_MESH.items()]
+  flags = [f'--config.{key}={value}' for key, value in (cells.ON_MESH | {'train.tokens': 40 * 12}).items()]
   train.main(['--config=experiments/tiny.py', f'--workdir={folder}/topk', *flags])
 except SystemExit as end:
   assert end.code == 0
-few = {'mesh.data': 2, 'mesh.latent': 4, 'train.tokens': 40 * 6}
+few = {'mesh.data': 2, 'mesh.latent': 4, 'train.tokens': 40 * 4}
 aux = {True: {'sae.k_aux': 5, 'loss.dead_tokens': 80}, False: {}}
 group = [(cells.of_family(name, **few | aux[family(name).auxk]), f'{folder}/{name}') for name in names]
 assert train.train_group(group) == ['done'] * len(group)
