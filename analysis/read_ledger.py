@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis import frames, sparsity
 from analysis.table import USELESS, useless_warnings, version_warnings, warning
-from sae_jax import cell, cell_state, checks, files, metrics, schema
+from sae_jax import cell, cell_state, checks, files, metrics, records, schema
 from sae_jax.errors import UserError
 
 _MUST = [field.name for field in schema.RESULTS if field.must]
@@ -126,7 +126,7 @@ def _cell(folder: str, name: str) -> dict[str, Any]:
   found = cell_state.read(files.join(folder, name), name, copied=True)
   row: dict[str, Any] = {'id': name, 'state': found.state, 'reason': found.reason}
   if found.config:
-    flat = cell.flatten(found.config)
+    flat = records.flatten(found.config)
     row |= {column: flat.get(key) for key, column in schema.FROM_CONFIG.items()}
     row['setting'] = _setting(flat)
   if found.result is None:

@@ -9,18 +9,13 @@ import hashlib
 import json
 import math
 import sys
-import types
-import typing
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
-from sae_jax import schema
+from sae_jax import records, schema
 from sae_jax.errors import UserError
 from sae_jax.families.family import family
 from sae_jax.recipe import ScalingRecipe
 from sae_jax.schema import added
-
-T = TypeVar('T')
 
 SCHEMA = 1  # of a cell's identity: another number would give every cell another id
 
@@ -298,12 +293,12 @@ class Cell:
   def flat(self) -> dict[str, Any]:
     """Dotted keys to values, in declaration order."""
     flat: dict[str, Any] = {}
-    _flat_into(flat, self, '')
+    records.flat_into(flat, self, '')
     return flat
 
   def identity(self) -> dict[str, Any]:
     """Dotted keys and values of what decides the result."""
-    return identity_of(_record(self))
+    return identity_of(records.record_of(self))
 
   @property
   def one_curve(self) -> bool:
@@ -313,7 +308,7 @@ class Cell:
   @functools.cached_property
   def id(self) -> str:
     """First 12 hex digits of the SHA-256 of what decides the result."""
-    return id_of(_record(self))
+    return id_of(records.record_of(self))
 
   @property
   def state_is_split(self) -> bool:
@@ -332,7 +327,7 @@ class Cell:
 
   def to_record(self) -> dict[str, Any]:
     """What config.json holds."""
-    return schema.seal({'schema': SCHEMA, 'id': self.id} | _record(self))
+    return schema.seal({'schema': SCHEMA, 'id': self.id} | records.record_of(self))
 
   def to_json(self) -> bytes:
     return schema.dump_sealed(self.to_record())
@@ -381,7 +376,7 @@ def identity_of(record: dict[str, Any]) -> dict[str, Any]:
   """Dotted keys and values of a record that decide the result."""
   return {
     key: value
-    for key, value in flatten(record).items()
+    for key, value in records.flatten(record).items()
     if key not in _OUTSIDE_ID and not key.startswith(_BELOW_OUTSIDE_ID)
   }
 
@@ -404,8 +399,8 @@ def from_record(record: dict[str, Any], *, verified: bool = False) -> Cell:
       schema.check_digest(record)
     own = {key: value for key, value in record.items() if key not in ('schema', 'id', schema.DIGEST)}
     number, recorded_id = record['schema'], record['id']
-    flat = flatten(own)
-    config = build(Cell, own if RETIRED.keys().isdisjoint(flat) else unflatten(without_retired(flat)))
+    flat = records.flatten(own)
+    config = records.build(Cell, own if RETIRED.keys().isdisjoint(flat) else records.unflatten(without_retired(flat)))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'not a cell configuration ({type(error).__name__}: {error}); was it edited by hand?') from None
   if number != SCHEMA:
@@ -415,33 +410,6 @@ def from_record(record: dict[str, Any], *, verified: bool = False) -> Cell:
   return config
 
 
-def flatten(tree: Any, section: type = dict) -> dict[str, Any]:
-  """The values of nested sections by their keys, joined by dots. A section is of this type, which has `items`."""
-  flat: dict[str, Any] = {}
-
-  def take(items: Iterable[tuple[str, Any]], prefix: str) -> None:
-    for key, value in items:
-      if isinstance(value, section):
-        take(value.items(), f'{prefix}{key}.')
-      else:
-        flat[prefix + key] = value
-
-  take(tree.items(), '')
-  return flat
-
-
-def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-  """Inverse of `flatten`."""
-  tree: dict[str, Any] = {}
-  for key, value in flat.items():
-    *parents, leaf = key.split('.')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[leaf] = value
-  return tree
-
-
 def without_retired(flat: dict[str, Any]) -> dict[str, Any]:
   """The keys that are left of a configuration of any version. Raises `UserError` for a retired key in use."""
   for key, value in flat.items():
@@ -449,70 +417,3 @@ def without_retired(flat: dict[str, Any]) -> dict[str, Any]:
       neutral, instead = RETIRED[key]
       raise UserError(f'{key}={value!r}: this key is gone and only {neutral!r} is accepted; {instead}')
   return {key: value for key, value in flat.items() if key not in RETIRED}
-
-
-def build(cls: type[T], record: dict[str, Any]) -> T:
-  """A dataclass from nested values. A field that came later (`added`) may be missing and is then neutral.
-
-  Raises `UserError` for any other field that is missing, unknown or of another type.
-  """
-  kinds, neutral = _form(cls)
-  record = neutral | record
-  if record.keys() != kinds.keys():
-    wrong = ', '.join(sorted(record.keys() ^ kinds.keys()))
-    raise UserError(f'{cls.__name__} and the configuration differ in: {wrong}; start from config.template()')
-  return cls(**{name: _read(cls, name, kinds[name], value) for name, value in record.items()})
-
-
-@functools.cache
-def _form(cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Types of the fields of a dataclass, and the neutral values of those that came later."""
-  fields = dataclasses.fields(cls)
-  neutral = {f.name: f.metadata['neutral'] for f in fields if 'neutral' in f.metadata}
-  return {f.name: f.type for f in fields}, neutral
-
-
-def _read(cls: type, name: str, kind: Any, value: Any) -> Any:
-  """A value as a field of type `kind` holds it: a section, a number, a text, or None where the field allows it."""
-  if type(value) is kind:
-    return value
-  if isinstance(kind, types.UnionType):  # only ever with None
-    if value is None:
-      return None
-    (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
-  if dataclasses.is_dataclass(kind):
-    return build(kind, value)
-  if kind is float and type(value) is int:
-    return float(value)
-  if type(value) is not kind:
-    raise UserError(f'{cls.__name__}.{name}={value!r} is not of type {kind.__name__}; correct it')
-  return value
-
-
-def _flat_into(flat: dict[str, Any], section: Any, prefix: str) -> None:
-  for name in section.__dataclass_fields__:
-    value = getattr(section, name)
-    if hasattr(value, '__dataclass_fields__'):
-      _flat_into(flat, value, f'{prefix}{name}.')
-    else:
-      flat[prefix + name] = value
-
-
-def _record(section: Any) -> dict[str, Any]:
-  """What the record of a section holds: its values by name, those of its own sections nested.
-
-  Left out is what would change ids for nothing. Such fields are marked by `schema.added`:
-  a field of some families, in a cell of another family. `of` names the owner and the families.
-  Any other added field, while it has the neutral value.
-  """
-  record = {}
-  for name, field in section.__dataclass_fields__.items():
-    value = getattr(section, name)
-    if field.metadata:
-      owner, *owned_by = field.metadata.get('of') or ('',)
-      if owner and getattr(section, owner) not in owned_by:
-        continue
-      if 'neutral' in field.metadata and not owner and value == field.metadata['neutral']:
-        continue
-    record[name] = _record(value) if hasattr(value, '__dataclass_fields__') else value
-  return record

@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from sae_jax import cell, files, schema
+from sae_jax import cell, files, records, schema
 from sae_jax.cell import (
   Cell,
   DataConfig,
@@ -205,7 +205,7 @@ def resolve(config: ml_collections.ConfigDict) -> Cell:
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Dotted keys of a configuration to their values."""
-  flat = cell.flatten(config, ml_collections.ConfigDict)
+  flat = records.flatten(config, ml_collections.ConfigDict)
   return {key: cell.plain(value) for key, value in flat.items()}  # also of a ConfigDict that is not from `template`
 
 
@@ -223,7 +223,9 @@ def resolve_flat(flat: dict[str, Any]) -> Cell:
       )
   if flat['sae.d_model'] is None:
     raise UserError('sae.d_model is not set and no store gives it; set it to the width of the activations')
-  recipe = cell.build(ScalingRecipe, {k.removeprefix('recipe.'): v for k, v in flat.items() if k.startswith('recipe.')})
+  recipe = records.build(
+    ScalingRecipe, {k.removeprefix('recipe.'): v for k, v in flat.items() if k.startswith('recipe.')}
+  )
   derived = recipe.hyperparameters(
     n_latents=max(1, flat['sae.n_latents']),
     d_model=flat['sae.d_model'],
@@ -235,7 +237,7 @@ def resolve_flat(flat: dict[str, Any]) -> Cell:
   for key, value in derived.items():
     if flat[key] is None:
       flat[key] = value
-  return cell.build(Cell, cell.unflatten(flat))
+  return records.build(Cell, records.unflatten(flat))
 
 
 def resolve_data(config: ml_collections.ConfigDict) -> DataConfig:
@@ -245,7 +247,7 @@ def resolve_data(config: ml_collections.ConfigDict) -> DataConfig:
   """
   given = {key: value for key, value in flatten(config).items() if key.startswith('data.') and value is not None}
   flat = _source_defaults('live') | given | {'data.source': 'live', 'data.identity': ''}
-  data = cell.build(DataConfig, cell.unflatten(flat)['data'])
+  data = records.build(DataConfig, records.unflatten(flat)['data'])
   cell.check_values(flat)
   return data
 

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import demo, tiny
-from sae_jax import cell as cells
-from sae_jax import config, flags, flops
+from sae_jax import config, flags, flops, records
 from sae_jax.errors import UserError
 from sae_jax.recipe import GAO2024
 
@@ -300,7 +299,7 @@ def test_light_modules_do_not_load_jax(module):
 
 
 def test_template_has_no_key_the_dataclasses_lack():
-  flat = cells.flatten(config.template().to_dict())
+  flat = records.flatten(config.template().to_dict())
   assert set(flat) == set(cell().flat())
   assert {f.name for f in dataclasses.fields(config.Cell)} == {key.split('.')[0] for key in flat}
 

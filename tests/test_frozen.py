@@ -18,7 +18,7 @@ import sae_jax
 from analysis import report
 from experiments import tiny
 from sae_jax import cell as cells_schema
-from sae_jax import config, recipe, schema
+from sae_jax import config, recipe, records, schema
 from sae_jax import train as training
 from sae_jax.data import store as stores
 from sae_jax.errors import UserError
@@ -176,7 +176,7 @@ def grown(record=None, **sae):
   """A cell as the later version reads the record of today's."""
   record = record or schema.content(json.loads(cells.cell().to_json())) | {}
   record = {key: value for key, value in record.items() if key != 'id'}
-  return cells_schema.build(_Grown, record | {'sae': record['sae'] | sae})
+  return records.build(_Grown, record | {'sae': record['sae'] | sae})
 
 
 def test_new_field_at_its_neutral_value_changes_no_id():
