@@ -73,7 +73,8 @@ def fit_convergence(curves: pd.DataFrame, eps: float = EPS, *, bootstrap: int = 
 def unconverged_warnings(
   curves: pd.DataFrame, ids: pd.Series, eps: float = EPS, *, named: bool = False
 ) -> list[dict[str, str]]:
-  """One warning when runs among `ids` still improved by more than eps per doubling at their end."""
+  """One warning when runs among `ids` still improved by more than eps per doubling at their end; `named` adds which."""
+  checks.truth('named', named)
   if isinstance(ids, str) or not isinstance(ids, pd.Series | Sequence | np.ndarray):
     raise UserError(f'ids={checks.shown(ids)} are no cells; give a column of ids or a list of them')
   found = tokens_to_convergence(frames.frame('curves', curves, ['id'])[curves['id'].isin(ids)], eps)

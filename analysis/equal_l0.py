@@ -17,12 +17,12 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from analysis import frames, sparsity, table
+from analysis import family_cells, sparsity, table
 from analysis.fit import fit_law
 from analysis.fit_result import Fit
 from analysis.fitting.uncertainty import Estimate
 from analysis.law import Array
-from sae_jax import checks, flops
+from sae_jax import flops
 from sae_jax.errors import UserError
 
 FLAT = 'power_no_floor'  # over few sizes an irreducible loss is a guess, and exponents beside one cannot be compared
@@ -30,7 +30,7 @@ _REFERENCE = 'topk'  # of the paper; where it is missing, the family with most c
 _DRAWS = 4000
 _GUESSES = 9  # values of L0 tried where no k was asked for
 _FURTHER = np.log(2)  # how far beyond its sizes the curve of a family over n is followed
-_NAMED = 6  # cells named in a warning
+_NAMED = 6  # settings named in a warning
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,8 +166,8 @@ def compare(cells: pd.DataFrame) -> Compared:
   Raises:
     UserError: there is one family, or no L0 that two families of one size reach.
   """
-  rows, warnings = _readable(cells)
-  rows, others = _budget(rows)
+  rows, warnings = family_cells.readable(cells)
+  rows, others = family_cells.budget(rows)
   families = tuple(sorted(rows['activation'].unique()))
   if len(families) < 2:
     raise UserError(f'cells of {", ".join(families) or "no family"} alone; families are compared where there are two')
@@ -218,62 +218,6 @@ def compare(cells: pd.DataFrame) -> Compared:
   )
 
 
-def _readable(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, str]]]:
-  """The cells that have a family, a size, an L0 and an NMSE below 1, with what was left out."""
-  rows = frames.frame('cells', cells, ('activation', 'n_latents', 'l0', 'nmse')).reset_index(drop=True)
-  if 'id' in rows and rows['id'].duplicated().any():
-    twice = rows['id'][rows['id'].duplicated()].iloc[0]
-    raise UserError(f'id {checks.shown(twice)} is in the table twice; drop the copies')
-  if len(rows):
-    frames.labels(rows, 'activation')
-  for column in ('l0', 'nmse', 'tokens', *sparsity.TARGETS):
-    if column in rows:
-      rows[column] = frames.measured(rows, column)
-  rows['n_latents'] = table.positive(rows, ['n_latents'])[:, 0]
-  rows = table.useful(rows)
-  warnings = suspects(rows)
-  rows = rows[(rows['l0'] > 0) & (rows['nmse'] > 0) & (rows['nmse'] < 1)].reset_index(drop=True)
-  asked = [sparsity.said(sparsity.target(row)) for row in rows.to_dict('records')]
-  keys = zip(rows['activation'], rows['n_latents'], asked, rows['l0'], strict=True)
-  # Where nothing says what was asked for, cells of one L0 are repeats.
-  return rows.assign(setting=[f'{a} {n:g} {target or l0}' for a, n, target, l0 in keys]), warnings
-
-
-def suspects(cells: pd.DataFrame) -> list[dict[str, str]]:
-  """A warning a kind that names the cells one should look at before one believes them."""
-  nothing = pd.Series(np.nan, cells.index)
-  k, l0, dead = (cells.get(name, nothing) for name in ('k', 'l0', 'dead_fraction'))
-  kinds = (
-    ('not_measured', cells['nmse'].isna() | ~(l0 > 0), 'l0', 'cells have no L0 or no NMSE and are left out'),
-    (table.USELESS, cells['nmse'] >= 1, 'nmse', 'cells reconstruct no better than the mean does and are left out'),
-    ('missed_target', (l0 / k - 1).abs() > 0.2, 'l0', 'cells missed the L0 that was asked for by more than 20 %'),
-    ('many_dead', dead > 0.05, 'dead_fraction', 'cells have more than 5 % of dead latents'),
-  )
-  out = []
-  for code, hit, column, what in kinds:
-    rows = cells[hit].to_dict('records')
-    said = [f'{named(cells, row)}: {row.get(column, np.nan):.3g}' for row in rows[:_NAMED]]
-    if rows:
-      more = f' and {len(rows) - _NAMED} more' if len(rows) > _NAMED else ''
-      out.append(table.warning(code, f'{len(rows)} of {len(cells)} {what} ({"; ".join(said)}{more})'))
-  return out
-
-
-def named(cells: pd.DataFrame, row: dict) -> str:
-  """A cell in words: its id, family, size and target."""
-  parts = [str(row.get('id', '')), f'n={row["n_latents"]:g}', sparsity.named(cells, row)]
-  return ' '.join(part for part in parts if part)
-
-
-def _budget(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-  """The cells with the tokens that most cells of their size had, and the others."""
-  if 'tokens' not in rows:
-    return rows, rows[:0]
-  usual = rows.groupby('n_latents')['tokens'].transform(lambda tokens: tokens.mode().max())
-  on = rows['tokens'].isna() | (rows['tokens'] == usual)
-  return rows[on].reset_index(drop=True), rows[~on].reset_index(drop=True)
-
-
 def _curves(rows: pd.DataFrame) -> tuple[dict[tuple[str, float], tuple[Array, Array]], list[dict[str, str]]]:
   """By family and size: ln L0 [S] of the settings on its frontier, rising, and the weights [S, C] of the cells in each.
 
@@ -285,7 +229,7 @@ def _curves(rows: pd.DataFrame) -> tuple[dict[tuple[str, float], tuple[Array, Ar
     settings, which = np.unique(rows['setting'].to_numpy()[at], return_inverse=True)
     weight_SC = np.zeros((len(settings), len(rows)))
     weight_SC[which, at] = 1 / np.bincount(which)[which]
-    order = np.argsort(weight_SC @ u_C, kind='stable')
+    order = np.lexsort((weight_SC @ v_C, weight_SC @ u_C))
     weight_SC, v_S = weight_SC[order], (weight_SC @ v_C)[order]
     best = v_S < np.minimum.accumulate(np.concatenate([[np.inf], v_S[:-1]]))
     beaten += [f'{settings[order][i]} (NMSE {np.exp(v_S[i]):.3g})' for i in np.flatnonzero(~best)]

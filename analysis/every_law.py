@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import convergence, equal_l0, isoflop, laws, learning_rate, read_ledger, sparsity, table
+from analysis import convergence, equal_l0, family_cells, isoflop, laws, learning_rate, read_ledger, sparsity, table
 from analysis.allocation import allocate
 from analysis.family import Family, fit_family
 from analysis.findings import Findings, OneFamily, OneTarget
@@ -89,7 +89,11 @@ def _together(data: _Data) -> tuple[equal_l0.Compared | None, list[dict[str, str
   try:
     compared = equal_l0.compare(points)
   except UserError as error:
-    return None, [*among, *equal_l0.suspects(points), table.warning('not_compared', f'families at equal L0: {error}')]
+    return None, [
+      *among,
+      *family_cells.suspects(points),
+      table.warning('not_compared', f'families at equal L0: {error}'),
+    ]
   return compared, among + compared.warnings
 
 

@@ -199,6 +199,7 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     'curves': Table(RUNS, ('n_latents', 'k', 'tokens', 'nmse'), missing=True),
     'ids': RUNS['id'],
     'eps': 0.01,
+    'named': False,
   },
   'convergence.risen_cells': lambda: {'best': Table(BEST, ('n_latents', 'k', 'nmse'))},
   'convergence.risen_warnings': lambda: {'best': Table(BEST, ('n_latents', 'k', 'nmse'))},
@@ -322,6 +323,7 @@ BAD: dict[str, tuple[Any, ...]] = {
   'y': NO_COLUMN,
   'by': NO_COLUMN,
   'floor': (1, 'yes', None, [], np.ones(2)),
+  'named': (1, 'yes', None, [], np.ones(2)),
   'analysis.fit_law.x': (
     'n_latents',
     '',

@@ -31,7 +31,7 @@ def frontiers(found: Compared) -> Figure:
   for i, ax in enumerate(axes):
     bottom, left = i + 3 >= len(axes), i % 3 == 0  # of its column and row
     style.label(ax, 'l0' if bottom else '', 'nmse' if left else '')
-    style.ticks(ax, 'k', found.l0, narrow=True)
+    style.ticks(ax, 'l0', narrow=True)
     ax.tick_params(labelbottom=bottom, labelleft=left)
   handles = [Line2D([], [], color=c, marker=m, label=style.plain(name)) for name, (c, m) in looks.items()]
   handles.append(Line2D([], [], color='0.6', lw=0.8, ls=':', label=f'L0 = {found.main:g}'))
@@ -65,7 +65,7 @@ def scaling(found: Compared) -> Figure:
       style.bars(right, x, middle, low, high, color)
       style.points(right, x, middle, color, marker)
   style.label(left, 'n_latents', 'nmse')
-  style.label(right, 'n_latents', f'NMSE over that of {found.reference}, in %')
+  style.label(right, 'n_latents', f'NMSE above that of {found.reference}, in %')
   for ax in (left, right):
     style.ticks(ax, 'n_latents', points['n_latents'].to_numpy(), narrow=True)
   style.linear(right)
