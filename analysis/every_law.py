@@ -87,7 +87,7 @@ def _together(data: _Data) -> tuple[equal_l0.Compared | None, list[dict[str, str
   moving = convergence.unconverged_warnings(data.curves, points['id'], named=True)
   among = convergence.risen_warnings(points) + moving
   try:
-    compared = equal_l0.compare(points)
+    compared = equal_l0.compare(data.best)  # of every number of tokens: it takes the usual one, and shows the others
   except UserError as error:
     return None, [
       *among,

@@ -10,6 +10,8 @@ from analysis.equal_l0 import Compared
 from analysis.fit_result import Fit
 from analysis.fitting.uncertainty import Estimate
 
+_MOST = 12  # cells of another number of tokens
+
 
 class Table(NamedTuple):
   """A table of words; what stands in a row is said in its heads and, where that is too long, in the note."""
@@ -107,7 +109,7 @@ def _longer(found: Compared) -> Table:
   """A row a cell of another number of tokens."""
   usual = found.cells.groupby('n_latents')['tokens'].max() if len(found.others) else {}
   rows = []
-  for row in found.others.to_dict('records'):
+  for row in found.others.head(_MOST).to_dict('records'):
     times = row['tokens'] / usual.get(row['n_latents'], np.nan)
     numbers = (f'{row["n_latents"]:,.0f}', f'{row["l0"]:.3g}', f'{times:.3g}', f'{row["nmse"]:.3g}')
     rows.append(
@@ -126,7 +128,8 @@ def _longer(found: Compared) -> Table:
     'over its own at equal tokens',
     f'over {found.reference} there',
   ]
-  return Table('Cells of another number of tokens, at equal L0', heads, rows)
+  more = len(found.others) - len(rows)
+  return Table('Cells of another number of tokens, at equal L0', heads, rows, f'And {more} more.' if more else '')
 
 
 def _known(value: Estimate) -> str:
