@@ -24,8 +24,14 @@ def readable(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, str]]]:
     if column in rows:
       rows[column] = frames.measured(rows, column)
   rows['n_latents'] = table.positive(rows, ['n_latents'])[:, 0]
-  rows = table.useful(rows)
+  rows = table.useful(rows.astype({'activation': str}))
   warnings = suspects(rows)
+  same = [key for key in ('activation', 'n_latents', *sparsity.TARGETS, 'tokens', 'l0', 'nmse') if key in rows]
+  if count := int((copies := rows.duplicated(same) & rows['nmse'].notna()).sum()):
+    text = (
+      f'{count} rows have the L0 and NMSE of an earlier one of their setting: copies are no evidence, and are left out'
+    )
+    warnings, rows = [*warnings, table.warning('equal_rows', text)], rows[~copies]
   rows = rows[(rows['l0'] > 0) & (rows['nmse'] > 0) & (rows['nmse'] < 1)].reset_index(drop=True)
   asked = [sparsity.said(sparsity.target(row)) for row in rows.to_dict('records')]
   keys = zip(rows['activation'], rows['n_latents'], asked, rows['l0'], strict=True)

@@ -119,6 +119,16 @@ def test_suspect_cells_are_named_once_a_kind():
   assert '000000000006' in said['no_better_than_mean']
 
 
+def test_copies_are_no_seeds_and_families_may_be_numbers():
+  cells = planted_families.table(names=('topk', 'relu'), repeated=())
+  twice = pd.concat([cells, cells.assign(id=cells['id'] + 'x', seed=1)])
+  one, two = (
+    equal_l0.compare(t.assign(activation=t['activation'].map({'topk': 1, 'relu': 2}))) for t in (cells, twice)
+  )
+  assert not two.repeats and two.scatter == one.scatter and two.ratio('2', '1') == one.ratio('2', '1')
+  assert [w['message'].partition(' have ')[0] for w in two.warnings] == ['40 rows'] and one.warnings == []
+
+
 def test_cells_of_more_tokens_stand_beside():
   cells = planted_families.table(names=('topk', 'relu'))
   long = cells.query('activation == "relu" and n_latents == 1024 and k == 32').iloc[:1]
