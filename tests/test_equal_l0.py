@@ -55,7 +55,7 @@ def test_scatter_is_that_of_seeds_at_equal_l0(found):
 
 def test_intervals_hold_the_planted_truth_nine_times_in_ten(monkeypatch):
   monkeypatch.setattr(equal_l0, '_DRAWS', 500)
-  rounds, hits = 40, np.zeros(4)
+  rounds, hits = 30, np.zeros(4)
   for seed in range(rounds):
     # With as few seeds as a real sweep has: four pairs.
     one = equal_l0.compare(
