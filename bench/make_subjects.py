@@ -1,6 +1,7 @@
 """Makes tiny random language models with transformers, and writes down what transformers computes with them.
 
-python -m bench.make_subjects tests/subjects        (environment: torch 2.14.1, transformers 5.24.0)
+python -m bench.make_subjects tests/subjects           (environment: torch 2.14.1, transformers 5.24.0)
+python -m bench.make_subjects --timed=gpt2 FOLDER      only a folder, of a model of a size that is worth timing
 
 Each folder is an ordinary Hugging Face folder, with reference.npz beside it: logits, every site of every block, and
 logits after an edit at every kind of site, once with the weights as they are and once with all matrices LARGE times as
@@ -89,6 +90,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     },
   ),
 }
+# Large enough that arithmetic takes the time; otherwise like those above.
+_TIMED_SIZE = {'vocab_size': 16_384, 'num_hidden_layers': 6, 'hidden_size': 512, 'max_position_embeddings': 256}
+TIMED: dict[str, tuple[str, dict[str, Any]]] = {
+  'gpt2': (
+    'GPT2',
+    {'vocab_size': 16_384, 'n_embd': 512, 'n_layer': 6, 'n_head': 8, 'n_positions': 256}
+    | {'bos_token_id': 0, 'eos_token_id': 0},
+  ),
+  'gpt_neox': ('GPTNeoX', _NEOX | _TIMED_SIZE | {'intermediate_size': 2048, 'num_attention_heads': 8}),
+  'gemma3': (
+    'Gemma3',
+    {**_GEMMA, **_TIMED_SIZE, 'intermediate_size': 1536, 'num_attention_heads': 4, 'num_key_value_heads': 1}
+    | {'head_dim': 128, 'query_pre_attn_scalar': 128, 'sliding_window': 64, 'rope_parameters': _GEMMA3_ROPE},
+  ),
+}
 # Of the others every weight has the same value in float32, float16 and bfloat16, so that a test can store them as it likes.
 _FULL_PRECISION = ('gpt2', 'gemma3')
 
@@ -132,9 +148,11 @@ _NEOX_SITES = {
 _SITES = {'GPT2': _GPT2_SITES, 'GPTNeoX': _NEOX_SITES, 'Gemma2': _GEMMA_SITES, 'Gemma3': _GEMMA_SITES}
 
 
-def make(name: str, seed: int = 0) -> Any:
-  """A model with random weights. Biases and norms get noise too, since at 0 and 1 they would hide mistakes."""
-  kind, settings = MODELS[name]
+def make(kind: str, settings: dict[str, Any], seed: int, short: bool) -> Any:
+  """A model with random weights, of few bits if they are to be `short`.
+
+  Biases and norms get noise too, since at 0 and 1 they would hide mistakes.
+  """
   suffix = 'TextConfig' if kind == 'Gemma3' else 'Config'
   config = getattr(transformers, kind + suffix)(**settings)
   config._attn_implementation = 'eager'
@@ -143,7 +161,7 @@ def make(name: str, seed: int = 0) -> Any:
   for parameter in model.parameters():
     noise = torch.randn_like(parameter)
     value = 0.06 * noise if parameter.ndim > 1 else parameter.detach() + 0.2 * noise
-    parameter.data = value if BORROWED.get(name, name) in _FULL_PRECISION else value.bfloat16().float()
+    parameter.data = value.bfloat16().float() if short else value
   return model
 
 
@@ -259,14 +277,18 @@ def tokenizer() -> tokenizers.Tokenizer:
 def main() -> None:
   parser = argparse.ArgumentParser(prog='python -m bench.make_subjects', description=(__doc__ or '').splitlines()[0])
   parser.add_argument('out', metavar='OUT', type=pathlib.Path, help='the folder to write into')
+  parser.add_argument('--timed', choices=list(TIMED), help='make only this, without a reference')
   args = parser.parse_args()
+  if args.timed:
+    make(*TIMED[args.timed], seed=0, short=False).save_pretrained(args.out)
+    return
   torch.set_num_threads(1)
   ids_BT = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, WINDOW)).astype(np.int32)
   ids_BT[0, :2] = 0, VOCABULARY - 1
   for name in MODELS:
     folder = args.out / name
     lender = BORROWED.get(name, name)
-    model = make(name, list(MODELS).index(lender))
+    model = make(*MODELS[name], list(MODELS).index(lender), lender not in _FULL_PRECISION)
     if lender == name:
       model.save_pretrained(folder)
       (folder / 'generation_config.json').unlink(missing_ok=True)

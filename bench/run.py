@@ -29,7 +29,10 @@ def parts(python: str, rounds: int) -> dict[str, tuple[Callable[[], Any], Callab
     'memory': (lambda: [memory.measure(side_by_side.SHAPES[1], peers, python)], memory.table),
     'auxk': (lambda: auxk.measure(side_by_side.SHAPES[0], rounds), auxk.lines),
     'scaling': (lambda: scaling.measure([*scaling.SIZES, 'mesh'], max(1, rounds - 2)), scaling.lines),
-    'harvest': (lambda: harvest.measure(python, harvest.CALLS, rounds), harvest.lines),
+    'harvest': (
+      lambda: [harvest.measure(python, harvest.CALLS, rounds, subject) for subject in harvest.SITES],
+      lambda rows: '\n\n'.join(map(harvest.lines, rows)),
+    ),
     'sweep': (sweep.measure, sweep.lines),
   }
 
