@@ -17,7 +17,9 @@ _WITHOUT_EFFECT = frozenset(
   'task_specific_params tokenizer_class torch_dtype transformers_version unsloth_fixed unsloth_version use_cache '
   '_name_or_path attn_implementation _attn_implementation _attn_implementation_autoset reorder_and_upcast_attn '
   'bos_token eos_token chunk_size_feed_forward is_decoder '
-  'vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index'.split()
+  'vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index '
+  'is_llama_config transformers.js_config predict_special_tokens output_past _num_labels attention_probs_dropout_prob '
+  'sliding_window_size'.split()
 )
 
 
