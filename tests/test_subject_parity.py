@@ -240,6 +240,7 @@ def of_gpt2_hub(config: Config, tensors: Tensors) -> None:
     tensors[f'h.{layer}.attn.bias'] = np.tril(np.ones((1, 1, 64, 64), np.float32))
     tensors[f'h.{layer}.attn.masked_bias'] = np.float32(-1e4).reshape(1)
   config |= {'n_ctx': 64, 'task_specific_params': {'text-generation': {'do_sample': True, 'max_length': 50}}}
+  config |= {'n_special': 0, 'predict_special_tokens': True, 'output_past': True, '_num_labels': 1}
 
 
 def of_pythia_hub(config: Config, tensors: Tensors) -> None:
@@ -247,11 +248,17 @@ def of_pythia_hub(config: Config, tensors: Tensors) -> None:
     tensors[f'gpt_neox.layers.{layer}.attention.bias'] = np.tril(np.ones((1, 1, 64, 64), bool))
     tensors[f'gpt_neox.layers.{layer}.attention.masked_bias'] = np.float32(-1e9).reshape(())
     tensors[f'gpt_neox.layers.{layer}.attention.rotary_emb.inv_freq'] = np.ones(2, np.float32)
+  config |= {'attention_probs_dropout_prob': 0.1, 'hidden_dropout_prob': 0.1}
 
 
-def of_llama2_hub(config: Config, tensors: Tensors) -> None:
+def of_llama_hub(config: Config, tensors: Tensors) -> None:
   for layer in range(2):
     tensors[f'model.layers.{layer}.self_attn.rotary_emb.inv_freq'] = np.ones(8, np.float32)
+  config |= {'is_llama_config': True, 'rope_interleaved': False, 'transformers.js_config': {'dtype': 'q4'}}
+
+
+def of_gemma2_hub(config: Config, tensors: Tensors) -> None:
+  config |= {'sliding_window_size': 4096, '_attn_implementation': 'eager', 'cache_implementation': 'hybrid'}
 
 
 def of_gemma3_with_eyes(prefix: str) -> Callable[[Config, Tensors], None]:
@@ -287,7 +294,8 @@ def named_head(config: Config, tensors: Tensors) -> None:
 HUB = {
   'gpt2': of_gpt2_hub,
   'gpt_neox': of_pythia_hub,
-  'llama': of_llama2_hub,
+  'llama': of_llama_hub,
+  'gemma2': of_gemma2_hub,
   'gemma3': of_gemma3_with_eyes('model.language_model.'),
   'gemma3 ': of_gemma3_with_eyes('language_model.model.'),
 }
