@@ -333,6 +333,14 @@ def test_half_precision_files_are_read_exactly(tmp_path, name, kind):
   )
 
 
+def test_weights_kept_in_half_the_memory_are_multiplied_in_float32(case_of, tmp_path):
+  """Those of this model need no more bits, so nothing is lost."""
+  subject, case = subjects.load(str(tiny_subjects.copy(tmp_path, 'qwen3')), weights='bfloat16'), case_of('qwen3', 1)
+  assert {str(array.dtype) for array in jax.tree.leaves(subject.params)} == {'bfloat16'}
+  agree(np.asarray(subject.logits(case.ids_BT))[:, KEPT], case.want['logits'])
+  agree(subject.residual(case.ids_BT, 'resid_post.1')[:, KEPT], case.want['resid_post.1'])
+
+
 def sharded(folder: pathlib.Path, name: str, count: int = 3) -> pathlib.Path:
   """A tiny model whose tensors lie in several files."""
   config, tensors = tiny_subjects.read(name)
