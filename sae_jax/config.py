@@ -268,7 +268,7 @@ def read_store_file(path: str) -> dict[str, Any]:
     if wrong := sorted(stated.keys() ^ settings.keys()):
       raise schema.Broken(f'config.{wrong[0]} is {"missing" if wrong[0] in settings else "not known"}')
     for field, value in [(f, meta.get(f.name)) for f in fields] + [(f, stated[name]) for name, f in settings.items()]:
-      if value is None and field.may:
+      if value is None and field.may and field.name not in settings:
         continue
       if not schema.is_kind(value, field.kind) or (field.must and value < 1):
         raise schema.Broken(f'{field.name}={str(value)[:40]} is not {field.about}')
