@@ -10,16 +10,14 @@ _MOST_LAYERS = 1000
 _SMALLEST, _LARGEST = 1e-18, 1e18
 # They say nothing about what a model computes in use.
 _WITHOUT_EFFECT = frozenset(
-  'architectures attention_dropout attn_pdrop bos_token_id eos_token_id pad_token_id cache_implementation '
-  'classifier_dropout dtype embd_pdrop gradient_checkpointing hidden_dropout hidden_dropout_prob id2label '
-  'initializer_range label2id layer_norm_epsilon_type model_type n_ctx n_layer_type pretraining_tp resid_pdrop '
-  'return_dict summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj '
-  'task_specific_params tokenizer_class torch_dtype transformers_version unsloth_fixed unsloth_version use_cache '
-  '_name_or_path attn_implementation _attn_implementation _attn_implementation_autoset reorder_and_upcast_attn '
-  'bos_token eos_token chunk_size_feed_forward is_decoder '
-  'vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index '
-  'is_llama_config transformers.js_config predict_special_tokens output_past _num_labels attention_probs_dropout_prob '
-  'sliding_window_size'.split()
+  'architectures attention_dropout attention_probs_dropout_prob _attn_implementation _attn_implementation_autoset '
+  'attn_pdrop boi_token_index bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout dtype '
+  'embd_pdrop eoi_token_index eos_token_id gradient_checkpointing hidden_dropout hidden_dropout_prob id2label '
+  'image_token_index initializer_range is_decoder is_llama_config label2id mm_tokens_per_image model_type n_ctx '
+  '_name_or_path _num_labels output_past pad_token_id predict_special_tokens pretraining_tp reorder_and_upcast_attn '
+  'resid_pdrop return_dict sliding_window_size summary_activation summary_first_dropout summary_proj_to_labels '
+  'summary_type summary_use_proj task_specific_params tokenizer_class torch_dtype transformers.js_config '
+  'transformers_version unsloth_fixed unsloth_version use_cache vision_config'.split()
 )
 
 
