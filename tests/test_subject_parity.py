@@ -32,7 +32,7 @@ EDITS = ('z.0',)
 MORE_EDITS = {
   'llama': ('resid_pre.0', 'attn_out.0', 'mlp_post.1'),
   'gpt_neox': ('mlp_post.0',),
-  'gemma3': ('resid_pre.2', 'resid_mid.0', 'mlp_out.0', 'resid_post.2'),
+  'gemma3': ('resid_mid.0', 'mlp_out.0', 'resid_post.0', 'resid_post.2'),
 }
 
 
