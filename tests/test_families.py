@@ -206,14 +206,33 @@ def hand_written(name, params, idle_F, x_BD, data, latent, chunks, k_aux):
   return jax.device_get(jax.jit(f)(params, idle_F, x_BD))
 
 
+ALONE, ON_A_MESH = (1, 1, 1), (2, 4, 3)
+# One of each way through the skeleton is in `make test`; compiling them all would take a tenth of it.
+FEW = ('topk', 'batchtopk', 'gated', 'cs294a')
+
+
+def every(name: str) -> object:
+  return name if name in FEW else pytest.param(name, marks=pytest.mark.chaos)
+
+
 # AuxK is compiled once a family, and its own tests are in test_sae.
-@pytest.mark.parametrize('mesh', [(1, 1, 1), (2, 4, 3)], ids=['alone', 'on a mesh, in chunks, with AuxK'])
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+  'name, mesh',
+  [
+    *(pytest.param(name, ALONE, id=f'{name} alone') for name in NAMES),
+    *(
+      pytest.param(
+        name, ON_A_MESH, id=f'{name} on a mesh, in chunks, with AuxK', marks=() if name in FEW else pytest.mark.chaos
+      )
+      for name in NAMES
+    ),
+  ],
+)
 def test_gradients_are_those_of_the_written_loss(name, mesh, x64):
   params = random_params(name)
   x_BD = jnp.asarray(np.random.default_rng(8).standard_normal((B, D)))
   idle_F = jnp.where(jnp.arange(F) < 9, 99, 1).astype(jnp.int32)
-  k_aux = AUX if mesh != (1, 1, 1) and family(name).auxk else 0
+  k_aux = AUX if mesh != ALONE and family(name).auxk else 0
   grads, new_idle_F, sums = hand_written(name, params, idle_F, x_BD, *mesh, k_aux)
   dead_F = new_idle_F > 10
   assert dead_F.sum() == sums.n_dead == (0 if name == 'cs294a' else 9)
@@ -233,7 +252,7 @@ def test_gradients_are_those_of_the_written_loss(name, mesh, x64):
 # ----- from end to end
 
 
-@pytest.mark.parametrize('name', [name for name in NAMES if name != 'topk'])  # which all other tests train
+@pytest.mark.parametrize('name', [every(name) for name in NAMES if name != 'topk'])  # which all other tests train
 def test_a_cell_trains_resumes_and_is_loaded(name, tmp_path):
   whole, halves = tmp_path / 'whole', tmp_path / 'halves'
   one = cells.of_family(name, **{'train.checkpoint_every': 10**6})
