@@ -409,6 +409,34 @@ def test_folder_with_a_tokenizer_has_text(tmp_path):
   assert ''.join('the lazy dog'[a:b] for a, b in spans) == 'the lazy dog'
 
 
+def cut_and_fill(table: dict) -> None:
+  """As the folder of a model has it that was trained on texts of three tokens."""
+  table['truncation'] = {'direction': 'Right', 'max_length': 3, 'strategy': 'LongestFirst', 'stride': 0}
+  table['padding'] = {
+    'strategy': 'BatchLongest',
+    'direction': 'Right',
+    'pad_to_multiple_of': None,
+    'pad_id': 0,
+    'pad_type_id': 0,
+    'pad_token': '<pad>',
+  }
+
+
+def test_texts_are_neither_cut_nor_filled_up(tmp_path):
+  changes = {'plain': None, 'cut': cut_and_fill}
+  plain, cut = (subjects.load(str(with_tokenizer(tmp_path / name, change))) for name, change in changes.items())
+  texts = ['the lazy dog', 'a']
+  assert [ids.tolist() for ids in cut.encode(texts)] == [ids.tolist() for ids in plain.encode(texts)]
+
+
+def drop(table: dict) -> None:
+  table['model']['dropout'] = 0.1
+
+
+def test_tokenizer_that_draws_lots_is_refused(tmp_path):
+  refused(with_tokenizer(tmp_path, drop), r'dropout=0\.1')
+
+
 def add_words(special: bool) -> Callable[[dict], None]:
   """As many as make the last id one too large."""
 

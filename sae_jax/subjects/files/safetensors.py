@@ -65,16 +65,22 @@ class Folder:
     return np.memmap(self._files[name], _TYPES[entry['dtype']], 'r', first, tuple(entry['shape']))
 
   def tokenizer(self) -> tokenizers.Tokenizer | None:
-    """That of the folder; None when there is none."""
+    """That of the folder, without what cuts texts short or fills them up; None when there is none."""
     path = self.path / _TOKENIZER
     if not path.exists():
       return None
     if path.stat().st_size > _MOST_TOKENIZER:
       raise UserError(f'{path} has {path.stat().st_size} bytes, more than {_MOST_TOKENIZER}; take another tokenizer')
     try:
-      return tokenizers.Tokenizer.from_file(str(path))
+      found = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
       raise UserError(f'{path} is not a tokenizer ({printable(str(error))[:120]}); take the one of the model') from None
+    if getattr(found.model, 'dropout', None):
+      raise UserError(f'{path}: dropout={found.model.dropout} gives a text other tokens each time; set it to null')
+    # A model that was trained on short texts may bring both.
+    found.no_truncation()
+    found.no_padding()
+    return found
 
   @functools.cached_property
   def provenance(self) -> dict[str, Any]:
