@@ -232,6 +232,20 @@ def test_gemma3_that_leaves_out_its_constants_has_the_usual_ones(tmp_path):
   )
 
 
+def arch_after(folder: pathlib.Path, name: str, **values: Any) -> Any:
+  """The sizes of a tiny model with these settings; without those that are `...`."""
+  config, tensors = tiny_subjects.read(name)
+  config = {key: value for key, value in (config | values).items() if value is not ...}
+  return subjects.load(str(tiny_subjects.write(folder, config, tensors)), 'resid_pre.0').arch
+
+
+def test_null_says_none_where_a_missing_setting_means_the_default(tmp_path):
+  for value, cap, windows in ((..., (50.0, 30.0), (4096, 4096)), (None, (None, None), ())):
+    gemma = arch_after(tmp_path, 'gemma2', attn_logit_softcapping=value, final_logit_softcapping=value)
+    assert (gemma.score_cap, gemma.logit_cap) == cap
+    assert arch_after(tmp_path, 'mistral', sliding_window=value).windows == windows
+
+
 def of_gpt2_hub(config: Config, tensors: Tensors) -> None:
   """As the file of 2019: no prefix, and masks among the weights."""
   for name in list(tensors):

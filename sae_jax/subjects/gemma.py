@@ -72,7 +72,7 @@ def arch_of(settings: Settings) -> Arch:
         'head_dim', f'is {d_head}, of which {turning.width} turn; this family turns all of them, in pairs'
       )
   caps = [
-    settings.number(key, default) if not three or settings.has(key) else None
+    settings.number(key, default) if settings.has(key) or not (three or settings.states(key)) else None
     for key, default in (('attn_logit_softcapping', 50.0), ('final_logit_softcapping', 30.0))
   ]
   return Arch(

@@ -79,12 +79,12 @@ def _windows(settings: Settings, kind: str, n_layers: int) -> tuple[int | None, 
     return ()
   used = settings.flag('use_sliding_window', kind == 'mistral')
   first = settings.whole('max_window_layers', 28, least=0) if kind != 'mistral' else 0
-  if not used or not settings.has('sliding_window'):
+  if not used or (settings.states('sliding_window') and not settings.has('sliding_window')):
     if settings.has('layer_types'):
       settings.words('layer_types', _KINDS[:1], n_layers)
     settings.whole('sliding_window', 1)
     return ()
-  size = settings.whole('sliding_window')
+  size = settings.whole('sliding_window', 4096)
   kinds = tuple(_KINDS[layer >= first] for layer in range(n_layers))
   if settings.has('layer_types'):
     kinds = settings.words('layer_types', _KINDS, n_layers)

@@ -44,6 +44,10 @@ class Settings:
     """Whether it is set to something."""
     return self._values.get(key) is not None
 
+  def states(self, key: str) -> bool:
+    """Whether the file has it, be it as null: that may say 'none' where a missing key means the default."""
+    return key in self._values
+
   def whole(self, key: str, default: Any = _MISSING, least: int = 1, most: int = _MOST) -> int:
     """A whole number."""
     value = self._value(key, default)
