@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.util
+import pathlib
 
 import gguf
 import hypothesis
@@ -14,7 +15,7 @@ from hypothesis import strategies
 
 from sae_jax import subjects
 from sae_jax.errors import UserError
-from sae_jax.subjects import llama, text
+from sae_jax.subjects import llama, text, tokenizer
 from sae_jax.subjects.files.gguf import GGUF
 from sae_jax.subjects.layers import Rope
 from sae_jax.subjects.site import Site, parse
@@ -309,9 +310,18 @@ def test_text_hash_sees_names_and_borders():
   assert len(set(hashes)) == 4
 
 
-def write_gguf(path, arch: llama.Arch, params: dict, skip: str = '', architecture: str = 'llama', pre='smollm') -> None:
-  """A tiny float32 file, laid out as llama.cpp writes it."""
+def write_gguf(
+  path,
+  arch: llama.Arch,
+  params: dict,
+  skip: str = '',
+  architecture: str = 'llama',
+  pre='smollm',
+  more=lambda writer: None,
+) -> None:
+  """A tiny float32 file, laid out as llama.cpp writes it. `more` adds fields."""
   writer = gguf.GGUFWriter(path, architecture)
+  more(writer)
   writer.add_block_count(arch.n_layers)
   writer.add_context_length(arch.context)
   writer.add_embedding_length(arch.d_model)
@@ -394,3 +404,41 @@ def test_gguf_that_is_not_a_whole_model_is_refused(tmp_path):
   (tmp_path / 'more.gguf').write_bytes(b'')
   with pytest.raises(UserError, match='or with one GGUF file'):
     subjects.load(str(tmp_path))
+
+
+def linear(writer: gguf.GGUFWriter) -> None:
+  writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+  writer.add_rope_scaling_factor(8.0)
+
+
+def test_gguf_fields_are_understood_or_refused(tmp_path):
+  file = tmp_path / 'm.gguf'
+  write_gguf(file, WIDE, wide_params(), more=linear)
+  assert subjects.load(str(tmp_path), 'resid_pre.0').arch.rope == Rope(50.0, 4, 8.0)
+  for more, says in (
+    (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), 'yarn'),
+    (lambda writer: writer.add_logit_scale(2.0), r"'llama\.logit_scale'='2\.0' is not understood"),
+    (
+      lambda writer: (writer.add_key_length(4), writer.add_rope_dimension_count(2)),
+      r"rope\.dimension_count'='2' is not",
+    ),
+  ):
+    write_gguf(file, WIDE, wide_params(), more=more)
+    with pytest.raises(UserError, match=says):
+      subjects.load(str(tmp_path), 'resid_pre.0')
+
+
+def test_gguf_with_a_broken_tokenizer_is_refused(tmp_path):
+  file = tmp_path / 'm.gguf'
+  write_gguf(file, WIDE, wide_params())
+  whole = file.read_bytes()
+  for old, new, says in ((b'a b', b'a z', 'no sound tokenizer'), (b'smollm', b'sm\xffllm', 'cannot be read')):
+    file.write_bytes(whole.replace(old, new))
+    with pytest.raises(UserError, match=says):
+      subjects.load(str(tmp_path), 'resid_pre.0')
+
+
+def test_sentencepieces_that_put_a_space_before_a_text_are_refused():
+  fields = {'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.pre': 'default', 'tokenizer.ggml.add_space_prefix': True}
+  with pytest.raises(UserError, match='add_space_prefix=True'):
+    tokenizer.of_gguf(fields.__getitem__, pathlib.Path('m.gguf'))

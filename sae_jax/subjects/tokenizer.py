@@ -24,6 +24,11 @@ def of_gguf(field: Callable[[str], Any], path: pathlib.Path) -> tokenizers.Token
     case ('gpt2', 'smollm'):
       return _bytes(field)
     case ('llama', 'default'):
+      if field('tokenizer.ggml.add_space_prefix'):
+        raise UserError(
+          f'{path}: tokenizer.ggml.add_space_prefix=True puts a space before every text, which is not known here; take the '
+          "model's folder of safetensors"
+        )
       return _pieces(field)
   raise UserError(f"{path} has the tokenizer {kind}, not ('gpt2', 'smollm'); add it in subjects/tokenizer.py")
 

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import tokenizers
 
+from sae_jax.cell_state import printable
 from sae_jax.errors import UserError
 from sae_jax.subjects import tokenizer
 from sae_jax.subjects.settings import Settings
@@ -19,7 +20,6 @@ _WORDS = {
   'num_hidden_layers': 'block_count',
   'num_attention_heads': 'attention.head_count',
   'num_key_value_heads': 'attention.head_count_kv',
-  'head_dim': 'attention.key_length',
   'intermediate_size': 'feed_forward_length',
   'vocab_size': 'vocab_size',
   'max_position_embeddings': 'context_length',
@@ -27,6 +27,12 @@ _WORDS = {
   'rms_norm_eps': 'attention.layer_norm_rms_epsilon',
   'sliding_window': 'attention.sliding_window',
 }
+_SCALING = {'rope_type': 'rope.scaling.type', 'factor': 'rope.scaling.factor'}
+_HEAD = (
+  'attention.key_length',
+  'attention.value_length',
+  'rope.dimension_count',
+)  # one width, in the models known here
 _TENSORS = {
   'token_embd': 'model.embed_tokens',
   'output_norm': 'model.norm',
@@ -68,12 +74,14 @@ class GGUF:
     except (OSError, ValueError, KeyError, IndexError) as error:
       raise UserError(f'{path} is not a readable GGUF file ({error}); install it again') from None
     self._architecture = self.field('general.architecture')
+    begin = f'{self._architecture}.'
     match self._architecture:
       case 'llama':
         more, names, self._undo = {}, _TENSORS, self._undo_llama
       case 'gemma3':
-        # What llama.cpp has as constants.
-        more = {'rope_local_base_freq': 1e4, 'sliding_window_pattern': 6, 'query_pre_attn_scalar': 256}
+        # What llama.cpp has as constants; it knows the model of 27B by its 62 blocks.
+        scalar = 168 if self.field('gemma3.block_count') == 62 else 256
+        more = {'rope_local_base_freq': 1e4, 'sliding_window_pattern': 6, 'query_pre_attn_scalar': scalar}
         more |= {'vocab_size': len(self.field('tokenizer.ggml.tokens'))}
         names, self._undo = _TENSORS_OF_GEMMA, _undo_gemma
       case _:
@@ -81,7 +89,14 @@ class GGUF:
           f'{path}: the architecture {self._architecture!r} is not known; add it as docs/add_a_subject.md says, or take '
           "the model's folder of safetensors"
         )
-    values = {word: self.field(f'{self._architecture}.{key}') for word, key in _WORDS.items() if self._states(key)}
+    stated = {key.removeprefix(begin): self.field(key) for key in self._reader.fields if key.startswith(begin)}
+    values = {word: stated.pop(key) for word, key in _WORDS.items() if key in stated}
+    if heads := [stated[key] for key in _HEAD if key in stated]:
+      values['head_dim'] = heads[0]
+    scaling = {word: stated.pop(key) for word, key in _SCALING.items() if key in stated}
+    more |= {'rope_scaling': scaling} if scaling else {}
+    # Under its own name nobody reads a field, so that it is refused.
+    values |= {begin + key: value for key, value in stated.items() if key not in _HEAD or value != heads[0]}
     if 'tokenizer.ggml.bos_token_id' in self._reader.fields:
       values['bos_token_id'] = self.field('tokenizer.ggml.bos_token_id')
     kind = {'gemma3': 'gemma3_text'}.get(self._architecture, self._architecture)
@@ -91,19 +106,33 @@ class GGUF:
     self.shapes = {name: tuple(int(n) for n in one.shape[::-1]) for name, one in self._tensors.items()}
 
   def field(self, key: str) -> Any:
-    """The value of a field. Raises `UserError` when there is none."""
+    """The value of a field. Raises `UserError` when there is none that can be read."""
     if key not in self._reader.fields:
       raise UserError(f'{self.path} has no field {key}; take a complete file')
-    return self._reader.fields[key].contents()
+    try:
+      return self._reader.fields[key].contents()
+    except (ValueError, IndexError) as error:
+      raise UserError(f'{self.path}: the field {key} cannot be read ({error}); take a sound file') from None
 
   def tensor(self, name: str) -> np.ndarray:
     """A tensor by the name that Hugging Face gives it, dequantised to float32."""
     found = self._tensors[name]
-    return self._undo(name, gguf.dequantize(found.data, found.tensor_type).reshape(self.shapes[name]))
+    try:
+      values = gguf.dequantize(found.data, found.tensor_type)
+    except NotImplementedError:
+      raise UserError(
+        f'{self.path}: {name} is {found.tensor_type.name}, which is not known here; take other digits'
+      ) from None
+    return self._undo(name, values.reshape(self.shapes[name]))
 
   def tokenizer(self) -> tokenizers.Tokenizer:
     """That of the file."""
-    return tokenizer.of_gguf(self.field, self.path)
+    try:
+      return tokenizer.of_gguf(self.field, self.path)
+    except UserError:
+      raise
+    except Exception as error:  # the library raises nothing more special
+      raise UserError(f'{self.path} holds no sound tokenizer ({printable(str(error))[:120]}); copy it again') from None
 
   @functools.cached_property
   def provenance(self) -> dict[str, Any]:
@@ -116,9 +145,6 @@ class GGUF:
       'subject_weights': f'{self._architecture}, dequantised to float32',
       'tokenizer': 'of the same file',
     }
-
-  def _states(self, key: str) -> bool:
-    return f'{self._architecture}.{key}' in self._reader.fields
 
   def _undo_llama(self, name: str, w: np.ndarray) -> np.ndarray:
     """Undoes the interleaving of the rows that RoPE pairs. Left as stored, the model runs and predicts badly."""
