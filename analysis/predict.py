@@ -102,8 +102,7 @@ def predict(ledger: str, at: Mapping[str, float | str], *, bootstrap: int = 500)
   Args:
     ledger: the folder a sweep wrote.
     at: `n_latents` and its sparsity: `k` or `sparsity` as it is asked for, or `l0` as it is measured. `activation`
-    names
-      the family where the ledger has several.
+      names the family where the ledger has several.
     bootstrap: resamples behind the interval; 0 takes it from standard errors alone.
 
   Raises:

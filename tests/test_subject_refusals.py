@@ -1,6 +1,7 @@
 """Folders that are not sound models: each is refused in one line that names the value, the rule and the remedy."""
 
 import json
+import os
 import pathlib
 import struct
 from collections.abc import Callable
@@ -251,6 +252,17 @@ def test_truncated_file_is_refused(tmp_path, kept):
   whole = (tiny_subjects.copy(tmp_path, 'llama') / FILE).read_bytes()
   (tmp_path / FILE).write_bytes(whole[: int(kept * len(whole))])
   refused(tmp_path, 'not a whole safetensors file')
+
+
+@pytest.mark.parametrize('name', ['config.json', FILE, 'tokenizer.json', 'm.gguf'])
+def test_pipes_and_devices_are_refused_and_not_waited_for(tmp_path, name):
+  tiny_subjects.copy(tmp_path, 'llama')
+  (tmp_path / name).unlink(missing_ok=True)
+  os.mkfifo(tmp_path / name)
+  refused(tmp_path, r'is a pipe or a device')
+  (tmp_path / name).unlink()
+  (tmp_path / name).symlink_to('/dev/zero')
+  refused(tmp_path, r'is a pipe or a device')
 
 
 def test_pickle_is_refused_with_what_to_do_instead(tmp_path):

@@ -54,6 +54,9 @@ def load(name_or_folder: str, site: str | Sequence[str] | None = None, weights: 
 
 def _opened(folder: pathlib.Path) -> Files:
   """The model in a folder, in either format."""
+  for path in folder.iterdir():
+    if path.exists() and not (path.is_file() or path.is_dir()):
+      raise UserError(f'{path} is a pipe or a device, which may have no end; take a folder of files')
   found = sorted(folder.glob('*.gguf'))
   if (folder / 'config.json').exists() and not found:
     return Folder(folder)
