@@ -30,7 +30,7 @@ COLUMNS = [
 
 def rows(table: pd.DataFrame) -> pd.DataFrame:
   """These columns of a ledger's table, ordered by what was asked for, so that a ledger that grew changes few lines."""
-  whole = dict.fromkeys(('n_latents', 'k', 'tokens', 'seed'), int)
+  whole = dict.fromkeys(('n_latents', 'k', 'tokens', 'seed'), 'Int64')  # a coefficient stands in for k
   return table[COLUMNS].astype(whole).sort_values(['activation', *whole])
 
 

@@ -69,6 +69,16 @@ def test_table_has_the_finished_cells_in_one_order(tmp_path):
   assert [line.split(',')[0] for line in lines] == [small.id, large.id]
 
 
+def test_cell_with_a_coefficient_has_no_k(tmp_path):
+  ledger, out = str(tmp_path / 'ledger'), tmp_path / 'table.csv'
+  cells.write(ledger, cells.cell(**{'sae.activation': 'relu', 'sae.k': None, 'loss.sparsity': 0.1}), finished=True)
+  cells.write(ledger, cells.cell(), finished=True)
+  with pytest.raises(SystemExit, match='0'):
+    activations_table.main([f'--ledger={ledger}', f'--out={out}'])
+  with open(out) as f:
+    assert [row['k'] for row in csv.DictReader(f)] == ['', '13']
+
+
 @pytest.mark.storm
 def test_a_row_trains_to_the_same_again(tmp_path, monkeypatch):
   """Harvests the whole store, unless RUNS names a folder with one. Other machines give other last bits, hence the bounds."""

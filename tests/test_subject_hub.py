@@ -43,7 +43,7 @@ def test_model_that_is_not_there_is_refused_in_one_line(cache, name):
   assert '\n' not in str(found.value)
 
 
-@pytest.mark.parametrize('name', ['../etc', 'a/b/c', '/no/such/folder', 'gpt5', 'a/..', '', 'a b/c'])
+@pytest.mark.parametrize('name', ['../etc', 'a/b/c', '/no/such/folder', 'gpt5', 'a/..', '', 'a b/c', 'x' * 5000])
 def test_name_that_is_none_is_refused_without_asking_the_hub(name, monkeypatch):
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *args, **settings: pytest.fail('it asked'))
   with pytest.raises(

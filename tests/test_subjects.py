@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.util
+import os
 import pathlib
 
 import gguf
@@ -308,6 +309,14 @@ def test_packages_missing_name_the_remedy(monkeypatch):
 def test_text_hash_sees_names_and_borders():
   hashes = [text.sha256(d) for d in ([('a', 'bc')], [('ab', 'c')], [('a', 'b'), ('', 'c')], [('a', 'bd')])]
   assert len(set(hashes)) == 4
+
+
+def test_folder_of_texts_holds_files(tmp_path):
+  (tmp_path / 'a.txt').write_text('to be')
+  assert text.load(str(tmp_path)) == [('a.txt', 'to be')]
+  os.mkfifo(tmp_path / 'b.txt')
+  with pytest.raises(UserError, match=r"holds 'b\.txt', which is not a file"):
+    text.load(str(tmp_path))
 
 
 def write_gguf(

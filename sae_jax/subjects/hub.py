@@ -1,5 +1,6 @@
 """A model's folder by its name at the Hugging Face hub. A folder that is here needs no hub and no network."""
 
+import os
 import pathlib
 import re
 
@@ -16,7 +17,7 @@ def folder(name: str) -> tuple[pathlib.Path, str]:
 
   Raises `UserError` when there is no such folder or model.
   """
-  if name and pathlib.Path(name).is_dir():
+  if os.path.isdir(name):  # also of a name that no folder can have
     return pathlib.Path(name), ''
   found = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?', name)
   if found is None or name.startswith('.') or '..' in name:

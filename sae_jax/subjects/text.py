@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import pathlib
 
 from sae_jax.errors import UserError
@@ -19,6 +20,8 @@ def load(name: str) -> list[tuple[str, str]]:
   paths = sorted(pathlib.Path(name).glob('*.txt'), key=lambda path: path.name)
   if not paths:
     raise UserError(f'data.text={name!r} holds no .txt files; write a document a file')
+  if odd := [path.name for path in paths if not path.is_file()]:
+    raise UserError(f'data.text={name!r} holds {odd[0]!r}, which is not a file; take it away')
   try:
     return [(path.name, path.read_bytes().decode()) for path in paths]
   except (OSError, UnicodeError) as error:
@@ -27,7 +30,7 @@ def load(name: str) -> list[tuple[str, str]]:
 
 def is_folder(name: str) -> bool:
   """Whether a text is a folder of the user's, whose files may change."""
-  return bool(name) and pathlib.Path(name).is_dir()
+  return os.path.isdir(name)  # also of a name that no folder can have
 
 
 def sha256(documents: list[tuple[str, str]]) -> str:
