@@ -449,6 +449,17 @@ def test_tokenizer_that_draws_lots_is_refused(tmp_path):
   refused(with_tokenizer(tmp_path, drop), r'dropout=0\.1')
 
 
+def without_unknown(table: dict) -> None:
+  table['model'] = {'type': 'WordLevel', 'vocab': {'a': 0}, 'unk_token': '?'}
+
+
+def test_tokenizer_that_fails_on_a_text_is_one_line(tmp_path):
+  subject = subjects.load(str(with_tokenizer(tmp_path, without_unknown)))
+  for ask in (subject.encode, subject.encode_with_offsets):
+    with pytest.raises(UserError, match=r'fails on a text \(.*; take the one of the model'):
+      ask(['the dog'])
+
+
 def add_words(special: bool) -> Callable[[dict], None]:
   """As many as make the last id one too large."""
 

@@ -238,20 +238,25 @@ class Subject:
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     """Token ids of each text, int32, no special tokens added. Raises `UserError` without a tokenizer."""
-    return [np.array(e.ids, np.int32) for e in self._tokenizer().encode_batch(texts, add_special_tokens=False)]
+    return [np.array(e.ids, np.int32) for e in self._encodings(texts)]
 
   def encode_with_offsets(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each text its token ids, int32 [n], and the characters each of them covers: first and last + 1, [n, 2]."""
-    found = self._tokenizer().encode_batch(texts, add_special_tokens=False)
-    return [(np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in found]
+    return [(np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in self._encodings(texts)]
 
-  def _tokenizer(self) -> tokenizers.Tokenizer:
+  def _encodings(self, texts: list[str]) -> list[tokenizers.Encoding]:
     if self.tokenizer is None:
       raise UserError(
         f'{self.provenance.get("subject", "the model")} has no tokenizer, which text needs; put the tokenizer.json of '
         'the model into its folder'
       )
-    return self.tokenizer
+    try:
+      return self.tokenizer.encode_batch(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises nothing more special
+      raise UserError(
+        f'the tokenizer of {self.provenance.get("subject", "the model")} fails on a text ({str(error)[:120]}); take the one '
+        'of the model'
+      ) from None
 
   def _windows(self, ids_BT: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
     """The same ids, checked where they are on the host. Indexing would take an id that is too large for the last."""
