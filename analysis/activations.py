@@ -51,11 +51,14 @@ def _judged(found: Compared, one: str, what: str, other: str) -> tuple[str, Esti
   if missing := [name for name in (one, other) if name not in found.families]:
     return 'undecided', None, f'the table has no cells of {" and ".join(missing)}'
   both_NL = found.shared(one, other)
-  sizes, l0s = found.sizes[both_NL.any(axis=1)], found.l0[both_NL.any(axis=0)]
   least = 2 if what == _STEEPER else 1
-  if len(sizes) < least:
-    return 'undecided', None, f'at equal L0 they share {len(sizes)} sizes, and {least} are needed'
-  over = f'L0 {", ".join(f"{value:g}" for value in l0s)}'
+  most = both_NL.sum(axis=0).max()
+  if most < least:
+    return 'undecided', None, f'at equal L0 they share {most} sizes, and {least} are needed'
+  both_NL &= both_NL.sum(axis=0) >= least
+  sizes = found.sizes[both_NL.any(axis=1)]
+  used_L = both_NL.any(axis=0) if what == _STEEPER else both_NL[found.sizes == sizes[-1]][0]
+  over = f'L0 {", ".join(f"{value:g}" for value in found.l0[used_L])}'
   if what == _STEEPER:
     number, (low, high) = found.steeper(one, other), (0.0, 0.0)
     text = f'exponent of {one} less that of {other}, n {sizes[0]:,.0f} to {sizes[-1]:,.0f}, mean over {over}: {number}'

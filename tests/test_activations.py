@@ -3,6 +3,7 @@
 import pathlib
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis import activations, equal_l0, table
@@ -44,6 +45,14 @@ def test_a_claim_without_its_cells_is_undecided_and_says_why():
   assert found['topk matches gated'].why == 'the table has no cells of gated'
   assert 'share 1 sizes, and 2 are needed' in found['topk is steeper in n than relu'].why
   assert 'train some settings with a second seed' in found['topk beats relu'].why
+
+
+def test_a_verdict_names_the_l0s_that_it_is_of():
+  both = ('topk', 'relu')
+  parts = [planted_families.table(0, names=both, sizes=(n,), ks=ks) for n, ks in ((256, (8, 16)), (1024, (64, 128)))]
+  found = {one.claim: one for one in activations.verdicts(equal_l0.compare(pd.concat(parts).drop(columns='id')))}
+  assert 'n = 1,024, mean over L0 64, 128:' in found['topk beats relu'].why
+  assert found['topk is steeper in n than relu'].why == 'at equal L0 they share 1 sizes, and 2 are needed'
 
 
 def test_command_draws_and_writes_everything(tmp_path, capsys, monkeypatch):
