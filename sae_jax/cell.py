@@ -121,7 +121,9 @@ class DataConfig:
   site: str  # where in it, e.g. 'resid_post.12'
   text: str  # corpus, e.g. 'sotu'
   path: str  # of the store
-  identity: str  # content hash of the store; empty for planted and live, whose settings are their identity
+  identity: (
+    str  # content hash of the store; of live, that of a subject's own files; else empty: settings are the identity
+  )
   seed: int  # order only
   epochs: int
   # 'center_unit' (the paper's), 'scale' (one scalar, recorded with the store) or 'none'; the NMSE lives in that space.

@@ -164,6 +164,15 @@ def test_stores_record_which_positions_count_and_refuse_another_rule(toy, tmp_pa
     opened(tmp_path, positions='drop_first')
 
 
+def test_finished_store_of_texts_that_have_changed_is_refused(toy, tmp_path, monkeypatch):
+  monkeypatch.setattr(text, 'is_folder', lambda name: True)
+  harvest.harvest(settings(), str(tmp_path), progress=False)
+  assert not harvest.harvest(settings(), str(tmp_path), progress=False)
+  monkeypatch.setattr(text, 'load', lambda name: [*toy_text(name), ('new.txt', 'abc')])
+  with pytest.raises(UserError, match='holds a store with text_sha256='):
+    harvest.harvest(settings(), str(tmp_path), progress=False)
+
+
 def test_store_of_the_first_rule_says_what_it_always_said(toy, tmp_path):
   harvest.harvest(settings(), str(tmp_path), progress=False)
   assert not {'positions', 'weights'} & json.loads((tmp_path / 'store.json').read_text())['config'].keys()

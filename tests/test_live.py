@@ -11,7 +11,7 @@ from sae_jax import train as training
 from sae_jax.data import feed, harvest, live_mesh, reading
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
-from tests.test_harvest import settings, toy  # noqa: F401  the toy subject's fixture
+from tests.test_harvest import settings, toy, toy_subject  # noqa: F401  the toy subject's fixture
 
 
 def cell(source: str, path: str, dtype: str = 'float32', **changes) -> config.Cell:
@@ -25,7 +25,14 @@ def cell(source: str, path: str, dtype: str = 'float32', **changes) -> config.Ce
     'eval.tokens': 43,
     'eval.batch_tokens': 16,
   }
+  if source == 'live':
+    flat['data.identity'] = toy_subject('').provenance['subject_sha256']
   return config.resolve(config.override(settings(dtype=dtype), flat | changes))
+
+
+def test_live_cell_names_the_weights_of_a_subject_whose_files_may_change(toy):  # noqa: F811
+  with pytest.raises(UserError, match=r"data.identity='' but the weights of toy are none; set data.identity to that"):
+    open_source(cell('live', '', **{'data.identity': ''}))
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])

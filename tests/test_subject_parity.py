@@ -388,3 +388,12 @@ def test_weights_are_read_into_the_memory_that_the_model_keeps(shape, dtype):
   room = loading._room(shape, dtype)
   room[...] = np.arange(room.size).reshape(shape)
   assert room.shape == shape and np.shares_memory(np.asarray(jax.device_put(room)), room)
+
+
+def test_text_that_looks_like_a_control_token_is_text():
+  model = subjects.load(str(tiny_subjects.FOLDER / 'llama'))
+  control = [token for token in model.tokenizer.get_added_tokens_decoder().values() if token.special]
+  assert control
+  for token in control:
+    (ids,) = model.encode([f'the{token.content}'])
+    assert model.tokenizer.token_to_id(token.content) not in ids

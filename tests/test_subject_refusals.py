@@ -87,6 +87,13 @@ SETTINGS = {
     setting(rope_parameters={'rope_type': 'default', 'rope_theta': 1e4, 'partial_rotary_factor': 0.5}),
     r'8 turn',
   ),
+  'thetas that differ': ('llama', setting(rope_theta=5e5), r"rope_theta='500000\.0' contradicts rope_parameters"),
+  'factor of nought': ('llama', setting(residual_multiplier=0), r"'residual_multiplier'='0' is not understood"),
+  'kinds of layers in mistral': (
+    'mistral',
+    setting(layer_types=['full_attention', 'sliding_attention']),
+    r'layer_types=.* is not a list of 2 of sliding_attention',
+  ),
   'heads do not divide the width': ('gpt2', setting(n_head=5), r"n_head='5' does not divide n_embd=48"),
   'heads do not divide the width of a neox': ('gpt_neox', setting(num_attention_heads=5), r"heads='5' does not divide"),
   'heads that keys do not divide': ('llama', setting(num_key_value_heads=4), r"'4' does not divide .*=6"),
@@ -392,7 +399,7 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
 
 def test_windows_beyond_the_context_are_refused(tmp_path):
   subject = subjects.load(str(tiny_subjects.copy(tmp_path, 'gpt2')))
-  with pytest.raises(UserError, match=r'65 tokens exceeds the context of 64'):
+  with pytest.raises(UserError, match=r'65 tokens is not from 1 to the context of 64'):
     subject.residual(np.zeros((1, 65), np.int32), 'resid_post.0')
 
 
@@ -484,7 +491,9 @@ def test_special_tokens_beyond_the_embedding_stay_with_the_tokenizer(tmp_path):
   """Gemma 3 of 270M and 1B has one for pictures, and an embedding without it."""
   subject = subjects.load(str(with_tokenizer(tmp_path, add_words(True))))
   with pytest.raises(UserError, match=r'token id 101 is not in the vocabulary'):
-    subject.logits(subject.encode(['<101>'])[0][None])
+    subject.logits(np.array([[subject.tokenizer.token_to_id('<101>')]]))
+  with pytest.raises(UserError, match=r'a window of 0 tokens'):
+    subject.logits(np.zeros((1, 0), np.int32))
 
 
 @pytest.mark.parametrize('text', ['', '{}', '[]', '{"version": "1.0"}', '\0'])

@@ -20,6 +20,7 @@ from sae_jax.data import store_writer
 from sae_jax.data.reading import Reading
 from sae_jax.errors import one_line_errors
 from sae_jax.progress import Progress
+from sae_jax.subjects import text
 
 
 def harvest(config_dict: ml_collections.ConfigDict, out: str, progress: bool = True, sites: Sequence[str] = ()) -> bool:
@@ -34,8 +35,12 @@ def harvest(config_dict: ml_collections.ConfigDict, out: str, progress: bool = T
   data = config.resolve_data(config_dict)
   settings = {field.name: getattr(data, field.name) for field in schema.STORE_CONFIG}
   places = {site: files.join(out, site) for site in sites} or {data.site: out}
+  # A folder may hold other texts than it did.
+  made_from = {'text_sha256': text.sha256(text.load(data.text))} if text.is_folder(data.text) else {}
   places = {
-    site: place for site, place in places.items() if not store_writer.finished(place, settings | {'site': site}, {})
+    site: place
+    for site, place in places.items()
+    if not store_writer.finished(place, settings | {'site': site}, made_from)
   }
   if not places:
     return False

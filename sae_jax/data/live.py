@@ -16,7 +16,7 @@ from sae_jax.data import live_mesh, soundness
 from sae_jax.data.normalize import normalize
 from sae_jax.data.reading import Reading
 from sae_jax.errors import UserError
-from sae_jax.subjects import text
+from sae_jax.subjects import catalogue, text
 
 _CACHED_BLOCKS = 3
 
@@ -45,6 +45,12 @@ class Live:
         f'data.text={data.text!r} is a folder, whose files may change while a live source reads them again; harvest a store'
       )
     self.reading = Reading(data)
+    weights = self.reading.subject.provenance['subject_sha256']
+    if data.subject not in catalogue.ENTRIES and data.identity != weights:
+      raise UserError(
+        f'data.identity={data.identity!r} but the weights of {data.subject} are {weights}; set data.identity to that, so '
+        'that the id of the cell names them'
+      )
     self.d_model, self.flops_per_token = self.reading.d_model, self.reading.flops_per_token
     if self.d_model != config.sae.d_model:
       raise UserError(f'sae.d_model={config.sae.d_model} but {data.subject} has width {self.d_model}; use that')

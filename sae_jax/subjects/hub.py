@@ -6,7 +6,7 @@ import re
 
 from sae_jax.errors import UserError
 
-_FILES = ['config.json', '*.safetensors', 'model.safetensors.index.json', 'tokenizer.json']
+_FILES = ['config.json', 'model*.safetensors', 'model.safetensors.index.json', 'tokenizer.json']
 
 
 def folder(name: str) -> tuple[pathlib.Path, str]:

@@ -87,7 +87,8 @@ def _windows(settings: Settings, kind: str, n_layers: int) -> tuple[int | None, 
   size = settings.whole('sliding_window', 4096)
   kinds = tuple(_KINDS[layer >= first] for layer in range(n_layers))
   if settings.has('layer_types'):
-    kinds = settings.words('layer_types', _KINDS, n_layers)
+    # All layers of Mistral are alike, whatever a list says.
+    kinds = settings.words('layer_types', _KINDS[kind == 'mistral' :], n_layers)
   found = tuple(size if one == _KINDS[1] else None for one in kinds)
   return found if any(found) else ()
 

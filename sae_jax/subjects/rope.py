@@ -24,6 +24,8 @@ def of(settings: Settings, d_head: int, base: float, kind: str = '', partial: fl
     found = settings.section('rope_parameters')
     if kind and found.has(kind):
       found = found.section(kind)
+    elif settings.has('rope_theta') and found.has('rope_theta') and found.number('rope_theta') != base:
+      settings.refuse('rope_theta', 'contradicts rope_parameters.rope_theta; take a sound file')
     base = found.number('rope_theta', base)
   else:
     found = settings.section('rope_scaling') if scaled and settings.has('rope_scaling') else None

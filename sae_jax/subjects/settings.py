@@ -14,11 +14,16 @@ _WITHOUT_EFFECT = frozenset(
   'attn_pdrop boi_token_index bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout dtype '
   'embd_pdrop eoi_token_index eos_token_id gradient_checkpointing hidden_dropout hidden_dropout_prob id2label '
   'image_token_index initializer_range is_decoder is_llama_config label2id mm_tokens_per_image model_type n_ctx '
-  '_name_or_path _num_labels output_past pad_token_id predict_special_tokens pretraining_tp reorder_and_upcast_attn '
+  'n_special _name_or_path _num_labels output_past pad_token_id predict_special_tokens pretraining_tp reorder_and_upcast_attn '
   'resid_pdrop return_dict sliding_window_size summary_activation summary_first_dropout summary_proj_to_labels '
   'summary_type summary_use_proj task_specific_params tokenizer_class torch_dtype transformers.js_config '
   'transformers_version unsloth_fixed unsloth_version use_cache vision_config'.split()
 )
+
+
+def _says_nothing(value: Any) -> bool:
+  """Not 0, which may be a factor."""
+  return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
 class Settings:
@@ -124,7 +129,7 @@ class Settings:
   def refuse_others(self) -> None:
     """Refuses the first key that was not read and is set to something."""
     for key, value in self._values.items():
-      if key not in self._read and key not in _WITHOUT_EFFECT and value not in (None, False, '', [], {}):
+      if key not in self._read and key not in _WITHOUT_EFFECT and not _says_nothing(value):
         self._refuse(
           repr(key[:60]), value, 'is not understood; if it does not change what the model computes, take it out'
         )

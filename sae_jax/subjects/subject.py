@@ -234,6 +234,8 @@ class Subject:
     Earlier positions are as they were in `cache`, which `prefix` made for the same site.
     """
     self._check_complete()
+    if isinstance(start, int) and start + x_PSD.shape[1] > cache.k_LTGC.shape[1] > 0:
+      raise ValueError(f'positions {start} to {start + x_PSD.shape[1] - 1} are not all in the window of the cache')
     return _logits_from(self.family, self.arch, self.params, cache, x_PSD, self._site(site), start)
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -260,8 +262,10 @@ class Subject:
 
   def _windows(self, ids_BT: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
     """The same ids, checked where they are on the host. Indexing would take an id that is too large for the last."""
-    if ids_BT.shape[1] > self.arch.context:
-      raise UserError(f'a window of {ids_BT.shape[1]} tokens exceeds the context of {self.arch.context}; shorten it')
+    if not 0 < ids_BT.shape[1] <= self.arch.context:
+      raise UserError(
+        f'a window of {ids_BT.shape[1]} tokens is not from 1 to the context of {self.arch.context}; change it'
+      )
     if isinstance(ids_BT, np.ndarray) and ids_BT.size:
       for id_ in (ids_BT.min(), ids_BT.max()):
         if not 0 <= id_ < self.arch.vocabulary:

@@ -80,6 +80,8 @@ class Folder:
     # A model that was trained on short texts may bring both.
     found.no_truncation()
     found.no_padding()
+    # `</s>` in a text is text, as in the tokenizers of GGUF files.
+    found.encode_special_tokens = True
     return found
 
   @functools.cached_property
