@@ -113,8 +113,9 @@ def markdown(tables: Sequence[Table]) -> str:
 
 def write(found: Compared, out: str) -> list[str]:
   """Writes figures (PNG and PDF), tables.md, points.csv and laws.json into a folder; returns their paths."""
-  drawn = {'frontiers': figures.frontiers(found), 'scaling': figures.scaling(found)}
-  made = {f'{name}.{kind}': data for name, fig in drawn.items() for kind, data in style.saved(fig).items()}
+  made = {
+    f'{name}.{kind}': data for name, fig in figures.drawn(found).items() for kind, data in style.saved(fig).items()
+  }
   made['tables.md'] = markdown(tables(found)).encode()
   made['points.csv'] = found.points().to_csv(index=False).encode()
   for name, data in made.items():

@@ -27,7 +27,7 @@ def figures(found: Findings) -> dict[str, Figure]:
   """
   several = len(found.families) > 1
   one = found.compared
-  together = {'frontiers': equal_l0.frontiers(one), 'scaling': equal_l0.scaling(one)} if one else {}
+  together = equal_l0.drawn(one) if one else {}
   return together | {
     f'{one.folder}/{name}' if several else name: figure
     for one in found.families

@@ -76,6 +76,12 @@ def test_command_draws_and_writes_everything(tmp_path, capsys, monkeypatch):
   assert all(line.endswith('|') for line in lines) and 'nan' not in text
 
 
+def test_one_size_is_drawn_without_a_figure_against_n(tmp_path):
+  few = planted_families.table(names=('topk', 'relu'), sizes=(256,), ks=(16, 32), repeated=())
+  names = {pathlib.Path(path).name for path in activations.write(equal_l0.compare(few), str(tmp_path))}
+  assert 'frontiers.png' in names and 'scaling.png' not in names
+
+
 @pytest.mark.parametrize(
   'text, said',
   [

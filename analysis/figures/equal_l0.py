@@ -39,6 +39,11 @@ def frontiers(found: Compared) -> Figure:
   return fig
 
 
+def drawn(found: Compared) -> dict[str, Figure]:
+  """The figures of families by name; against n only where there are two sizes."""
+  return {'frontiers': frontiers(found)} | ({'scaling': scaling(found)} if len(found.sizes) > 1 else {})
+
+
 def scaling(found: Compared) -> Figure:
   """At equal L0, loss against n with each family's power law, and beside it the loss over that of the reference."""
   fig, (left, right) = style.axes(2)
