@@ -5,7 +5,7 @@ python -m sae_jax.train --config=experiments/demo_gemma.py --workdir=runs/demo-g
 
 The weights come under the Gemma Terms of Use. Everything but the subject, the site and the place is as in
 experiments/demo.py. The learning rate was not tuned again: 14 to 59 % of the latents end dead, so a smaller one may do better.
-Expect NMSE .148 for n = 4,096, k = 32; ten minutes on two cores busy with other work (2026-11-29).
+Expect NMSE .148 for n = 4,096, k = 32; 25 minutes on two cores busy with other work (2026-11-29).
 """
 
 import ml_collections
