@@ -76,8 +76,12 @@ def test_command_draws_and_writes_everything(tmp_path, capsys, monkeypatch):
   assert all(line.endswith('|') for line in lines) and 'nan' not in text
 
 
-def test_one_size_is_drawn_without_a_figure_against_n(tmp_path):
+@pytest.mark.parametrize('ks_of_the_second', [(), (4,)])  # a size that reaches no common L0 is drawn as none
+def test_one_size_is_drawn_without_a_figure_against_n(tmp_path, ks_of_the_second):
   few = planted_families.table(names=('topk', 'relu'), sizes=(256,), ks=(16, 32), repeated=())
+  if ks_of_the_second:
+    one = planted_families.table(names=('topk',), sizes=(1024,), ks=ks_of_the_second, repeated=())
+    few = pd.concat([few, one.assign(id='f' * 12)], ignore_index=True)
   names = {pathlib.Path(path).name for path in activations.write(equal_l0.compare(few), str(tmp_path))}
   assert 'frontiers.png' in names and 'scaling.png' not in names
 

@@ -40,8 +40,9 @@ def frontiers(found: Compared) -> Figure:
 
 
 def drawn(found: Compared) -> dict[str, Figure]:
-  """The figures of families by name; against n only where there are two sizes."""
-  return {'frontiers': frontiers(found)} | ({'scaling': scaling(found)} if len(found.sizes) > 1 else {})
+  """The figures of families by name; against n only where there are points at two sizes."""
+  sizes = sparsity.at(found.points(), {'l0': found.main})['n_latents'].nunique()
+  return {'frontiers': frontiers(found)} | ({'scaling': scaling(found)} if sizes > 1 else {})
 
 
 def scaling(found: Compared) -> Figure:
