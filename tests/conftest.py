@@ -7,6 +7,10 @@ import time
 import zlib
 from importlib import metadata
 
+# On a busy machine eight devices on two cores wait for each other for longer than the 40 s after which XLA aborts. Also
+# for the processes that tests start.
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_collective_call_terminate_timeout_seconds=1200'
+
 import jax
 import pytest
 
