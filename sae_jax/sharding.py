@@ -110,6 +110,18 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
   return jax.tree.map_with_path(one, tree)
 
 
+def settled(mesh: Mesh, array: jax.Array) -> jax.Array:
+  """The array. On a mesh of CPU devices it is computed before this returns; elsewhere it may be on its way.
+
+  Whoever dispatches programs without fetching what they give needs this. XLA's CPU client launches programs with the
+  threads that run them. Once 32 are in flight on a device, a launch waits and keeps its thread. If a collective needs
+  that thread, both wait for ever.
+  """
+  if mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu':
+    return jax.block_until_ready(array)
+  return array
+
+
 def place_rows(mesh: Mesh, shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> jax.Array:
   """A [B, D] array sharded over tokens; `rows(start, stop)` is asked only for what this process's devices hold."""
   cached: dict[tuple[int, int], np.ndarray] = {}  # devices that differ only in latent shard hold the same rows

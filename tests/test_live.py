@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -81,6 +82,16 @@ def test_live_on_a_mesh_gives_the_rows_of_the_host(toy, shape):  # noqa: F811
       expected_BD = source.rows(step * 16, step * 16 + 16)
       np.testing.assert_allclose(np.asarray(x_BD), expected_BD, rtol=1e-4, atol=1e-5)  # rows have norm 1
       assert x_BD.sharding.is_equivalent_to(NamedSharding(mesh, sharding.BATCH), 2)
+
+
+def test_live_on_a_mesh_of_processors_leaves_nothing_in_flight(toy, monkeypatch):  # noqa: F811
+  """Else a launch can hold the thread that a collective waits for: see sharding.settled."""
+  waited = []
+  genuine = jax.block_until_ready
+  monkeypatch.setattr(jax, 'block_until_ready', lambda array: waited.append(array.shape) or genuine(array))
+  source, mesh = open_source(cell('live', '')), sharding.make_mesh(config.MeshConfig(2, 4))
+  assert len(list(feed.batches(source, mesh, 16, 0, 5))) == waited.count((16, 6)) == 5
+  assert len(waited) > 5  # forward passes too
 
 
 def test_live_on_a_mesh_is_a_function_of_the_step(toy):  # noqa: F811

@@ -101,7 +101,7 @@ class _Feed:
       x_BD = part_BD if x_BD is None else x_BD + part_BD  # rows of other blocks are 0
       position += last - first
     assert x_BD is not None
-    return x_BD
+    return sharding.settled(self._mesh, x_BD)
 
   def run_ahead(self, position: int, batch: int) -> None:
     """Dispatches this step's share of the calls of the block after the one that holds `position`."""
@@ -127,7 +127,7 @@ class _Feed:
     spread = NamedSharding(self._mesh, P(_ALL))
     for ids_WT in block.calls_CWT[len(block.outputs) :][:count]:
       placed = jax.make_array_from_callback(ids_WT.shape, spread, lambda index, ids_WT=ids_WT: ids_WT[index])
-      block.outputs.append(self._forward(self._params, placed))
+      block.outputs.append(sharding.settled(self._mesh, self._forward(self._params, placed)))
 
 
 def _make_take(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
