@@ -244,4 +244,9 @@ def _decode(params: Params, codes: Sparse | Dense, axes: Axes) -> jax.Array:
 def reconstruct(params: Params, x_BD: jax.Array, size: SAEConfig, shard: Shard) -> tuple[jax.Array, Sparse | Dense]:
   """Reconstruction [B, D], summed over shards, and this shard's codes."""
   _, codes, _ = encode(params, x_BD, size, shard)
-  return _output(_decode(params, codes, shard.axes) + params['b_pre_D'][None], size), codes
+  return decoded(params, codes, size, shard), codes
+
+
+def decoded(params: Params, codes: Sparse | Dense, size: SAEConfig, shard: Shard) -> jax.Array:
+  """Reconstruction [B, D] of this shard's codes, summed over shards."""
+  return _output(_decode(params, codes, shard.axes) + params['b_pre_D'][None], size)

@@ -18,7 +18,7 @@ class Reading:
   """A model, its windows in two streams, 'train' and 'held_out', and the order of their tokens.
 
   Attributes:
-    subject: the model, with the blocks that the site needs.
+    subject: the model, with the blocks that the site needs, or all of them for the `whole` one.
     sites: where in it.
     windows: those of each stream.
     streams: the geometry of each.
@@ -33,7 +33,7 @@ class Reading:
   more tokens than the text holds.
   """
 
-  def __init__(self, data: DataConfig, sites: tuple[str, ...] = ()):
+  def __init__(self, data: DataConfig, sites: tuple[str, ...] = (), *, whole: bool = False):
     self.sites = sites or (data.site,)
     given = {'subject': data.subject, 'site': all(self.sites), 'text': data.text}
     for key, example in (('subject', 'smollm2-135m'), ('site', 'resid_post.12'), ('text', 'sotu')):
@@ -41,7 +41,14 @@ class Reading:
         raise UserError(f'data.{key} is not set; name one, such as --config.data.{key}={example}')
     window, sizes = data.window_tokens, {'train': data.store_tokens, 'held_out': data.held_out_tokens}
     self.subject, split, self.held_out_documents = _opened(
-      data.subject, self.sites, data.weights, data.text, window, *sizes.values(), data.seed, data.positions
+      data.subject,
+      () if whole else self.sites,
+      data.weights,
+      data.text,
+      window,
+      *sizes.values(),
+      data.seed,
+      data.positions,
     )
     self.block_windows, self.positions = data.block_windows, data.positions
     self._counted = windows.counted(window, data.positions)
@@ -105,7 +112,7 @@ def _opened(
 ) -> tuple[Subject, windows.Split, list[str]]:
   """The subject, its windows, and the names of the documents that are held out."""
   documents = text.load(text_name)
-  subject = subjects.load(subject_name, sites, weights)
+  subject = subjects.load(subject_name, sites or None, weights)
   if window_tokens > subject.arch.context:
     raise UserError(f'data.window_tokens={window_tokens} exceeds the context of {subject.arch.context}; lower it')
   split = windows.split(

@@ -29,6 +29,18 @@ def counted(window_tokens: int, rule: str) -> int:
 def counting(x_WTD: Any, rule: str) -> Any:
   """The activations [W, T', D] at the positions of windows that count, in order; of numpy or of jax.
 
+  Args:
+    x_WTD: raw activations of whole windows.
+    rule: see `places`.
+  """
+  if rule != 'by_norm':
+    return x_WTD[:, _DROPPED[rule] :]
+  return x_WTD.__array_namespace__().take_along_axis(x_WTD, places(x_WTD, rule)[..., None], axis=1)
+
+
+def places(x_WTD: Any, rule: str) -> Any:
+  """The positions of windows that count, in order: whole numbers [W, T'], of numpy or of jax.
+
   The start token is an attention sink: its activation is far longer than any other and says nothing. In some models
   other tokens are so too, most of them at the beginning of a window.
 
@@ -37,16 +49,16 @@ def counting(x_WTD: Any, rule: str) -> Any:
     rule: 'drop_first' leaves out the start token; 'from_3' the first three positions; 'by_norm' three positions of each
       window: the start token, then those with more than ten times the median norm, then the first ones.
   """
+  xp, dropped = x_WTD.__array_namespace__(), _DROPPED[rule]
   if rule != 'by_norm':
-    return x_WTD[:, _DROPPED[rule] :]
-  xp = x_WTD.__array_namespace__()
+    n, window, _ = x_WTD.shape
+    return xp.zeros((n, 1), dtype=xp.int32) + xp.arange(dropped, window, dtype=xp.int32)[None]
   norm_WT = xp.linalg.norm(x_WTD.astype(xp.float32), axis=-1)
   place_WT = -xp.arange(x_WTD.shape[1], dtype=xp.float32)[None] + xp.zeros_like(norm_WT)
   massive_WT = norm_WT > _MASSIVE * xp.median(norm_WT, axis=1, keepdims=True)
   # Above 0 the massive ones by their norm, below it the others by their place.
   badness_WT = xp.where(place_WT == 0, xp.inf, xp.where(massive_WT, norm_WT, place_WT))
-  kept_WT = xp.sort(xp.argsort(badness_WT, axis=1, stable=True)[:, : -_DROPPED[rule]], axis=1)
-  return xp.take_along_axis(x_WTD, kept_WT[..., None], axis=1)
+  return xp.sort(xp.argsort(badness_WT, axis=1, stable=True)[:, :-dropped], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

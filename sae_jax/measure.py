@@ -1,0 +1,139 @@
+"""Measures one finished autoencoder: python -m sae_jax.measure --cell=DIR [--measures=downstream,...] [--dry_run]
+
+What is there already is not measured again, and a run that was killed goes on where it was. Values and standard errors
+are printed, and stand in DIR/measures/measures.json. `--against=DIR` adds the differences to another autoencoder on the
+same windows, with the paired standard error.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+
+from sae_jax import files, flags, lease, schema, signals
+from sae_jax.errors import PREEMPTED, UserError, one_line_errors
+from sae_jax.measures import measure, names, paired, results, run, some
+from sae_jax.measures.inputs import Inputs, Scope
+from sae_jax.measures.measure import Measure
+from sae_jax.progress import Display
+
+_EVERY_S = 10.0
+
+
+class Shown(Display):
+  """How far measures are: units done, of how many, and how long the rest takes."""
+
+  def __init__(self, label: str, units: int, visible: bool = True):
+    super().__init__(sys.stderr if visible else None, total=units, desc=label, unit='unit')
+    self._label, self._units, self._done = label, units, 0
+    self._began = self._said = time.monotonic()
+
+  def update(self, done: int, words: str) -> None:
+    if self._bar is not None:
+      self._bar.set_postfix_str(words, refresh=False)
+      self._bar.update(done - self._done)
+    elif (now := time.monotonic()) - self._said >= _EVERY_S:
+      self._said = now
+      left = (self._units - done) * (now - self._began) / done if done else 0.0
+      self.say(f'{self._label}: {words}, {done} of {self._units} units' + (f', {left:.0f} s left' if done else ''))
+    self._done = done
+
+
+def parser(prog: str, about: str) -> argparse.ArgumentParser:
+  """With the flags of both commands that measure."""
+  made = argparse.ArgumentParser(prog=prog, description=about)
+  known = ', '.join(names.VERSIONS)
+  made.add_argument('--measures', default='', metavar='NAME,...', help=f'some of {known} (default: all)')
+  made.add_argument('--weights', choices=('raw', 'ema'), help='default: those that training found better')
+  made.add_argument(
+    '--windows', type=flags.whole('--windows'), default=Scope.held_out, help='held-out windows (%(default)s)'
+  )
+  made.add_argument(
+    '--train_windows', type=flags.whole('--train_windows'), default=Scope.train, help='for what is fitted (%(default)s)'
+  )
+  made.add_argument('--dry_run', action='store_true', help='say what would be measured, and what it costs')
+  return made
+
+
+def costs(of: run.Target, wanted: list[Measure], inputs: Inputs) -> list[str]:
+  """A line for each measure: what is there, or how much work it is."""
+  todo, the = run.missing(of, wanted, inputs), None
+  lines = []
+  for one in wanted:
+    if one not in todo:
+      lines.append(f'{of.id} {one.NAME}: done')
+      continue
+    the = the or run.judged(of)
+    lines.append(f'{of.id} {one.NAME}: {one.units(inputs)} units, {one.flops(the, inputs):.2g} FLOPs')
+  return lines
+
+
+def inputs_folder(cell: str) -> str:
+  """Where the inputs of a cell's ledger are kept; a cell that stands alone keeps its own."""
+  folder = str(files.local(cell)) if files.is_local(cell) else cell.rstrip('/')
+  cells, _, _ = folder.rpartition('/')
+  ledger, _, name = cells.rpartition('/')
+  if name == schema.CELLS and files.exists(files.join(ledger, schema.SWEEP)):
+    return files.join(ledger, schema.MEASURES)
+  return files.join(folder, schema.MEASURES, 'inputs')
+
+
+@one_line_errors
+def main(argv: list[str]) -> int:
+  made = parser('python -m sae_jax.measure', 'Measure one finished autoencoder.')
+  made.add_argument('--cell', required=True, metavar='DIR', help='folder of a finished cell')
+  made.add_argument(
+    '--against', metavar='DIR', help='another finished cell: print the differences, paired over windows'
+  )
+  args = made.parse_args(argv)
+  stop, scope = signals.Signalled(), Scope(args.windows, args.train_windows)
+  wanted = some([name for name in args.measures.split(',') if name])
+  targets = [run.target(cell, args.weights) for cell in (args.cell, args.against) if cell]
+  folder = inputs_folder(args.cell)
+  inputs = run.inputs_of(targets[0], scope, folder)
+  if len(targets) == 2 and run.inputs_of(targets[1], scope, folder).identity != inputs.identity:
+    raise UserError(f'{args.against} has another subject, site or text than {args.cell}; compare cells of one stream')
+  if args.dry_run:
+    print('\n'.join(line for of in targets for line in costs(of, wanted, inputs)))
+    return 0
+  for of in targets:
+    if not measured(of, wanted, inputs, stop):
+      return 128 + stop.signum if stop.signum == signals.STOP[1] else PREEMPTED
+  found = [results.read(of.folder, of.id) for of in targets]
+  for one in wanted:
+    for name, value in found[0][one.NAME].values.items():
+      print(shown(f'{one.NAME}/{name}', value))
+    if len(targets) == 2:
+      rows = [results.records(of.folder, result[one.NAME]) for of, result in zip(targets, found, strict=True)]
+      for name, value in paired.differences(measure(one.NAME), *rows).items():
+        print(shown(f'{one.NAME}/{name} - that of {targets[1].id}', value))
+  return 0
+
+
+def measured(of: run.Target, wanted: list[Measure], inputs: Inputs, stop: signals.Signalled) -> bool:
+  """Measures a cell under the lease of its measures; False when asked to stop. Waits for another who measures it."""
+  observer, held = lease.Observer(), None
+  folder = files.join(of.folder, schema.MEASURES)
+  while (held := observer.claim(folder)) is None:
+    if stop():
+      return False
+    time.sleep(0.5)
+  total = sum(one.units(inputs) for one in run.missing(of, wanted, inputs))
+  before: dict[str, int] = {}
+  with held, contextlib.closing(Shown(of.id, total)) as progress:
+
+    def update(one: Measure, done: int, units: int) -> None:
+      before[one.NAME] = done
+      progress.update(sum(before.values()), f'{one.NAME} {done}/{units}')
+
+    return run.run(of, wanted, inputs, held, stop=stop, update=update)
+
+
+def shown(name: str, value: dict) -> str:
+  """'downstream/kl  0.3290 +- 0.0220 nats a token'."""
+  error = '' if value['se'] is None else f' ± {value["se"]:.2g}'
+  return f'{name}  {value["value"]:.4g}{error} {value["units"]}'
+
+
+if __name__ == '__main__':
+  main()

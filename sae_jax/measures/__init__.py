@@ -1,0 +1,22 @@
+"""Measures: what is evaluated on trained autoencoders beyond the NMSE. To add one: docs/add_a_measure.md."""
+
+from collections.abc import Sequence
+
+from sae_jax.errors import UserError
+from sae_jax.measures.measure import Measure
+from sae_jax.measures.names import VERSIONS
+
+
+def measure(name: str) -> Measure:
+  """The measure of a name, with its usual settings. Raises `UserError` for an unknown one."""
+  match name:
+    case 'downstream':
+      from sae_jax.measures.downstream import Downstream as made
+    case other:
+      raise UserError(f'no measure {other[:40]!r}; use some of {", ".join(VERSIONS)}')
+  return made()
+
+
+def some(names: Sequence[str]) -> list[Measure]:
+  """The measures of some names, each once; all for none. Raises `UserError` for an unknown one."""
+  return [measure(name) for name in dict.fromkeys(names or VERSIONS)]

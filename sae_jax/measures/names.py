@@ -1,0 +1,8 @@
+"""The measures by name, and the version of each. Plain Python, for tables and status.
+
+A version rises when a value comes to mean something else. Values of an older version are shown as stale.
+"""
+
+VERSIONS = {
+  'downstream': 1,
+}

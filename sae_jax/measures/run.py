@@ -1,0 +1,176 @@
+"""Measures one autoencoder: what is missing or stale, unit by unit, under a lease of its own."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from sae_jax import artifact, cell_state, config, files, form, lease, product, schema
+from sae_jax.errors import UserError
+from sae_jax.measures import results
+from sae_jax.measures.inputs import Inputs, Scope
+from sae_jax.measures.measure import Judged, Measure, Unit
+from sae_jax.measures.names import VERSIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """A finished cell that is to be measured.
+
+  Attributes:
+    folder: of the cell.
+    config: how it was trained.
+    info: its sae.json.
+    weights: 'raw' or 'ema'.
+  """
+
+  folder: str
+  config: config.Cell
+  info: dict[str, Any]
+  weights: str
+
+  @property
+  def id(self) -> str:
+    return self.config.id
+
+  @property
+  def tensors(self) -> str:
+    return (self.info.get('sha256') or {}).get(self.weights, '')
+
+
+def target(folder: str, weights: str | None = None) -> Target:
+  """The cell in a folder. `weights` None takes those that training found better.
+
+  Raises `UserError` for a folder without a finished cell, and for one whose files cannot be believed.
+  """
+  shown = cell_state.printable(folder)
+  try:
+    cell = config.from_record(schema.parse(files.read(files.join(folder, schema.CONFIG))))
+    state = cell_state.read(folder, cell.id)
+    if state.state not in schema.FINISHED:
+      reason = f' ({state.reason})' if state.reason else ''
+      raise UserError(f'{shown} is {state.state}{reason}; measures need a finished cell')
+    info = product.info(folder)
+  except FileNotFoundError as error:
+    what = str(error.filename or '').rpartition('/')[2]
+    raise UserError(f'{shown} has no {what or "autoencoder"}; measures need a finished cell') from None
+  except (schema.Broken, OSError) as error:
+    raise UserError(
+      f'{shown} cannot be believed ({product.why(error)[:120]}); python -m sweeps.retry mends it'
+    ) from None
+  return Target(folder, cell, info, weights or info.get('weights') or 'raw')
+
+
+def judged(of: Target) -> Judged:
+  """The autoencoder itself."""
+  loaded = artifact.load(of.folder, of.weights)
+  other = 'raw' if of.weights == 'ema' else 'ema'
+  try:
+    others = artifact.load(of.folder, other).sae.params()
+  except UserError:
+    others = None  # an imported one has a single set
+  return Judged(of.id, form.of(loaded.sae.size, loaded.info), loaded.sae.params(), of.tensors, of.weights, others)
+
+
+def key(measure: Measure, of: Target, inputs: Inputs) -> results.Key:
+  assert dataclasses.is_dataclass(measure)
+  settings = dataclasses.asdict(measure)
+  return results.Key(measure.NAME, VERSIONS[measure.NAME], settings, of.tensors, of.weights, inputs.identity)
+
+
+def missing(of: Target, wanted: Sequence[Measure], inputs: Inputs) -> list[Measure]:
+  """The measures that have no value of this autoencoder, these settings and these inputs."""
+  found = _read(of)
+  return [
+    measure for measure in wanted if measure.NAME not in found or found[measure.NAME].key != key(measure, of, inputs)
+  ]
+
+
+def run(
+  of: Target,
+  wanted: Sequence[Measure],
+  inputs: Inputs,
+  held: lease.Lease | None,
+  *,
+  stop: Callable[[], bool] = lambda: False,
+  update: Callable[[Measure, int, int], None] = lambda measure, done, units: None,
+) -> bool:
+  """Measures what is missing of `wanted`; False when `stop` became true before the end.
+
+  Args:
+    of: the cell.
+    wanted: measures.
+    inputs: what it is measured on.
+    held: the lease of the cell's measures. Nothing is written once it is lost.
+    stop: asked before every unit.
+    update: hears after each unit: the measure, how many units are done, and how many there are.
+
+  Raises:
+    LeaseLost: another worker took over.
+    UserError: what `Measure.run` refuses.
+  """
+  todo = missing(of, wanted, inputs)
+  the = functools.cache(lambda: judged(of))
+  for measure in todo:
+    this = key(measure, of, inputs)
+    lines, n = results.Lines(of.folder, this), measure.units(inputs)
+    for unit in range(len(lines.records), n):
+      update(measure, unit, n)
+      if stop():
+        return False
+      found = measure.run(unit, the(), inputs)
+      if held is not None:
+        held.check(fresh=True)
+      lines.add(found.record | _saved(of, measure.NAME, unit, found.arrays))
+    update(measure, n, n)
+    units = [Unit(record, _arrays(of, measure.NAME, i, record)) for i, record in enumerate(lines.records)]
+    values = {name: dataclasses.asdict(value) for name, value in measure.values(units).items()}
+    for name, value in values.items():
+      if not np.isfinite(value['value']) or not np.isfinite(value['se'] or 0.0):
+        raise UserError(f'{of.id}: {measure.NAME}/{name}={value["value"]} is not a finite number; measure more windows')
+    if held is not None:
+      held.check(fresh=True)
+    results.write(of.folder, of.id, _read(of) | {measure.NAME: results.Result(this, values)})
+  return True
+
+
+def inputs_of(of: Target, scope: Scope, folder: str) -> Inputs:
+  """What a cell is measured on."""
+  return Inputs(of.config.data, scope, folder, of.info, of.id)
+
+
+def group(of: Target, scope: Scope) -> tuple[Any, ...]:
+  """Equal for cells that share their inputs, without making these."""
+  data = of.config.data
+  facts = tuple(of.info.get(name) for name in ('subject_sha256', 'text_sha256'))
+  stream = (data.subject, data.weights, data.site, data.text, data.window_tokens, data.positions)
+  return (*stream, data.store_tokens, data.held_out_tokens, data.seed, *facts, scope)
+
+
+def _read(of: Target) -> dict[str, results.Result]:
+  try:
+    return results.read(of.folder, of.id)
+  except (schema.Broken, OSError) as error:
+    path = cell_state.printable(results.path(of.folder, schema.MEASURES_INFO))
+    raise UserError(
+      f'{path} cannot be believed ({cell_state.printable(str(error))[:120]}); delete it: lines are kept'
+    ) from None
+
+
+def _saved(of: Target, name: str, unit: int, arrays: dict[str, np.ndarray]) -> dict[str, str]:
+  """Writes the arrays of a unit; their digest for its record."""
+  if not arrays:
+    return {}
+  data = safetensors.numpy.save({key: np.asarray(a, order='C') for key, a in arrays.items()})
+  files.replace(results.path(of.folder, f'{name}.{unit}.safetensors'), data)
+  return {'arrays_sha256': hashlib.sha256(data).hexdigest()}
+
+
+def _arrays(of: Target, name: str, unit: int, record: dict[str, Any]) -> dict[str, np.ndarray]:
+  if 'arrays_sha256' not in record:
+    return {}
+  return results.arrays(of.folder, name, unit, record['arrays_sha256'])
