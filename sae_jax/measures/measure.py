@@ -1,6 +1,8 @@
 """What a measure is: something evaluated on a trained autoencoder, in units of work, with standard errors."""
 
 import dataclasses
+import types
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -54,7 +56,7 @@ class Unit(NamedTuple):
   """
 
   record: dict[str, Any]
-  arrays: dict[str, np.ndarray] = {}
+  arrays: Mapping[str, np.ndarray] = types.MappingProxyType({})
 
 
 class Measure(Protocol):

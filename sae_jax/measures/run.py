@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -161,7 +161,7 @@ def _read(of: Target) -> dict[str, results.Result]:
     ) from None
 
 
-def _saved(of: Target, name: str, unit: int, arrays: dict[str, np.ndarray]) -> dict[str, str]:
+def _saved(of: Target, name: str, unit: int, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
   """Writes the arrays of a unit; their digest for its record."""
   if not arrays:
     return {}
