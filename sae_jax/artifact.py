@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -173,7 +174,7 @@ def load(cell: str | os.PathLike[str], weights: str | None = None) -> Autoencode
     raise UserError(
       f'{cell_state.printable(cell)} is damaged ({why}); python -m sweeps.retry with its id has it trained again'
     ) from None
-  size = _size(info)
+  size = size_of(info)
   expected = kept_shapes(size)
   if names := sorted(params.keys() ^ expected.keys()):
     wrong = ', '.join(f'{name} is {"not of it" if name in params else "missing"}' for name in names)
@@ -190,8 +191,8 @@ def load(cell: str | os.PathLike[str], weights: str | None = None) -> Autoencode
   return Autoencoder(SAE({name: jnp.asarray(t) for name, t in params.items()}, size), facts)
 
 
-def _size(info: dict[str, Any]) -> SAEConfig:
-  """What of a configuration the use of an autoencoder needs; the rest concerns its training."""
+def size_of(info: Mapping[str, Any]) -> SAEConfig:
+  """What of a configuration the use of an autoencoder needs; the rest concerns its training. `info`: a sae.json."""
   return SAEConfig(
     d_model=info['d_model'],
     n_latents=info['n_latents'],

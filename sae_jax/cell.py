@@ -14,6 +14,7 @@ from typing import Any
 from sae_jax import records, schema
 from sae_jax.errors import UserError
 from sae_jax.families.family import family
+from sae_jax.measures import names
 from sae_jax.recipe import ScalingRecipe
 from sae_jax.schema import added
 
@@ -103,6 +104,8 @@ class EvalConfig:
   tokens: int  # held-out tokens, never trained on
   per_decade: int  # evaluations per decade of steps, log-spaced
   batch_tokens: int
+  measures: str = added('')  # names joined by commas, of what is measured at each evaluation
+  measure_windows: int = added(16)  # held-out windows that these look at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +193,7 @@ _AT_LEAST = {
   'train.checkpoint_every': 1,
   'eval.tokens': 2,
   'eval.per_decade': 1,
+  'eval.measure_windows': 2,
   'eval.batch_tokens': 1,
   'data.seed': 0,
   'data.epochs': 1,
@@ -231,6 +235,7 @@ class Cell:
     if not 0 < self.sae.recall_target < 1:
       raise UserError(f"sae.recall_target={self.sae.recall_target} is not in (0, 1); for 1 use sae.selection='exact'")
     self._check_family()
+    self._check_measures()
     if self.train.stop_gain and not self.one_curve:
       raise UserError(
         f'train.stop_gain={self.train.stop_gain} but averages follow the budget and feign convergence; set recipe.horizon='
@@ -261,6 +266,13 @@ class Cell:
       )
     if self.train.tokens < self.train.batch_tokens:
       raise UserError(f'train.tokens={self.train.tokens} is less than one batch of {self.train.batch_tokens}; raise it')
+
+  def _check_measures(self) -> None:
+    asked = self.eval.measures
+    if asked and (unknown := [name for name in asked.split(',') if name not in names.VERSIONS]):
+      raise UserError(f'eval.measures={asked!r}: no measure {unknown[0]!r}; use some of {", ".join(names.VERSIONS)}')
+    if asked and not self.data.subject:
+      raise UserError(f'eval.measures={asked!r} but activations of no language model are trained on; drop it')
 
   def _check_family(self) -> None:
     name, k, sparsity = self.sae.activation, self.sae.k, self.loss.sparsity

@@ -117,7 +117,7 @@ def template() -> ml_collections.ConfigDict:
     stop_gain=0.0,
     extends='',
   )
-  c.eval = dict(tokens=16_384, per_decade=4, batch_tokens=4096)
+  c.eval = dict(tokens=16_384, per_decade=4, batch_tokens=4096, measures='', measure_windows=16)
   c.data = dict(
     source='store',
     subject=unset_str(),

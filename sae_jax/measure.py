@@ -12,7 +12,7 @@ import time
 
 from sae_jax import files, flags, lease, schema, signals
 from sae_jax.errors import PREEMPTED, UserError, one_line_errors
-from sae_jax.measures import measure, names, paired, results, run, some
+from sae_jax.measures import names, paired, results, run, some
 from sae_jax.measures.inputs import Inputs, Scope
 from sae_jax.measures.measure import Measure
 from sae_jax.progress import Display
@@ -27,6 +27,13 @@ class Shown(Display):
     super().__init__(sys.stderr if visible else None, total=units, desc=label, unit='unit')
     self._label, self._units, self._done = label, units, 0
     self._began = self._said = time.monotonic()
+
+  def restart(self, label: str, units: int) -> None:
+    """Goes on to other work."""
+    self._label, self._units, self._done, self._began = label, units, 0, time.monotonic()
+    if self._bar is not None:
+      self._bar.reset(units)
+      self._bar.set_description(label)
 
   def update(self, done: int, words: str) -> None:
     if self._bar is not None:
@@ -68,16 +75,6 @@ def costs(of: run.Target, wanted: list[Measure], inputs: Inputs) -> list[str]:
   return lines
 
 
-def inputs_folder(cell: str) -> str:
-  """Where the inputs of a cell's ledger are kept; a cell that stands alone keeps its own."""
-  folder = str(files.local(cell)) if files.is_local(cell) else cell.rstrip('/')
-  cells, _, _ = folder.rpartition('/')
-  ledger, _, name = cells.rpartition('/')
-  if name == schema.CELLS and files.exists(files.join(ledger, schema.SWEEP)):
-    return files.join(ledger, schema.MEASURES)
-  return files.join(folder, schema.MEASURES, 'inputs')
-
-
 @one_line_errors
 def main(argv: list[str]) -> int:
   made = parser('python -m sae_jax.measure', 'Measure one finished autoencoder.')
@@ -89,7 +86,7 @@ def main(argv: list[str]) -> int:
   stop, scope = signals.Signalled(), Scope(args.windows, args.train_windows)
   wanted = some([name for name in args.measures.split(',') if name])
   targets = [run.target(cell, args.weights) for cell in (args.cell, args.against) if cell]
-  folder = inputs_folder(args.cell)
+  folder = run.inputs_folder(args.cell)
   inputs = run.inputs_of(targets[0], scope, folder)
   if len(targets) == 2 and run.inputs_of(targets[1], scope, folder).identity != inputs.identity:
     raise UserError(f'{args.against} has another subject, site or text than {args.cell}; compare cells of one stream')
@@ -105,7 +102,7 @@ def main(argv: list[str]) -> int:
       print(shown(f'{one.NAME}/{name}', value))
     if len(targets) == 2:
       rows = [results.records(of.folder, result[one.NAME]) for of, result in zip(targets, found, strict=True)]
-      for name, value in paired.differences(measure(one.NAME), *rows).items():
+      for name, value in paired.differences(one, *rows).items():
         print(shown(f'{one.NAME}/{name} - that of {targets[1].id}', value))
   return 0
 

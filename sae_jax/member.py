@@ -59,6 +59,7 @@ class Member:
     self._before_write = before_write or (lambda: None)
     self._source, self._share = source, share
     self._evaluator = Evaluator(config, mesh, source)
+    self._measures = self._make_measures() if config.eval.measures else None
     self._checkpoints = Checkpoints(workdir, config.id)
     self._log = metrics.MetricsFile(workdir, config.id) if jax.process_index() == 0 else None
     self._evaluation_steps = log_spaced(config.train.steps, config.eval.per_decade)
@@ -92,7 +93,7 @@ class Member:
     saved = self._facts | {'row_chunks': 1, 'products': 'auto'} | saved
     same = all(saved[key] == value for key, value in self._facts.items() if key not in ('bit_exact', 'wall_s'))
     self._facts |= {'bit_exact': saved['bit_exact'] and same, 'wall_s': saved['wall_s']}
-    self._facts |= {key: saved[key] for key in ('extends', 'curve') if saved.get(key)}
+    self._facts |= {key: saved[key] for key in ('extends', 'curve', 'measure_s') if saved.get(key)}
     self._train_metrics = saved.get('last') or {}
 
   def _extended(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
@@ -155,6 +156,8 @@ class Member:
     } | self._train_metrics
     if best.topk_recall is not None:
       line['eval/topk_recall'] = best.topk_recall
+    if self._measures and self._is_finite(at, line):
+      line |= self._measured(better)
     if self._is_finite(at, line):
       self._before_write()
       if self._log:
@@ -163,6 +166,27 @@ class Member:
       if self.config.train.stop_gain:
         before = [point for point in self._facts.get('curve', []) if point[0] < at]
         self._facts['curve'] = [*before, [at, best.nmse]]
+
+  def _make_measures(self) -> Callable[..., dict[str, float]]:
+    from sae_jax.measures.training import During  # loads what most runs have no use for
+
+    return During(self.config, self.workdir, self._source.provenance) if jax.process_index() == 0 else lambda *_: {}
+
+  def _measured(self, better: str) -> dict[str, float]:
+    """What `eval.measures` names. Its time is counted apart, so that cells with and without measures compare."""
+    assert self._measures is not None
+    before, began = self._facts.get('measure_s', 0.0), time.monotonic()
+    line = self._measures(self._gathered(), better)
+    self._began += time.monotonic() - began
+    self._facts['measure_s'] = before + time.monotonic() - began
+    return line | {'eval/measure_s': self._facts['measure_s']}
+
+  def _gathered(self) -> dict[str, dict[str, np.ndarray]]:
+    """What an autoencoder in use needs, whole on every host."""
+    return {
+      name: {key: np.asarray(multihost_utils.process_allgather(a, tiled=True)) for key, a in params.items()}
+      for name, params in self._weights().items()
+    }
 
   @property
   def converged(self) -> bool:
@@ -182,10 +206,7 @@ class Member:
     """Writes the autoencoder and then result.json, the commit point, after an evaluation at the last step."""
     config, state, line = self.config, self.state, self._line
     digest = combined_digest(state.params)
-    weights = {
-      name: {key: np.asarray(multihost_utils.process_allgather(a, tiled=True)) for key, a in params.items()}
-      for name, params in self._weights().items()
-    }
+    weights = self._gathered()
     if jax.process_index() == 0:
       sizes = {
         'id': config.id,

@@ -191,6 +191,7 @@ FACTS = (
   Field('extends', dict, 'cell and step whose state this one went on from', may=True),
   Field('curve', list, 'steps and held-out NMSE so far; where convergence ends the run', may=True),
   Field('last', dict, 'metrics of the last step; of runs that can be extended', may=True),
+  Field('measure_s', float, 'seconds of measures so far, which wall_s leaves out', may=True),
 )
 # measures.json: {'values': {'<measure>/<value>': MEASURE_VALUE}}.
 MEASURE_VALUE = (

@@ -1,13 +1,16 @@
 """Measures: what is evaluated on trained autoencoders beyond the NMSE. To add one: docs/add_a_measure.md."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sae_jax.errors import UserError
-from sae_jax.measures.measure import Measure
 from sae_jax.measures.names import VERSIONS
 
+if TYPE_CHECKING:
+  from sae_jax.measures.measure import Measure  # loads jax, which readers of results do without
 
-def measure(name: str) -> Measure:
+
+def by_name(name: str) -> 'Measure':
   """The measure of a name, with its usual settings. Raises `UserError` for an unknown one."""
   match name:
     case 'downstream':
@@ -17,6 +20,6 @@ def measure(name: str) -> Measure:
   return made()
 
 
-def some(names: Sequence[str]) -> list[Measure]:
+def some(names: Sequence[str]) -> list['Measure']:
   """The measures of some names, each once; all for none. Raises `UserError` for an unknown one."""
-  return [measure(name) for name in dict.fromkeys(names or VERSIONS)]
+  return [by_name(name) for name in dict.fromkeys(names or VERSIONS)]

@@ -1,4 +1,4 @@
-"""The files of a cell's measures: lines of finished units, and measures.json with the values. Without jax.
+"""The files of a cell's measures: lines of finished units, and measures.json with the values. Plain Python.
 
     measures/<name>.jsonl           what is measured, then a line for each unit of work that is done
     measures/<name>.<unit>.safetensors   arrays of a unit, where it has some
@@ -12,13 +12,10 @@ import hashlib
 import json
 from typing import Any
 
-import numpy as np
-import safetensors.numpy
-
 from sae_jax import files, schema
 from sae_jax.measures.names import VERSIONS
 
-_LINES = 2**30  # bytes of a file of lines
+LARGEST = 2**30  # bytes of a file of lines or of arrays
 _KEYS = ('name', 'version', 'settings', 'tensors', 'weights', 'inputs')
 
 
@@ -108,7 +105,7 @@ class Lines:
     self.records: list[dict[str, Any]] = []
     head = schema.dump_line({'key': dataclasses.asdict(key)}, self._digest)
     try:
-      data = files.read(self._path, _LINES)
+      data = files.read(self._path, LARGEST)
     except FileNotFoundError:
       data = b''
     whole = [line + b'\n' for line in data.split(b'\n')[:-1]]
@@ -140,7 +137,7 @@ class Lines:
 def records(cell: str, result: Result) -> list[dict[str, Any]]:
   """The records of a finished measure's units, in order. Raises `schema.Broken` unless they are of this result."""
   key = result.key
-  lines = files.read(path(cell, f'{key.name}.jsonl'), _LINES).split(b'\n')[:-1]
+  lines = files.read(path(cell, f'{key.name}.jsonl'), LARGEST).split(b'\n')[:-1]
   found = []
   for i, line in enumerate(lines):
     record = schema.parse_large(line)
@@ -148,14 +145,6 @@ def records(cell: str, result: Result) -> list[dict[str, Any]]:
     if i:
       found.append(record['record'])
   return found
-
-
-def arrays(cell: str, name: str, unit: int, sha256: str) -> dict[str, np.ndarray]:
-  """The arrays of a unit whose record has this digest. Raises `schema.Broken` for others."""
-  data = files.read(path(cell, f'{name}.{unit}.safetensors'), _LINES)
-  if hashlib.sha256(data).hexdigest() != sha256:
-    raise schema.Broken(f'{name}.{unit}.safetensors does not fit its digest')
-  return safetensors.numpy.load(data)
 
 
 def _is_value(value: Any) -> bool:

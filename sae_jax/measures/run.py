@@ -143,6 +143,16 @@ def inputs_of(of: Target, scope: Scope, folder: str) -> Inputs:
   return Inputs(of.config.data, scope, folder, of.info, of.id)
 
 
+def inputs_folder(cell: str) -> str:
+  """Where the inputs of a cell's ledger are kept; a cell that stands alone keeps its own."""
+  folder = str(files.local(cell)) if files.is_local(cell) else cell.rstrip('/')
+  cells, _, _ = folder.rpartition('/')
+  ledger, _, name = cells.rpartition('/')
+  if name == schema.CELLS and files.exists(files.join(ledger, schema.SWEEP)):
+    return files.join(ledger, schema.MEASURES)
+  return files.join(folder, schema.MEASURES, 'inputs')
+
+
 def group(of: Target, scope: Scope) -> tuple[Any, ...]:
   """Equal for cells that share their inputs, without making these."""
   data = of.config.data
@@ -171,6 +181,13 @@ def _saved(of: Target, name: str, unit: int, arrays: Mapping[str, np.ndarray]) -
 
 
 def _arrays(of: Target, name: str, unit: int, record: dict[str, Any]) -> dict[str, np.ndarray]:
+  """The arrays of a unit. Raises `UserError` for others than its record says."""
   if 'arrays_sha256' not in record:
     return {}
-  return results.arrays(of.folder, name, unit, record['arrays_sha256'])
+  path = results.path(of.folder, f'{name}.{unit}.safetensors')
+  data = files.read(path, results.LARGEST)
+  if hashlib.sha256(data).hexdigest() != record['arrays_sha256']:
+    raise UserError(
+      f'{cell_state.printable(path)} does not fit its digest; delete {name}.jsonl beside it to measure again'
+    )
+  return safetensors.numpy.load(data)

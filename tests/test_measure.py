@@ -1,0 +1,415 @@
+"""The machine of the measures: killed anywhere it ends with the same bytes, shared by workers, never mixing what differs."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from sae_jax import files, measure, schema
+from sae_jax.errors import UserError
+from sae_jax.measures import estimate, inputs, names, paired, results, run, some
+from sae_jax.measures.downstream import Downstream
+from sae_jax.measures.inputs import Scope
+from sae_jax.measures.measure import Unit
+from sweeps import grid, ledger, work
+from sweeps import measure as sweep_measure
+from tests import cells, measured
+from tests.test_harvest import toy  # noqa: F401  the toy subject's fixture
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Killed(BaseException):
+  """Ends a process wherever it is."""
+
+
+def tree(folder) -> dict[str, bytes]:
+  """Every file of a folder but the leases."""
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(pathlib.Path(folder).rglob('*'))
+    if path.is_file() and schema.CLAIMS not in path.parts
+  }
+
+
+@pytest.fixture
+def shared(toy, tmp_path):  # noqa: F811
+  return measured.inputs(tmp_path / 'inputs')
+
+
+def measure_all(folder: str, shared: inputs.Inputs, **keywords) -> bool:
+  return run.run(run.target(folder), some([]), shared, None, **keywords)
+
+
+@pytest.mark.parametrize('name', list(names.VERSIONS))
+def test_killed_at_every_write_a_measure_ends_with_the_same_bytes(shared, tmp_path, monkeypatch, name):
+  cell, wanted = measured.cell(), some([name])
+  whole, broken = (measured.finished(tmp_path / where, cell) for where in ('whole', 'broken'))
+  assert run.run(run.target(whole), wanted, shared, None)
+  writes = {'left': 0}
+
+  def counted(genuine):
+    def write(path, data, **keywords):
+      if writes['left'] == 0:
+        if genuine is files_append:
+          genuine(path, data[: len(data) // 2])  # a line cut short
+        raise Killed
+      writes['left'] -= 1
+      return genuine(path, data, **keywords)
+
+    return write
+
+  files_append, files_replace = files.append, files.replace
+  with monkeypatch.context() as patched:
+    patched.setattr(files, 'append', counted(files_append))
+    patched.setattr(files, 'replace', counted(files_replace))
+    kills = 0
+    while True:
+      writes['left'] = kills % 3
+      try:
+        assert run.run(run.target(broken), wanted, shared, None)
+        break
+      except Killed:
+        kills += 1
+        assert kills < 99
+  assert kills >= 1 and tree(whole) == tree(broken)
+
+
+def test_stopped_between_units_it_goes_on_with_the_next(shared, tmp_path):
+  folder = measured.finished(tmp_path / 'c', measured.cell())
+  asked = iter([False, True])
+  assert not run.run(run.target(folder), [Downstream()], shared, None, stop=lambda: next(asked))
+  seen = []
+  assert run.run(
+    run.target(folder), [Downstream()], shared, None, update=lambda one, at, n: seen.append((one.NAME, at, n))
+  )
+  assert seen == [('downstream', 1, 2), ('downstream', 2, 2)]
+  assert run.missing(run.target(folder), [Downstream()], shared) == []
+
+
+def test_values_of_a_replaced_autoencoder_are_stale_and_measured_again(shared, tmp_path):
+  cell = measured.cell()
+  folder = measured.finished(tmp_path / 'c', cell)
+  measure_all(folder, shared)
+  before = results.read(folder, cell.id)
+  measured.finished(tmp_path / 'c', cell, seed=5)
+  target = run.target(folder)
+  assert all(result.stale(target.tensors) for result in before.values())
+  assert [one.NAME for one in run.missing(target, some([]), shared)] == list(names.VERSIONS)
+  measure_all(folder, shared)
+  after = results.read(folder, cell.id)
+  assert not any(result.stale(target.tensors) for result in after.values())
+  assert after['downstream'].values['kl'] != before['downstream'].values['kl']
+  fresh = measured.finished(tmp_path / 'fresh', cell, seed=5)
+  measure_all(fresh, shared)
+  assert tree(folder) == tree(fresh)
+
+
+def test_an_older_version_is_stale(shared, tmp_path, monkeypatch):
+  folder = measured.finished(tmp_path / 'c', measured.cell())
+  measure_all(folder, shared)
+  (result, *_) = results.read(folder, measured.cell().id).values()
+  monkeypatch.setitem(names.VERSIONS, result.key.name, 99)
+  assert 'of version 1' in result.stale(result.key.tensors)
+
+
+def test_a_changed_digit_of_a_value_is_noticed(shared, tmp_path):
+  cell = measured.cell()
+  folder = measured.finished(tmp_path / 'c', cell)
+  run.run(run.target(folder), [Downstream()], shared, None)
+  path = pathlib.Path(results.path(folder, schema.MEASURES_INFO))
+  record = json.loads(path.read_bytes())
+  record['measures']['downstream']['values']['kl']['value'] *= 1.01
+  path.write_text(json.dumps(record))
+  with pytest.raises(schema.Broken, match='digest'):
+    results.read(folder, cell.id)
+  with pytest.raises(UserError, match='delete it: lines are kept'):
+    run.missing(run.target(folder), [Downstream()], shared)
+  with pytest.raises(schema.Broken, match='another cell'):
+    results.read(folder, '0' * 12)
+
+
+def test_a_changed_line_and_all_after_it_are_done_again(shared, tmp_path):
+  folder = measured.finished(tmp_path / 'c', measured.cell())
+  run.run(run.target(folder), [Downstream()], shared, None)
+  whole = tree(folder)
+  path = pathlib.Path(results.path(folder, 'downstream.jsonl'))
+  pathlib.Path(results.path(folder, schema.MEASURES_INFO)).unlink()
+  path.write_bytes(path.read_bytes().replace(b'"kl": [', b'"kl": [7', 1))
+  key = run.key(Downstream(), run.target(folder), shared)
+  assert results.Lines(folder, key).records == []
+  run.run(run.target(folder), [Downstream()], shared, None)
+  assert tree(folder) == whole
+
+
+def test_inputs_are_made_once_and_checked(toy, tmp_path, monkeypatch):  # noqa: F811
+  first = measured.inputs(tmp_path)
+  block = first.block('held_out', 1)
+  monkeypatch.setattr(inputs.Inputs, '_run', lambda *args, **keywords: pytest.fail('made twice'))
+  second = measured.inputs(tmp_path)
+  np.testing.assert_array_equal(second.block('held_out', 1).x_WTD, block.x_WTD)
+  assert second.identity == first.identity
+  assert measured.inputs(tmp_path, Scope(held_out=10, train=9)).identity != first.identity
+  path = pathlib.Path(second.folder) / 'held_out.0001' / 'arrays.safetensors'
+  path.write_bytes(path.read_bytes()[:-1] + b'?')
+  with pytest.raises(UserError, match=r'cannot be believed .* delete the folder'):
+    measured.inputs(tmp_path).block('held_out', 1)
+
+
+def test_inputs_are_those_of_the_model(shared):
+  subject = shared.subject
+  for i in range(shared.blocks('held_out')):
+    block = shared.block('held_out', i)
+    ids_WT = block.windows.ids_WT
+    x_WTD = np.asarray(subject.residual(ids_WT, shared.site))
+    np.testing.assert_allclose(block.x_WTD, x_WTD, rtol=1e-5, atol=1e-5)
+    log_p_WTV = np.asarray(subject.logits(ids_WT), np.float64)
+    log_p_WTV = log_p_WTV - np.log(np.exp(log_p_WTV).sum(axis=-1, keepdims=True))
+    ce_WT = -np.take_along_axis(log_p_WTV[:, :-1], ids_WT[:, 1:, None], axis=2)[..., 0]
+    np.testing.assert_allclose(block.ce_WT, ce_WT, rtol=1e-4, atol=1e-5)
+    assert block.counted_BD.shape == (len(ids_WT) * 7, 6)
+  assert sum(len(shared.block('held_out', i).windows) for i in range(shared.blocks('held_out'))) == 11
+
+
+def test_devices_do_not_matter(shared, tmp_path, monkeypatch):
+  """The tests run on eight devices; one must give the same."""
+  import jax
+
+  many = [Downstream().run(unit, measured.judged(measured.cell()), shared).record for unit in range(2)]
+  one_device = [jax.devices()[0]]
+  monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
+  monkeypatch.setattr(jax, 'local_devices', lambda: one_device)
+  alone = measured.inputs(tmp_path / 'alone')
+  for unit, record in enumerate(many):
+    for name, values in Downstream().run(unit, measured.judged(measured.cell()), alone).record.items():
+      np.testing.assert_allclose(values, record[name], rtol=2e-5, atol=1e-5)
+
+
+def identity(numbers, x_WTD):
+  del numbers
+  return x_WTD
+
+
+def test_what_is_put_back_unchanged_costs_nothing(shared):
+  ce_WT, kl_WT = shared.spliced(0, 'identity', identity, ())
+  np.testing.assert_array_equal(kl_WT, 0)
+  np.testing.assert_allclose(ce_WT, shared.block('held_out', 0).ce_WT, rtol=1e-6, atol=1e-6)
+
+
+def test_an_edit_reaches_no_earlier_position_and_none_that_does_not_count(shared):
+  clean = shared.block('held_out', 0)
+  _, kl_WT = shared.spliced(0, 'late', lambda at, x_WTD: x_WTD.at[:, 4:].multiply(at), np.float32(-2.0))
+  np.testing.assert_array_equal(kl_WT[:, :4], 0)
+  assert (kl_WT[:, 4:].max(axis=1) > 1e-4).all()
+  first, _ = shared.spliced(0, 'first', lambda _, x_WTD: x_WTD.at[:, :1].set(0), ())
+  np.testing.assert_allclose(first, clean.ce_WT, rtol=1e-6, atol=1e-6)  # the start token does not count
+
+
+class Given:
+  """Stands for the form of an autoencoder that gives back what it is told to."""
+
+  def __init__(self, name, reconstruct):
+    self.name, self.reconstruct, self.size = name, reconstruct, measured.cell().sae
+
+
+def values_of(shared, form, params=()):
+  of = measured.replaced(measured.judged(measured.cell()), form=form, params=params)
+  one = Downstream()
+  return one.values([one.run(unit, of, shared) for unit in range(one.units(shared))])
+
+
+def test_identity_recovers_all_and_the_mean_nothing(shared):
+  exact = values_of(shared, Given('exact', identity))
+  assert exact['kl'].value == 0 and abs(exact['delta_ce'].value) < 1e-6
+  assert exact['recovered_zero'].value == pytest.approx(1, abs=1e-5)
+  mean = values_of(shared, Given('mean', lambda mean_D, x: mean_D[None, None] + 0 * x), shared.mean_D)
+  assert mean['recovered_mean'].value == pytest.approx(0, abs=1e-5)
+  assert mean['kl'].value == pytest.approx(mean['mean_kl'].value)
+  zero = values_of(shared, Given('zero', lambda _, x: 0 * x))
+  assert zero['recovered_zero'].value == pytest.approx(0, abs=1e-5) and zero['kl'].value > 0
+
+
+def test_reconstructions_go_back_in_the_space_of_the_model(shared):
+  """A reconstruction whose norm was not put back costs nats: the edit itself is pinned."""
+  of, block = measured.judged(measured.cell()), shared.block('held_out', 0)
+  flat_BD = block.x_WTD.reshape(-1, 6)
+  found = np.asarray(of.form.reconstruct(of.params, flat_BD))
+  np.testing.assert_allclose(found, measured.rebuilt(of, flat_BD), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['relu', 'gated', 'batchtopk', 'jumprelu_step', 'cs294a'])
+def test_every_measure_runs_on_other_families(shared, tmp_path, name):
+  cell = measured.of_family(name)
+  folder = measured.finished(tmp_path / name, cell)
+  assert measure_all(folder, shared)
+  found = results.read(folder, cell.id)
+  assert list(found) == sorted(names.VERSIONS)
+  assert all(found[one].values for one in ('downstream',))
+
+
+def test_a_ratio_and_its_error_are_those_of_resampling():
+  rng = np.random.default_rng(0)
+  under_U = rng.uniform(3, 5, 400)
+  over_U = 0.7 * under_U + rng.normal(0, 0.3, 400)
+  found = estimate.ratio(over_U, under_U, '')
+  draws = rng.integers(0, 400, (2000, 400))
+  resampled = (over_U[draws].sum(axis=1) / under_U[draws].sum(axis=1)).std()
+  assert found.value == pytest.approx(over_U.sum() / under_U.sum()) and found.se == pytest.approx(resampled, rel=0.1)
+  assert estimate.ratio([1.0], [2.0], '').se is None
+
+
+def test_paired_errors_leave_out_what_both_share(shared, tmp_path):
+  """The windows differ far more than the autoencoders do."""
+  rng = np.random.default_rng(1)
+  window = rng.normal(3, 1, 40)
+
+  def records(gap):
+    ce = window + gap + rng.normal(0, 0.02, 40)
+    sums = {'ce': ce, 'kl': ce - 2, 'clean_ce': window - 0.1, 'zero_ce': window + 9, 'zero_kl': window}
+    sums |= {'mean_ce': window + 5, 'mean_kl': window, 'tokens': np.ones(40)}
+    return [{name: a[i : i + 8].tolist() for name, a in sums.items()} for i in range(0, 40, 8)]
+
+  a, b = records(0.3), records(0.1)
+  found = paired.differences(Downstream(), a, b)['kl']
+  alone = [Downstream().values([Unit(record) for record in one])['kl'].se for one in (a, b)]
+  assert found['value'] == pytest.approx(0.2, abs=0.02)
+  assert found['se'] < 0.1 * np.hypot(*alone) and 0.5 < found['se'] / (0.02 * np.sqrt(2 / 40)) < 2
+
+
+@pytest.mark.parametrize(
+  'change, said',
+  [
+    (
+      {'subject_sha256': 'a' * 64},
+      'was trained on the subject toy with sha256 aaaaaaaaaaaa and the one found has none',
+    ),
+    ({'text_sha256': 'b' * 64, 'text': 'toy'}, 'was trained on the text toy with sha256 bbbbbbbbbbbb'),
+  ],
+)
+def test_another_subject_or_text_than_the_cells_is_refused(toy, tmp_path, change, said):  # noqa: F811
+  with pytest.raises(UserError, match=said):
+    inputs.Inputs(measured.cell().data, measured.SCOPE, str(tmp_path), {'subject': 'toy'} | change, 'abc')
+
+
+def test_cells_that_cannot_be_measured_say_why(toy, tmp_path):  # noqa: F811
+  planted = cells.cell()
+  with pytest.raises(UserError, match=f'cell {planted.id} was trained on activations of no language model'):
+    inputs.Inputs(planted.data, measured.SCOPE, str(tmp_path), {}, planted.id)
+  with pytest.raises(UserError, match=r'has no config\.json; measures need a finished cell'):
+    run.target(str(tmp_path / 'nothing'))
+  folder = measured.finished(tmp_path / 'c', measured.cell())
+  (tmp_path / 'c' / schema.RESULT).unlink()
+  with pytest.raises(UserError, match=r'is waiting.*measures need a finished cell'):
+    run.target(folder)
+  measured.finished(tmp_path / 'd', measured.cell())
+  path = tmp_path / 'd' / schema.ARTIFACT / 'ema.safetensors'
+  path.write_bytes(path.read_bytes()[:-1] + b'?')
+  with pytest.raises(UserError, match='was changed'):
+    run.judged(run.target(str(tmp_path / 'd')))
+  with pytest.raises(UserError, match="no measure 'kl'; use some of downstream"):
+    some(['kl'])
+
+
+@pytest.fixture
+def small_ledger(toy, tmp_path):  # noqa: F811
+  """A ledger of three finished cells and an unfinished one."""
+  store = ledger.Ledger(str(tmp_path / 'ledger'))
+  made = [measured.cell(**{'train.seed': seed}) for seed in range(4)]
+  store.register(grid.Sweep('m', 'x.py', tuple(({'train.seed': c.train.seed}, c) for c in made), dropped=0))
+  for c in made[:3]:
+    folder = pathlib.Path(store.folder(c.id))
+    (folder / schema.CONFIG).unlink()
+    measured.finished(folder, c, seed=c.train.seed)
+  return store, made
+
+
+def measuring(store):
+  return sweep_measure.Measuring(ledger.Ledger(store.path), some([]), measured.SCOPE, None)
+
+
+def test_two_workers_share_a_ledger_and_do_no_unit_twice(small_ledger, monkeypatch):
+  """The second starts while the first is at its first unit. It takes the other cells, then waits for what the first has."""
+  store, made = small_ledger
+  done, second = [], []
+  add, run_unit = results.Lines.add, Downstream.run
+  monkeypatch.setattr(
+    results.Lines, 'add', lambda self, record: (done.append((self._path, len(self.records))), add(self, record))[1]
+  )
+
+  def begun(self, unit, of, shared):
+    if not second:
+      second.append(measuring(store))
+      with monkeypatch.context() as patched:
+        patched.setattr(sweep_measure.time, 'sleep', lambda _: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+          sweep_measure.work(second[0], work.Stop(), visible=False)
+      assert len({path for path, _ in done}) == 2 * len(names.VERSIONS)
+    return run_unit(self, unit, of, shared)
+
+  monkeypatch.setattr(Downstream, 'run', begun)
+  first = measuring(store)
+  assert sweep_measure.work(first, work.Stop(), visible=False) and not first.refused
+  assert len(done) == len(set(done)) and len({path for path, _ in done}) == 3 * len(names.VERSIONS)
+  for c in made[:3]:
+    assert sorted(results.read(store.folder(c.id), c.id)) == sorted(names.VERSIONS)
+
+
+def test_a_cell_that_fails_is_named_and_the_others_are_measured(small_ledger, capsys):
+  store, made = small_ledger
+  bad = pathlib.Path(store.folder(made[1].id)) / schema.ARTIFACT / 'ema.safetensors'
+  bad.write_bytes(bad.read_bytes()[:-1] + b'?')
+  found = measuring(store)
+  assert sweep_measure.work(found, work.Stop(), visible=False)
+  assert list(found.refused) == [made[1].id] and 'was changed' in capsys.readouterr().err
+  assert results.read(store.folder(made[2].id), made[2].id)
+  asked = sweep_measure.Measuring(store, some([]), measured.SCOPE, None, [made[3].id])
+  assert 'it is waiting' in asked.refused[made[3].id]
+  with pytest.raises(UserError, match='no cell'):
+    sweep_measure.Measuring(store, some([]), measured.SCOPE, None, ['0' * 12])
+
+
+def test_commands_say_costs_and_values(small_ledger, capsys):
+  store, made = small_ledger
+  small = ['--measures=downstream', '--windows=11', '--train_windows=9']
+  lines = sweep_measure.preview(measuring(store))
+  assert lines[0].startswith('downstream: 3 of 3 cells') and 'FLOPs, at least' in lines[0]
+  folders = [store.folder(c.id) for c in made[:2]]
+  with pytest.raises(SystemExit) as ended:
+    measure.main([f'--cell={folders[0]}', f'--against={folders[1]}', *small])
+  assert ended.value.code == 0
+  out = capsys.readouterr().out
+  assert 'downstream/kl  ' in out and f'downstream/kl - that of {made[1].id}' in out and '±' in out
+  with pytest.raises(SystemExit):
+    measure.main([f'--cell={folders[0]}', *small, '--dry_run'])
+  assert f'{made[0].id} downstream: done' in capsys.readouterr().out
+  # Inputs of all cells of a ledger are in one place.
+  assert (pathlib.Path(store.path) / schema.MEASURES).is_dir() and not (
+    pathlib.Path(folders[0]) / 'measures/inputs'
+  ).exists()
+
+
+def test_measures_at_evaluation_steps_stand_in_the_metrics(toy, tmp_path):  # noqa: F811
+  from sae_jax import metrics, train
+
+  asked = {'eval.measures': 'downstream', 'eval.measure_windows': 4, 'train.checkpoint_every': 4}
+  plain, cell = measured.cell(**{'train.checkpoint_every': 4}), measured.cell(**asked)
+  assert plain.id != cell.id and 'measures' not in plain.to_record()['eval']
+  assert train.train(cell, str(tmp_path / 'a')) == 'done'
+  lines = metrics.read_metrics(str(tmp_path / 'a'), cell.id)
+  assert all(line['eval/downstream/kl'] > 0 and line['eval/downstream/kl_se'] > 0 for line in lines)
+  spent = [line['eval/measure_s'] for line in lines]
+  assert spent == sorted(spent) and spent[0] > 0
+  # What training writes is what it is without measures.
+  assert train.train(plain, str(tmp_path / 'b')) == 'done'
+  one, other = (json.loads((tmp_path / name / schema.RESULT).read_bytes()) for name in 'ab')
+  assert one['params_digest'] == other['params_digest'] and one['nmse'] == other['nmse']
+  # The last line is that of the finished autoencoder.
+  shared = measured.inputs(tmp_path / 'again', Scope(4, 4))
+  run.run(run.target(str(tmp_path / 'a')), [Downstream()], shared, None)
+  found = results.read(str(tmp_path / 'a'), cell.id)['downstream'].values['kl']
+  assert lines[-1]['eval/downstream/kl'] == pytest.approx(found['value'], rel=1e-4)
+  with pytest.raises(UserError, match=r"eval.measures='kl': no measure 'kl'"):
+    measured.cell(**{'eval.measures': 'kl'})
+  with pytest.raises(UserError, match='activations of no language model'):
+    cells.cell(**{'eval.measures': 'downstream'})
