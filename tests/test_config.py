@@ -291,7 +291,15 @@ def test_mathematics_imports_nothing_of_the_run():
 
 @pytest.mark.parametrize(
   'module',
-  ['sae_jax', 'sae_jax.flops', 'analysis.report', 'sweeps.launch', 'sweeps.status', 'experiments.demo'],
+  [
+    'sae_jax',
+    'sae_jax.flops',
+    'sae_jax.measures.downstream, sae_jax.measures.paired, sae_jax.measures.results',
+    'analysis.report',
+    'sweeps.launch',
+    'sweeps.status',
+    'experiments.demo',
+  ],
 )
 def test_light_modules_do_not_load_jax(module):
   code = f'import sys, {module}; sys.exit("jax" in sys.modules)'

@@ -6,14 +6,15 @@ values belong to a length of windows.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 
 from sae_jax.measures import estimate
-from sae_jax.measures.inputs import Block, Inputs
 from sae_jax.measures.measure import Judged, Unit, Value
+
+if TYPE_CHECKING:
+  from sae_jax.measures.inputs import Block, Inputs
 
 _NATS = 'nats a token'
 
@@ -22,10 +23,10 @@ _NATS = 'nats a token'
 class Downstream:
   NAME: ClassVar[str] = 'downstream'
 
-  def units(self, inputs: Inputs) -> int:
+  def units(self, inputs: 'Inputs') -> int:
     return inputs.blocks('held_out')
 
-  def run(self, unit: int, judged: Judged, inputs: Inputs) -> Unit:
+  def run(self, unit: int, judged: Judged, inputs: 'Inputs') -> Unit:
     """One block of held-out windows: for each window the sums over the tokens that are predicted at counted positions."""
     block = inputs.block('held_out', unit)
     ce_WT, kl_WT = inputs.spliced(unit, judged.form, judged.form.reconstruct, judged.params)
@@ -56,7 +57,7 @@ class Downstream:
       }
     return found
 
-  def flops(self, judged: Judged, inputs: Inputs) -> float:
+  def flops(self, judged: Judged, inputs: 'Inputs') -> float:
     size, tokens = judged.form.size, inputs.count('held_out') * inputs.window_tokens
     subject, arch = inputs.subject, inputs.subject.arch
     last = f'resid_post.{arch.n_layers - 1}'
@@ -64,14 +65,14 @@ class Downstream:
     return tokens * (blocks + 4 * arch.d_model * arch.vocabulary + 4 * size.n_latents * size.d_model)
 
 
-def _predicting(block: Block) -> np.ndarray:
+def _predicting(block: 'Block') -> np.ndarray:
   """Which positions [W, T - 1] count and have a next token in the window."""
   counts_WT = np.zeros(block.x_WTD.shape[:2])
   np.put_along_axis(counts_WT, block.places_WT, 1.0, axis=1)
   return counts_WT[:, :-1]
 
 
-def _ablated(unit: int, inputs: Inputs) -> dict[str, np.ndarray]:
+def _ablated(unit: int, inputs: 'Inputs') -> dict[str, np.ndarray]:
   """The same with nothing, and with the mean activation, in place of every activation: what a share is measured against."""
   found: dict[str, np.ndarray] = {}
   for name, value_D in (('zero', np.zeros_like(inputs.mean_D)), ('mean', inputs.mean_D)):
@@ -80,4 +81,6 @@ def _ablated(unit: int, inputs: Inputs) -> dict[str, np.ndarray]:
 
 
 def _constant(value_D: Any, x_WTD: Any) -> Any:
+  import jax.numpy as jnp
+
   return jnp.broadcast_to(value_D, x_WTD.shape)

@@ -3,13 +3,14 @@
 import dataclasses
 import types
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from sae_jax.form import Form
-from sae_jax.measures.inputs import Inputs
-from sae_jax.sae import Params
+if TYPE_CHECKING:  # values and their differences follow from records alone, and an analysis of these needs no jax
+  from sae_jax.form import Form
+  from sae_jax.measures.inputs import Inputs
+  from sae_jax.sae import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Judged:
   """
 
   cell: str
-  form: Form
-  params: Params
+  form: 'Form'
+  params: 'Params'
   tensors: str
   weights: str
-  other: Params | None = None
+  other: 'Params | None' = None
 
 
 class Unit(NamedTuple):
@@ -68,14 +69,14 @@ class Measure(Protocol):
 
   NAME: ClassVar[str]
 
-  def units(self, inputs: Inputs) -> int:
+  def units(self, inputs: 'Inputs') -> int:
     """How many units of work there are."""
 
-  def run(self, unit: int, judged: Judged, inputs: Inputs) -> Unit:
+  def run(self, unit: int, judged: Judged, inputs: 'Inputs') -> Unit:
     """Does one unit of work."""
 
   def values(self, units: list[Unit]) -> dict[str, Value]:
     """The values by name, from all units in order."""
 
-  def flops(self, judged: Judged, inputs: Inputs) -> float:
+  def flops(self, judged: Judged, inputs: 'Inputs') -> float:
     """About how many FLOPs all units take, beside inputs that all autoencoders share."""

@@ -20,20 +20,30 @@ def differences(measure: Measure, a: list[dict[str, Any]], b: list[dict[str, Any
     a, b: the records of all units of the two, in order, without arrays.
   """
   whole = [measure.values([Unit(record) for record in records]) for records in (a, b)]
-  names = [name for name, value in whole[0].items() if value.se is not None and name in whole[1]]
-  dropped: dict[str, list[float]] = {name: [] for name in names}
-  for unit in range(len(a)):
-    for sample in range(_samples(a[unit])):
-      left = [measure.values([Unit(r) for r in _without(records, unit, sample)]) for records in (a, b)]
-      for name in names:
-        dropped[name].append(left[0][name].value - left[1][name].value)
+  left = [dropped(measure, records) for records in (a, b)]
   found = {}
-  for name in names:
-    values, n = np.array(dropped[name]), len(dropped[name])
-    se = float(np.sqrt((n - 1) / n * ((values - values.mean()) ** 2).sum())) if n > 1 else None
-    value = dataclasses.replace(whole[0][name], value=whole[0][name].value - whole[1][name].value, se=se)
-    found[name] = dataclasses.asdict(value)
+  for name, value in whole[0].items():
+    if value.se is not None and name in whole[1]:
+      less, se = value.value - whole[1][name].value, error(left[0][name] - left[1][name])
+      found[name] = dataclasses.asdict(dataclasses.replace(value, value=less, se=se))
   return found
+
+
+def dropped(measure: Measure, records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+  """Every value [J] by name as it is without the first sample, without the second, and so on; empty for one sample.
+
+  Of autoencoders that saw the same samples, `error` of any linear combination is its standard error.
+  """
+  places = [(unit, sample) for unit, record in enumerate(records) for sample in range(_samples(record))]
+  parts = [records] + [_without(records, *place) for place in places if len(places) > 1]
+  whole, *left = (measure.values([Unit(record) for record in part]) for part in parts)
+  return {name: np.array([values[name].value for values in left]) for name in whole}
+
+
+def error(values_J: np.ndarray) -> float | None:
+  """The standard error of a value by the jackknife, from those of `dropped`; None from a single sample."""
+  n = len(values_J)
+  return float(np.sqrt((n - 1) / n * ((values_J - values_J.mean()) ** 2).sum())) if n > 1 else None
 
 
 def _samples(record: dict[str, Any]) -> int:
