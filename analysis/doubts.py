@@ -8,6 +8,7 @@ from scipy import special
 
 from analysis import read_table, seeds, sparsity, table
 from analysis.law import Array, Law
+from analysis.measured import SE, UNITS
 
 # Columns that count something, so that a broken number in them is another unit or another notation.
 COUNTS = ('n_latents', 'k', 'tokens', 'steps', 'step', 'batch_tokens', 'd_model')
@@ -41,8 +42,9 @@ def of_residuals(
   likely = []  # columns that could tell curves apart, whether or not so few points show it
   # What was asked for moves what is measured, and tells no curves apart.
   asked = (*sparsity.TARGETS, 'setting') if sparsity.MEASURED in x else ()
+  measured = [name for column in points.attrs.get(UNITS, ()) for name in (column, column + SE)]
   for column in points.columns:
-    if column not in (*x, y, *_NO_CURVE, *asked, group):
+    if column not in (*x, y, *_NO_CURVE, *asked, *measured, group):
       curve_N = pd.factorize(points[column].astype(str))[0]
       if not _has_curves(curve_N, u_NQ):
         continue

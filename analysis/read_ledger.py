@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import frames, sparsity
+from analysis import frames, measured, sparsity
 from analysis.table import USELESS, useless_warnings, version_warnings, warning
 from sae_jax import cell, cell_state, checks, files, metrics, records, schema
 from sae_jax.errors import UserError
@@ -64,6 +64,8 @@ def load_ledger(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
 
   What sparsity was asked for is in `k` or, where that is missing, in `sparsity`: the coefficient of a penalty.
   `target` says it in words, such as 'k=8'. What came of it is `l0`. `activation` is the family.
+
+  What was measured beyond the NMSE is in columns such as `downstream/kl`, with its standard error in `downstream/kl_se`.
   """
   cells = load_cells(path) if cells is None else _cells(path, cells)
   done = cells['state'] == schema.DONE
@@ -73,11 +75,10 @@ def load_ledger(path: str, cells: pd.DataFrame | None = None) -> pd.DataFrame:
     table[column] = pd.to_numeric(table[column])
   table['target'] = [sparsity.said(sparsity.target(row)) for row in table[[*sparsity.TARGETS]].to_dict('records')]
   table[USELESS] = table['nmse'] >= 1
+  table, doubts = measured.joined(path, table)
   others = cells.loc[~done, ['id', 'state', 'reason']].to_dict('records')
-  table.attrs = {
-    'not_done': others,
-    'warnings': version_warnings(table) + _unverified(table) + useless_warnings(table) + _not_done_warnings(others),
-  }
+  warnings = [*version_warnings(table), *_unverified(table), *useless_warnings(table), *doubts]
+  table.attrs |= {'not_done': others, 'warnings': warnings + _not_done_warnings(others)}
   return table
 
 
