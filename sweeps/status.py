@@ -14,6 +14,7 @@ from typing import Any
 
 from sae_jax import cell_state, files, flops, metrics, schema
 from sae_jax.errors import one_line_errors
+from sae_jax.measures import results
 from sweeps import flags, grid, ledger, verify
 
 # The states in summaries, in their order. The first four are always said.
@@ -55,6 +56,7 @@ def report(store: ledger.Ledger, max_failures: int, every_byte: bool = False) ->
   states = store.states(max_failures)
   if every_byte:
     states = verify.verify(store, states)
+  any_measured = files.exists(files.join(store.path, schema.MEASURES))
   words = last_words(store) if any(s.state == schema.FAILED for s in states) else {}
   rows = []
   speed = left = 0.0  # dense FLOPs a second of what runs now, and what is left to do
@@ -70,6 +72,7 @@ def report(store: ledger.Ledger, max_failures: int, every_byte: bool = False) ->
     cost = 0.0 if s.result is not None else flops.cell_flops(s.entry.cell)['dense']
     if s.result is not None:
       row |= {'step': s.result['steps'], 'nmse': s.result['nmse']}
+      row |= measured(store.folder(s.entry.id), s.entry.id) if any_measured else {}
     elif last := last_line(store, s.entry.id):
       row |= {'step': last['step'], 'nmse': last.get('eval/nmse')}
       cost *= 1 - min(1.0, last['step'] / row['steps'])
@@ -84,6 +87,16 @@ def report(store: ledger.Ledger, max_failures: int, every_byte: bool = False) ->
     rows.append(row)
   found = {'name': store.name(), 'counts': count(states), 'cells': rows}
   return found | ({'left_s': left / speed} if speed and left else {})
+
+
+def measured(folder: str, cell_id: str) -> dict[str, Any]:
+  """What is measured of a finished cell, by name: why it no longer counts, or '' while it does. Nothing where there is nothing."""
+  try:
+    found = results.read(folder, cell_id)
+    said = {name: result.stale(results.tensors(folder, result.key.weights)) for name, result in found.items()}
+    return {'measures': said} if said else {}
+  except (schema.Broken, OSError) as error:
+    return {'measures': {}, 'reason': cell_state.printable(f'{schema.MEASURES}/{schema.MEASURES_INFO}: {error}')}
 
 
 def last_words(store: ledger.Ledger) -> dict[str, str]:
@@ -111,7 +124,7 @@ def log_tail(path: pathlib.Path) -> str:
 
 def text(found: dict[str, Any]) -> str:
   """A plain table by state, running and failed cells first and with their reasons."""
-  rows = [('id', 'cell', 'state', 'step', 'nmse', 'tokens/s', 'left', 'why')]
+  rows = [('id', 'cell', 'state', 'step', 'nmse', 'measured', 'tokens/s', 'left', 'why')]
   for row in sorted(found['cells'], key=lambda row: schema.STATES.index(row['state'])):
     rows.append(
       (
@@ -120,6 +133,7 @@ def text(found: dict[str, Any]) -> str:
         row['state'],
         f'{row["step"]}/{row["steps"]}' if 'step' in row else '',
         f'{row["nmse"]:.4f}' if isinstance(row.get('nmse'), float) else '',
+        ', '.join(f'{name} (stale)' if stale else name for name, stale in row.get('measures', {}).items()),
         f'{row["tokens_per_s"]:,.0f}' if 'tokens_per_s' in row else '',
         duration(row['left_s']) if 'left_s' in row else '',
         ' | '.join(part for part in (row['reason'], row.get('log')) if part),

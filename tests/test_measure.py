@@ -12,7 +12,7 @@ from sae_jax.measures import estimate, inputs, names, paired, results, run, some
 from sae_jax.measures.downstream import Downstream
 from sae_jax.measures.inputs import Scope
 from sae_jax.measures.measure import Unit
-from sweeps import grid, ledger, work
+from sweeps import gc, grid, ledger, status, work
 from sweeps import measure as sweep_measure
 from tests import cells, measured
 from tests.test_harvest import toy  # noqa: F401  the toy subject's fixture
@@ -353,6 +353,30 @@ def test_two_workers_share_a_ledger_and_do_no_unit_twice(small_ledger, monkeypat
   assert len(done) == len(set(done)) and len({path for path, _ in done}) == 3 * len(names.VERSIONS)
   for c in made[:3]:
     assert sorted(results.read(store.folder(c.id), c.id)) == sorted(names.VERSIONS)
+
+
+def test_status_shows_what_is_measured_and_gc_keeps_it(small_ledger):
+  store, made = small_ledger
+  assert not any('measures' in row for row in status.report(store, 3)['cells'])
+  assert sweep_measure.work(measuring(store), work.Stop(), visible=False)
+  folders = [pathlib.Path(store.folder(c.id)) for c in made[:3]]
+  for name in (schema.CHECKPOINTS, schema.CORRUPT):
+    (folders[2] / name / '5').mkdir(parents=True)
+  before = tree(folders[2])
+  for garbage in gc.find(ledger.Ledger(store.path)):
+    gc.free(garbage)
+  assert tree(folders[2]) == before and not (folders[2] / schema.CHECKPOINTS).exists()
+  measured.finished(folders[0], made[0], seed=9)
+  broken = folders[1] / schema.MEASURES / schema.MEASURES_INFO
+  broken.write_bytes(broken.read_bytes().replace(b'"value": 0', b'"value": 1', 1))
+  rows = {row['id']: row for row in status.report(ledger.Ledger(store.path), 3)['cells']}
+  assert all('replaced' in why for why in rows[made[0].id]['measures'].values())
+  assert (
+    rows[made[1].id]['measures'] == {} and 'measures.json: it does not fit its digest' in rows[made[1].id]['reason']
+  )
+  assert rows[made[2].id]['measures'] == dict.fromkeys(sorted(names.VERSIONS), '')
+  shown = status.text(status.report(ledger.Ledger(store.path), 3))
+  assert 'downstream (stale)' in shown and 'measured' in shown.splitlines()[1]
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_measured(small_ledger, capsys):

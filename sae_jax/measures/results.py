@@ -61,6 +61,13 @@ class Result:
     return ''
 
 
+def tensors(cell: str, weights: str) -> str:
+  """The SHA-256 that sae.json records for some weights, or ''."""
+  info = schema.parse(files.read(files.join(cell, schema.ARTIFACT, schema.ARTIFACT_INFO)))
+  digests = info.get('sha256')
+  return str(digests.get(weights, '')) if isinstance(digests, dict) else ''
+
+
 def path(cell: str, name: str) -> str:
   return files.join(cell, schema.MEASURES, name)
 
