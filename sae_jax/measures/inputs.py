@@ -196,7 +196,7 @@ class Inputs:
         continue
       with held:
         if (found := self._read(folder)) is None:
-          found = make()
+          found = _ordered(make())
           data = safetensors.numpy.save({key: np.asarray(a, order='C') for key, a in found.items()})
           files.replace(files.join(folder, 'arrays.safetensors'), data)
           record = {'sha256': hashlib.sha256(data).hexdigest(), 'bytes': len(data)}
@@ -213,7 +213,7 @@ class Inputs:
       data = files.read(files.join(folder, 'arrays.safetensors'), _LARGEST)
       if hashlib.sha256(data).hexdigest() != record.get('sha256'):
         raise schema.Broken('the arrays do not fit their digest')
-      return safetensors.numpy.load(data)
+      return _ordered(safetensors.numpy.load(data))
     except FileNotFoundError:
       return None
     except (schema.Broken, OSError, safetensors.SafetensorError) as error:
@@ -252,6 +252,11 @@ class Inputs:
       facts |= {f'{name}_corpus': some.corpus, f'{name}_windows': hashlib.sha256(places.tobytes()).hexdigest()}
       facts |= {f'{name}_ids': hashlib.sha256(some.ids_WT.astype('<i4').tobytes()).hexdigest()}
     return facts
+
+
+def _ordered(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The same by name, so that who made them and who reads them write the same bytes."""
+  return dict(sorted(arrays.items()))
 
 
 def _check_same(who: str, facts: dict[str, Any], reading: Reading) -> None:
