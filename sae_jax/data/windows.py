@@ -18,7 +18,7 @@ _HELD_OUT_FRACTION = 0.05
 
 # How many positions of a window do not count, by rule.
 _DROPPED = {'drop_first': 1, 'from_3': 3, 'by_norm': 3}
-_MASSIVE = 10.0  # times the median norm of its window
+MASSIVE = 10.0  # times the median norm of its window
 
 
 def counted(window_tokens: int, rule: str) -> int:
@@ -55,7 +55,7 @@ def places(x_WTD: Any, rule: str) -> Any:
     return xp.zeros((n, 1), dtype=xp.int32) + xp.arange(dropped, window, dtype=xp.int32)[None]
   norm_WT = xp.linalg.norm(x_WTD.astype(xp.float32), axis=-1)
   place_WT = -xp.arange(x_WTD.shape[1], dtype=xp.float32)[None] + xp.zeros_like(norm_WT)
-  massive_WT = norm_WT > _MASSIVE * xp.median(norm_WT, axis=1, keepdims=True)
+  massive_WT = norm_WT > MASSIVE * xp.median(norm_WT, axis=1, keepdims=True)
   # Above 0 the massive ones by their norm, below it the others by their place.
   badness_WT = xp.where(place_WT == 0, xp.inf, xp.where(massive_WT, norm_WT, place_WT))
   return xp.sort(xp.argsort(badness_WT, axis=1, stable=True)[:, :-dropped], axis=1)

@@ -15,6 +15,8 @@ def by_name(name: str) -> 'Measure':
   match name:
     case 'downstream':
       from sae_jax.measures.downstream import Downstream as made
+    case 'reconstruction':
+      from sae_jax.measures.reconstruction import Reconstruction as made
     case other:
       raise UserError(f'no measure {other[:40]!r}; use some of {", ".join(VERSIONS)}')
   return made()

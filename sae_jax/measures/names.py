@@ -4,5 +4,6 @@ A version rises when a value comes to mean something else. Values of an older ve
 """
 
 VERSIONS = {
+  'reconstruction': 1,
   'downstream': 1,
 }
