@@ -15,7 +15,7 @@ CALIBRATION := runs/calibration
 export RUNS ?= runs/activations
 ACTIVATIONS := analysis/data/smollm2_activations.csv
 
-.PHONY: install demo calibrate activations activations-runs test test-tpu test-slurm test-chaos chaos lint
+.PHONY: install demo measures calibrate activations activations-runs test test-tpu test-slurm test-chaos chaos lint
 
 install: $(VENV)/.installed
 
@@ -40,6 +40,11 @@ $(VENV)/.subject-gemma3-270m: $(VENV)/.installed
 demo: install $(VENV)/.subject-$(SUBJECT)
 	$(BIN)/python -m sae_jax.data.harvest --config=experiments/$(DEMO).py --out=$(RUN)/store
 	$(BIN)/python -m sweeps.launch --sweep=sweeps/grids/$(DEMO).py --ledger=$(RUN)/ledger --executor=local
+	$(BIN)/python -m analysis.report --ledger=$(RUN)/ledger --out=$(RUN)/report
+
+# Everything that is measured beyond the NMSE, of the demo's cells, which make demo trains; started again, it goes on.
+measures: install $(VENV)/.subject-$(SUBJECT)
+	$(BIN)/python -m sweeps.measure --ledger=$(RUN)/ledger
 	$(BIN)/python -m analysis.report --ledger=$(RUN)/ledger --out=$(RUN)/report
 
 # Predicts 12 autoencoders from 16 smaller ones, then trains them and counts how many fell inside their band.
