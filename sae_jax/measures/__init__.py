@@ -17,6 +17,8 @@ def by_name(name: str) -> 'Measure':
       from sae_jax.measures.downstream import Downstream as made
     case 'reconstruction':
       from sae_jax.measures.reconstruction import Reconstruction as made
+    case 'latents':
+      from sae_jax.measures.latents import Latents as made
     case other:
       raise UserError(f'no measure {other[:40]!r}; use some of {", ".join(VERSIONS)}')
   return made()

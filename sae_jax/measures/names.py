@@ -5,5 +5,6 @@ A version rises when a value comes to mean something else. Values of an older ve
 
 VERSIONS = {
   'reconstruction': 1,
+  'latents': 1,
   'downstream': 1,
 }
