@@ -40,9 +40,10 @@ class Fit:
 
   @property
   def quantity(self) -> str:
-    """Such as 'L(n)', or 'n(C)' for a best size, or 'L_s(n)' for several subjects."""
+    """Such as 'L(n)', 'n(C)' for a best size, 'L_s(n)' for several subjects or 'downstream/kl(NMSE)' for a measure."""
     family = self.law.name.startswith('family')
-    quantity = 'L_s' if family else laws.QUANTITIES.get(self.y, 'L')
+    known = laws.QUANTITIES.get(self.y, self.y if '/' in self.y else 'L')
+    quantity = 'L_s' if family else known
     shown = self.x[:1] if family else self.variables  # the others only tell subjects apart
     return f'{quantity}({", ".join(laws.SYMBOLS.get(column, column) for column in shown)})'
 

@@ -13,6 +13,7 @@ SYMBOLS = {
   'n_latents': 'n',
   'k': 'k',
   'l0': 'L0',
+  'nmse': 'NMSE',
   'tokens': 'T',
   'flops_useful': 'C',
   'flops_dense': 'C',

@@ -37,6 +37,10 @@ LABELS = {
   'learning_rate': 'learning rate η (of Adam, without unit)',
   'nmse': 'normalised MSE (1 = predicting the mean)',
   'normalized_mse': 'normalised MSE (1 = predicting the mean)',
+  'downstream/kl': 'KL from the undisturbed model (nats a token)',
+  'downstream/delta_ce': 'what the splice adds to the loss, ΔCE (nats a token)',
+  'downstream/recovered_zero': 'loss recovered against zero ablation (share)',
+  'downstream/recovered_mean': 'loss recovered against mean ablation (share)',
 }
 WARNING = '#a34f00'
 _MINUS = '\N{MINUS SIGN}'
@@ -199,7 +203,7 @@ def codes(fits: Sequence[Fit]) -> list[str]:
 
 def equation(fit: Fit) -> str:
   """The law in mathtext, in the symbols of its columns."""
-  fallback = 'y' if fit.law.name == 'growth' else 'L'
+  fallback = 'y' if fit.law.name == 'growth' or '/' in fit.y else 'L'
   text, symbols = fit.law.latex, []
   for i, column in enumerate(fit.x):
     symbols.append(_X_SYMBOLS.get(column, f'x_{i + 1}' if len(fit.x) > 1 else 'x'))
