@@ -42,6 +42,7 @@ class Compared:
   sizes: Array
   l0: Array
   main: float  # the L0 that most families reach at most sizes
+  weight_FNLC: Array  # of the cells in what a family has there: their log NMSE gives `loss_FNL`
   loss_FNL: Array
   draws_BFNL: Array  # the same for cells drawn anew
   scatter: float  # standard deviation of the log NMSE of cells; NaN when not known
@@ -203,6 +204,7 @@ def compare(cells: pd.DataFrame) -> Compared:
     sizes,
     l0_L,
     float(l0_L[most[len(most) // 2]]),
+    weight_FNLC,
     loss_FNL,
     loss_FNL + np.moveaxis(weight_FNLC @ noise_BC.T, -1, 0),
     scatter,

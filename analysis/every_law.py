@@ -10,7 +10,18 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import convergence, equal_l0, family_cells, isoflop, laws, learning_rate, read_ledger, sparsity, table
+from analysis import (
+  convergence,
+  equal_l0,
+  family_cells,
+  isoflop,
+  laws,
+  learning_rate,
+  measure_laws,
+  read_ledger,
+  sparsity,
+  table,
+)
 from analysis.allocation import allocate
 from analysis.family import Family, fit_family
 from analysis.findings import Findings, OneFamily, OneTarget
@@ -75,10 +86,9 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
     for name, part in zip(names or [''], parts, strict=True)
   ]
   about = warnings + holes + notes
-  if len(names) < 2:
-    return Findings(cells, done, curves, families, about)
-  compared, among = _together(data)
-  return Findings(cells, done, curves, families, about, compared, among)
+  compared, among = _together(data) if len(names) > 1 else (None, [])
+  measures = measure_laws.analyse(ledger, data.points, compared, bootstrap)
+  return Findings(cells, done, curves, families, about, compared, among, measures)
 
 
 def _together(data: _Data) -> tuple[equal_l0.Compared | None, list[dict[str, str]]]:

@@ -12,6 +12,7 @@ from analysis.compare import Comparison
 from analysis.equal_l0 import Compared
 from analysis.family import Family
 from analysis.fit_result import Fit, gathered, warning_lines
+from analysis.measure_laws import OneMeasure
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,11 +90,12 @@ class Findings:
   about: list[dict[str, str]]  # warnings of the ledger as a whole
   compared: Compared | None = None  # the families at equal L0; None where there is one, or nothing to compare
   among: list[dict[str, str]] = dataclasses.field(default_factory=list)  # warnings of cells, said once for all families
+  measures: list[OneMeasure] = dataclasses.field(default_factory=list)
 
   @property
   def fits(self) -> list[Fit]:
-    """Those of every family."""
-    return [fit for one in self.families for fit in one.fits]
+    """Those of every family, and those of measures."""
+    return [fit for one in (*self.families, *self.measures) for fit in one.fits]
 
   @property
   def comparisons(self) -> list[Comparison]:
@@ -120,7 +122,7 @@ class Findings:
 
   def to_json(self) -> list[dict[str, Any]]:
     """The content of laws.json."""
-    return [entry for one in self.families for entry in one.to_json()]
+    return [entry for one in (*self.families, *self.measures) for entry in one.to_json()]
 
   def warning_lines(self) -> list[str]:
     """Those of the ledger, then those of the fits that say something else; of several families, whose they are."""

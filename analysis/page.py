@@ -20,6 +20,7 @@ from analysis.figures import style
 from analysis.findings import Findings, OneFamily
 from analysis.fit_result import Fit, nothing_is_zero, warning_lines
 from analysis.laws import SYMBOLS
+from analysis.measure_laws import MEASURE, OneMeasure
 
 # A name that a template uses and is not given raises.
 TEMPLATES = jinja2.Environment(
@@ -102,6 +103,7 @@ def render(
     if found.compared
     else [],
     families=[_family(one, pictures, several=len(found.families) > 1) for one in found.families],
+    measures=[_measure(one, pictures) for one in found.measures],
     cells=_cells(found.done),
     others=[[str(row[key]) for key in ('id', 'state', 'reason')] for row in others.to_dict('records')],
   )
@@ -110,14 +112,16 @@ def render(
 def figure_digests(text: str) -> dict[str, str]:
   """The digests that a page was rendered with, by file name; none of a page of another kind."""
   found = re.search(r'<meta name="figures" content="([^"]*)">', text)
-  name = r'(?:\w+/)?[a-z_]+[0-9.e-]*\.(?:png|pdf)'
+  name = r'(?:\w+/)?[\w.-]+\.(?:png|pdf)'
   return dict(re.findall(rf'(?:^| )({name})=([0-9a-f]{{64}})(?= |$)', found[1] if found else '', re.ASCII))
 
 
 def _family(one: OneFamily, pictures: Mapping[str, bytes], *, several: bool) -> dict[str, Any]:
   """The figures and laws of one family; the headings of an only one do without its name."""
   own = {
-    name.rpartition('/')[2]: data for name, data in pictures.items() if not several or name.startswith(f'{one.folder}/')
+    name.rpartition('/')[2]: data
+    for name, data in pictures.items()
+    if (name.startswith(f'{one.folder}/') if several else not name.startswith(MEASURE))
   }
   return {
     'of': f' of {one.name}' if several else '',
@@ -126,6 +130,21 @@ def _family(one: OneFamily, pictures: Mapping[str, bytes], *, several: bool) -> 
     'laws': _laws([fit for fit in one.fits if 'flops_dense' not in fit.x]),
     'dense_laws': _laws([fit for fit in one.fits if 'flops_dense' in fit.x]),
     'comparisons': [_comparison(pair) for pair in one.comparisons],
+  }
+
+
+def _measure(one: OneMeasure, pictures: Mapping[str, bytes]) -> dict[str, Any]:
+  """The section of a measure."""
+  drawn = [value for value in one.values if value.picture in pictures]
+  return {
+    'name': one.name,
+    'said': [value.sentence for value in one.values],
+    'figures': [
+      {'source': _source(pictures[value.picture]), 'caption': f'{value.column} against n, active latents and NMSE.'}
+      for value in drawn
+    ],
+    'tables': one.tables(),
+    'laws': _laws(one.fits),
   }
 
 
@@ -163,7 +182,7 @@ def _law(fits: Sequence[Fit]) -> dict[str, Any]:
   return {
     'name': fit.quantity,
     'y': fit.y,
-    'x': [x for x in fit.x if not x.startswith('is_')],  # those only tell subjects apart
+    'x': [x for x in fit.variables if not x.startswith('is_')],  # those only tell subjects apart
     'formula': fit.words(fit.law.formula),
     'where': list(sparsity.target(fit.where)),
     'fits': [_fit(one) for one in fits],

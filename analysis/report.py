@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from analysis import heading, page, plots
 from analysis.every_law import analyse
-from analysis.figures import equal_l0, style
+from analysis.figures import equal_l0, measures, style
 from analysis.findings import Findings, OneFamily
 from analysis.fit_result import Fit, write_json
 from sae_jax import files, schema
@@ -23,16 +23,20 @@ from sae_jax.errors import UserError, one_line_errors
 def figures(found: Findings) -> dict[str, Figure]:
   """The figures that the fits allow, by file name without extension; those of one target end in _k8 or _sparsity0.05.
 
+  Those of measures begin with measure_.
+
   Where a ledger has several families, each has a folder of its name.
   """
   several = len(found.families) > 1
   one = found.compared
   together = equal_l0.drawn(one) if one else {}
-  return together | {
+  measured = {value.picture: measures.value(value) for one in found.measures for value in one.values}
+  of_families = {
     f'{one.folder}/{name}' if several else name: figure
     for one in found.families
     for name, figure in _family_figures(found, one).items()
   }
+  return together | of_families | measured
 
 
 def _family_figures(found: Findings, family: OneFamily) -> dict[str, Figure]:

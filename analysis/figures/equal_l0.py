@@ -19,7 +19,7 @@ def frontiers(found: Compared) -> Figure:
   if len(sizes) > _MOST:
     sizes = [sizes[i] for i in np.linspace(0, len(sizes) - 1, _MOST).round().astype(int)]
   fig, axes = style.axes(len(sizes), share=True)
-  looks = _looks(found)
+  looks = of_families(found)
   for ax, n in zip(axes, sizes, strict=True):
     for name, (color, marker) in looks.items():
       place = {'n_latents': n, 'activation': name}
@@ -48,7 +48,7 @@ def drawn(found: Compared) -> dict[str, Figure]:
 def scaling(found: Compared) -> Figure:
   """At equal L0, loss against n with each family's power law, and beside it the loss over that of the reference."""
   fig, (left, right) = style.axes(2)
-  looks, laws = _looks(found), {fit.where['activation']: fit for fit in found.laws}
+  looks, laws = of_families(found), {fit.where['activation']: fit for fit in found.laws}
   points = sparsity.at(found.points(), {'l0': found.main})
   handles, span = [], found.sizes[-1] / found.sizes[0]
   right.axhline(0, color=looks[found.reference][0], lw=1.2)
@@ -81,7 +81,7 @@ def scaling(found: Compared) -> Figure:
   return fig
 
 
-def _looks(found: Compared) -> dict[str, tuple[str, str]]:
+def of_families(found: Compared) -> dict[str, tuple[str, str]]:
   """Colour and marker of every family, the reference first."""
   others = [name for name in found.ranked if name != found.reference]
   named = {found.reference: ('#000000', 'o')}
