@@ -15,6 +15,7 @@ from analysis.equal_l0 import Compared
 from analysis.law import Array
 from sae_jax import files, measures, schema
 from sae_jax.measures import paired, results
+from sae_jax.measures.measure import Measure
 from sae_jax.measures.results import Result
 
 
@@ -91,8 +92,8 @@ def _dropped(ledger: str, of: dict[str, Result]) -> dict[str, dict[str, Array]]:
   return out
 
 
-def _measure(result: Result) -> measures.Measure:
-  made = measures.measure(result.key.name)
+def _measure(result: Result) -> Measure:
+  made = measures.by_name(result.key.name)
   assert dataclasses.is_dataclass(made)
   return dataclasses.replace(made, **result.key.settings)
 
