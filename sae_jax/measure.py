@@ -58,6 +58,12 @@ def parser(prog: str, about: str) -> argparse.ArgumentParser:
   made.add_argument(
     '--train_windows', type=flags.whole('--train_windows'), default=Scope.train, help='for what is fitted (%(default)s)'
   )
+  made.add_argument(
+    '--probe_tasks',
+    default='',
+    metavar='FILE',
+    help='tasks of probes in place of the built-in ones: docs/probe_tasks.md',
+  )
   made.add_argument('--dry_run', action='store_true', help='say what would be measured, and what it costs')
   return made
 
@@ -84,7 +90,7 @@ def main(argv: list[str]) -> int:
   )
   args = made.parse_args(argv)
   stop, scope = signals.Signalled(), Scope(args.windows, args.train_windows)
-  wanted = some([name for name in args.measures.split(',') if name])
+  wanted = some([name for name in args.measures.split(',') if name], args.probe_tasks)
   targets = [run.target(cell, args.weights) for cell in (args.cell, args.against) if cell]
   folder = run.inputs_folder(args.cell)
   inputs = run.inputs_of(targets[0], scope, folder)

@@ -150,7 +150,7 @@ def main(argv: list[str]) -> int:
   made.add_argument('--cell', metavar='ID[,ID...]', default='', help='these cells only')
   args = made.parse_args(argv)
   stop = signals.Signalled()
-  wanted = some([name for name in args.measures.split(',') if name])
+  wanted = some([name for name in args.measures.split(',') if name], args.probe_tasks)
   only = [cell_id for cell_id in args.cell.split(',') if cell_id]
   cache = files.join(args.ledger.path, schema.MEASURES, 'compile_cache')
   if not jax.config.jax_compilation_cache_dir:

@@ -10,8 +10,11 @@ if TYPE_CHECKING:
   from sae_jax.measures.measure import Measure  # loads jax, which readers of results do without
 
 
-def by_name(name: str) -> 'Measure':
-  """The measure of a name, with its usual settings. Raises `UserError` for an unknown one."""
+def by_name(name: str, probe_tasks: str = '') -> 'Measure':
+  """The measure of a name, with its usual settings. Raises `UserError` for an unknown one.
+
+  `probe_tasks`: a table whose tasks take the place of the built-in ones of probes.
+  """
   match name:
     case 'downstream':
       from sae_jax.measures.downstream import Downstream as made
@@ -19,11 +22,15 @@ def by_name(name: str) -> 'Measure':
       from sae_jax.measures.reconstruction import Reconstruction as made
     case 'latents':
       from sae_jax.measures.latents import Latents as made
+    case 'probes':
+      from sae_jax.measures.probes import Probes
+
+      return Probes(table=probe_tasks)
     case other:
       raise UserError(f'no measure {other[:40]!r}; use some of {", ".join(VERSIONS)}')
   return made()
 
 
-def some(names: Sequence[str]) -> list['Measure']:
+def some(names: Sequence[str], probe_tasks: str = '') -> list['Measure']:
   """The measures of some names, each once; all for none. Raises `UserError` for an unknown one."""
-  return [by_name(name) for name in dict.fromkeys(names or VERSIONS)]
+  return [by_name(name, probe_tasks) for name in dict.fromkeys(names or VERSIONS)]

@@ -89,7 +89,7 @@ class Inputs:
       raise UserError(f'{who} was trained on activations of no language model; measures need a cell with data.subject')
     reading = Reading(data, whole=True)
     self.subject, self.site, self.positions = reading.subject, data.site, data.positions
-    self.weights = data.weights
+    self.text, self.weights = data.text, data.weights
     _check_same(who, facts, reading)
     self._windows = {
       'held_out': reading.windows['held_out'][: scope.held_out],

@@ -7,4 +7,5 @@ VERSIONS = {
   'reconstruction': 1,
   'latents': 1,
   'downstream': 1,
+  'probes': 1,
 }
