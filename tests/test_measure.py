@@ -69,13 +69,13 @@ def test_killed_at_every_write_a_measure_ends_with_the_same_bytes(shared, tmp_pa
     patched.setattr(files, 'replace', counted(files_replace))
     kills = 0
     while True:
-      writes['left'] = kills % 3
+      writes['left'] = kills % 8
       try:
         assert run.run(run.target(broken), wanted, shared, None)
         break
       except Killed:
         kills += 1
-        assert kills < 99
+        assert kills < 300
   assert kills >= 1 and tree(whole) == tree(broken)
 
 

@@ -85,12 +85,12 @@ def _block(z_BC: jax.Array, y_B: jax.Array, ridge: jax.Array) -> tuple[jax.Array
   # Rounding makes the deviation of a constant as large as this.
   varies_C = sd_C > 1e-6 * jnp.max(jnp.abs(z_BC), axis=0)
   sd_C = jnp.where(varies_C, sd_C, 1)
-  u_BC = jnp.where(varies_C, (z_BC - mean_C) / sd_C, 0)
+  u_BC = jnp.where(varies_C[None], (z_BC - mean_C[None]) / sd_C[None], 0)
 
   def iterate(carry: tuple[jax.Array, _State]) -> tuple[jax.Array, _State]:
     i, s = carry
     w_C, b_C = s.w_C + s.step_C * s.dw_C, s.b_C + s.step_C * s.db_C
-    logit_BC = w_C * u_BC + b_C
+    logit_BC = w_C[None] * u_BC + b_C[None]
     small_BC = jnp.exp(-jnp.abs(logit_BC))
     part_BC = 1 / (1 + small_BC)
     p_BC = jnp.where(logit_BC >= 0, part_BC, small_BC * part_BC)
