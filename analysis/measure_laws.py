@@ -27,7 +27,11 @@ from analysis.measured import SE, UNITS
 from sae_jax.errors import UserError
 
 # The values of a measure that are drawn, the first in a table too. Of a measure that is not here, the first few that vary.
-_SHOWN = {'downstream': ('kl', 'delta_ce', 'recovered_zero')}
+_SHOWN = {
+  'downstream': ('kl', 'delta_ce', 'recovered_zero'),
+  'reconstruction': ('per_token_nmse', 'cosine_similarity', 'l2_ratio'),
+  'probes': ('pre', 'codes'),
+}
 _MOST = 3
 _SHARE = 'share'  # units of what has an end, so that no power law goes on
 MEASURE = 'measure_'  # begins the names of figures
