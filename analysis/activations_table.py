@@ -9,6 +9,7 @@ import argparse
 import pandas as pd
 
 from analysis import read_ledger
+from analysis.measured import SE, UNITS
 from sae_jax import files
 from sae_jax.errors import one_line_errors
 
@@ -29,9 +30,13 @@ COLUMNS = [
 
 
 def rows(table: pd.DataFrame) -> pd.DataFrame:
-  """These columns of a ledger's table, ordered by what was asked for, so that a ledger that grew changes few lines."""
+  """These columns of a ledger's table and what was measured beyond them, a row a cell.
+
+  They are ordered by what was asked for, so that a ledger that grew changes few lines.
+  """
+  measured = [name for column in table.attrs.get(UNITS, ()) for name in (column, column + SE)]
   whole = dict.fromkeys(('n_latents', 'k', 'tokens', 'seed'), 'Int64')  # a coefficient stands in for k
-  return table[COLUMNS].astype(whole).sort_values(['activation', *whole])
+  return table[[*COLUMNS, *measured]].astype(whole).sort_values(['activation', *whole])
 
 
 @one_line_errors

@@ -13,7 +13,7 @@ import pytest
 from analysis import activations_table
 from sae_jax import schema, train
 from sweeps import grid
-from tests import cells
+from tests import cells, planted_measures
 
 ROOT = pathlib.Path(__file__).parents[1]
 TABLE = ROOT / 'analysis' / 'data' / 'smollm2_activations.csv'
@@ -67,6 +67,12 @@ def test_table_has_the_finished_cells_in_one_order(tmp_path):
   header, *lines = out.read_text().splitlines()
   assert header.split(',') == activations_table.COLUMNS
   assert [line.split(',')[0] for line in lines] == [small.id, large.id]
+  planted_measures.everywhere(ledger)
+  with pytest.raises(SystemExit, match='0'):
+    activations_table.main([f'--ledger={ledger}', f'--out={out}'])
+  after = out.read_text().splitlines()[0].split(',')
+  assert after[: len(activations_table.COLUMNS)] == activations_table.COLUMNS
+  assert {'downstream/kl', 'downstream/kl_se'} < {*after}
 
 
 def test_cell_with_a_coefficient_has_no_k(tmp_path):
