@@ -21,7 +21,7 @@ class ScalingRecipe:
   """
 
   name: str
-  learning_rate_at_16k: float  # c in c / sqrt(n / 2^14)
+  learning_rate_at_16k: float  # c in c / (n / 2^14)^e, with e = learning_rate_exponent
   ema_fraction: float  # EMA horizon as a fraction of the run's steps
   ema_max_steps: int  # the paper's 1,000: decay 0.999
   dead_fraction: float  # a latent is dead after this fraction of the run's tokens without firing
@@ -29,6 +29,7 @@ class ScalingRecipe:
   warmup_fraction: float  # linear learning-rate warm-up; the paper uses none
   horizon: str = added('budget')  # of which the fractions are: 'budget', or 'so far'
   steer_start: float = added(0.05)  # coefficient at the first step where one is steered, in units of the NMSE
+  learning_rate_exponent: float = added(0.5)  # the paper's square root
 
   def hyperparameters(self, *, n_latents: int, d_model: int, tokens: int, batch_tokens: int) -> dict[str, Any]:
     """Flat config keys and values for one size with `n_latents` >= 1; what else is out of range `cell` refuses later."""
@@ -46,7 +47,7 @@ class ScalingRecipe:
       'sae.k_aux': min(n_latents, 2 ** round(math.log2(max(2, d_model) / 2))),
       # 1e-3 for inputs of standard deviation 1 (the reference code), rescaled to inputs of norm 1.
       'sae.fired_threshold': 1e-3 / math.sqrt(max(1, d_model - 1)),
-      'optim.learning_rate': self.learning_rate_at_16k / math.sqrt(n_latents / 2**14),
+      'optim.learning_rate': self.learning_rate_at_16k / math.sqrt(n_latents / 2**14) ** (2 * self.learning_rate_exponent),
       'optim.ema_decay': 0.0 if so_far else 1 - 1 / horizon,
       'optim.ema_width': self.ema_fraction if so_far else 0.0,
       'optim.warmup_tokens': int(self.warmup_fraction * tokens),
@@ -87,9 +88,9 @@ JUMPRELU_STEP = dataclasses.replace(TOPK, name='jumprelu_step', steer_start=0.00
 Steered from .05 it swings far below its target; from here it settles. The bandwidth is the default, .02.
 """
 
-PROLU_RELU = dataclasses.replace(TOPK, name='prolu_relu', learning_rate_at_16k=2.5e-4)
-"""Four times slower than TopK. At TopK's rate its biases fall until only a few latents are active, without any penalty, so
-that no coefficient reaches the target.
+PROLU_RELU = dataclasses.replace(TOPK, name='prolu_relu', learning_rate_at_16k=2e-3, learning_rate_exponent=0.0)
+"""One rate for all sizes. At a higher one the biases of small autoencoders fall until only a few latents are active, without any
+penalty, so that no coefficient reaches the target. At a lower one large autoencoders are far from their end.
 """
 
 RELU = dataclasses.replace(TOPK, name='relu')
