@@ -71,20 +71,29 @@ def threshold_for(dense: Callable[[Array], jax.Array], x_BD: np.ndarray, n_laten
   wanted = round(checks.positive('l0', l0, 'give how many latents of a token shall be active') * len(x_BD))
   if l0 > n_latents:
     raise UserError(f'l0={l0} is more than the {n_latents} latents there are; ask for fewer')
-  # The value after the wanted ones is the threshold. Of every part of the tokens only what can be among them is kept.
-  rows, positive, largest = max(1, _NUMBERS // n_latents), 0, np.zeros(0, np.float32)
-  for first in range(0, len(x_BD), rows):
-    z_RF = np.asarray(dense(x_BD[first : first + rows]))
-    found = z_RF[z_RF > 0]
-    positive += len(found)
-    largest = np.concatenate([largest, found])
-    if len(largest) > wanted:
-      largest = -np.partition(-largest, wanted)[: wanted + 1]
+  # The value after the wanted ones is the threshold.
+  found, positive = largest(dense, x_BD, n_latents, wanted + 1)
   if positive < wanted:
     raise UserError(
       f'l0={l0} but these tokens have {positive / len(x_BD):.4g} codes above 0 on average; ask for no more than that'
     )
-  return Threshold(float(largest.min()) if positive > wanted else 0.0)
+  return Threshold(float(found[-1]) if positive > wanted else 0.0)
+
+
+def largest(
+  dense: Callable[[Array], jax.Array], x_BD: np.ndarray, n_latents: int, count: int
+) -> tuple[np.ndarray, int]:
+  """The largest codes of all these tokens, descending, at most `count` of those above 0; and how many are above 0."""
+  rows, positive, values = max(1, _NUMBERS // n_latents), 0, np.zeros(0, np.float32)
+  # Of every part of the tokens only what can be among them is kept.
+  for first in range(0, len(x_BD), rows):
+    z_RF = np.asarray(dense(x_BD[first : first + rows]))
+    found = z_RF[z_RF > 0]
+    positive += len(found)
+    values = np.concatenate([values, found])
+    if len(values) > count:
+      values = -np.partition(-values, count - 1)[:count]
+  return -np.sort(-values), positive
 
 
 @functools.partial(jax.jit, static_argnames='steps')

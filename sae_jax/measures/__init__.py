@@ -22,6 +22,8 @@ def by_name(name: str, probe_tasks: str = '') -> 'Measure':
       from sae_jax.measures.reconstruction import Reconstruction as made
     case 'latents':
       from sae_jax.measures.latents import Latents as made
+    case 'progressive':
+      from sae_jax.measures.progressive import Progressive as made
     case 'probes':
       from sae_jax.measures.probes import Probes
 

@@ -28,7 +28,7 @@ class Value:
   units: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no equality
 class Judged:
   """The autoencoder that is measured.
 

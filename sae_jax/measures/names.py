@@ -6,6 +6,7 @@ A version rises when a value comes to mean something else. Values of an older ve
 VERSIONS = {
   'reconstruction': 1,
   'latents': 1,
+  'progressive': 1,
   'downstream': 1,
   'probes': 1,
 }
