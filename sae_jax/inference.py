@@ -18,7 +18,7 @@ from sae_jax.arrays import Array
 from sae_jax.errors import UserError
 
 _NUMBERS = 2**24  # codes that exist at once while a threshold is sought
-_ROWS = 256  # tokens that are refined at once
+_ROWS = 256  # tokens that are refined at once, at most
 _ROUNDS = 8  # of power iteration
 
 
@@ -127,7 +127,12 @@ def refined(w_dec_FD: jax.Array, target_BD: jax.Array, z_BK: jax.Array, idx_BK: 
     return jnp.where(excess(best_K) < excess(z_K), best_K, z_K)
 
   with jax.default_matmul_precision('highest'):
-    return jax.lax.map(one, (target_BD, z_BK, idx_BK), batch_size=_ROWS)
+    return jax.lax.map(one, (target_BD, z_BK, idx_BK), batch_size=refined_at_once(z_BK.shape[1], w_dec_FD.shape[1]))
+
+
+def refined_at_once(k: int, d_model: int) -> int:
+  """How many tokens with k latents: each takes k rows of the decoder, and their products with each other."""
+  return max(1, min(_ROWS, _NUMBERS // max(1, k * (k + d_model))))
 
 
 def _largest_eigenvalue(gram_KK: jax.Array) -> jax.Array:

@@ -24,6 +24,8 @@ def by_name(name: str, probe_tasks: str = '') -> 'Measure':
       from sae_jax.measures.latents import Latents as made
     case 'progressive':
       from sae_jax.measures.progressive import Progressive as made
+    case 'refine':
+      from sae_jax.measures.refine import Refine as made
     case 'probes':
       from sae_jax.measures.probes import Probes
 

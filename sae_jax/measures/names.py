@@ -7,6 +7,7 @@ VERSIONS = {
   'reconstruction': 1,
   'latents': 1,
   'progressive': 1,
+  'refine': 1,
   'downstream': 1,
   'probes': 1,
 }
