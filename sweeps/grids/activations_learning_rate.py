@@ -1,7 +1,7 @@
 """Learning rate of each family: c in c / sqrt(n / 2^14), at two sizes, each steered to 32 active latents a token.
 
 python -m sweeps.launch --sweep=sweeps/grids/activations_learning_rate.py --ledger=runs/activations/learning_rate
-45 cells on the store of `make demo`, three quarters of an hour on two quiet cores. The recipes in sae_jax/recipe.py follow it.
+46 cells on the store of `make demo`, three quarters of an hour on two quiet cores. The recipes in sae_jax/recipe.py follow it.
 
 Beside the rates: where the coefficient of JumpReLU starts, its bandwidth, and ReLU without AuxK.
 """
@@ -31,7 +31,7 @@ def sweep() -> list[grid.Overrides]:
   large = grid.chain(
     _rates(['relu', 'gated'], [1e-3, 5e-4, 2e-3]),
     grid.product(_rates(['jumprelu_step'], [1e-3, 5e-4, 2e-3]), grid.param('loss.steer_start', [0.005])),
-    _rates(['prolu_relu'], [1e-3, 2.5e-4, 5e-4]),
+    _rates(['prolu_relu'], [1e-3, 2.5e-4, 5e-4, 2e-3]),
   )
   # Two epochs, since steering needs more steps than one has.
   twice = {'recipe.horizon': 'so far', 'sae.n_latents': 256, 'data.epochs': 2, 'train.tokens': 2 * 260_096}
