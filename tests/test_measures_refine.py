@@ -8,7 +8,7 @@ from sae_jax.measures.reconstruction import Reconstruction
 from sae_jax.measures.refine import Refine
 from tests import judging
 
-MEASURE = Refine(windows=99, steps=200)
+MEASURE = Refine(windows=99, steps=60)
 
 
 @pytest.fixture(scope='module')
@@ -23,7 +23,7 @@ def test_errors_and_values_are_those_of_refining_all_tokens_at_once(on, family):
   unit_BD = np.asarray(of.form.unit(judging.counted(on))[0])
   z_BK, idx_BK, _ = of.form.codes(of.params, unit_BD).listed()
   target_BD, w_FD = unit_BD - np.asarray(of.params['b_pre_D']), np.asarray(of.params['w_dec_FD'])
-  better_BK = np.asarray(inference.refined(of.params['w_dec_FD'], target_BD, z_BK, idx_BK, 200))
+  better_BK = np.asarray(inference.refined(of.params['w_dec_FD'], target_BD, z_BK, idx_BK, 60))
   z_BK = np.asarray(z_BK)
   assert (better_BK[z_BK == 0] == 0).all()  # support never grows
   square = ((unit_BD - unit_BD.mean(0)) ** 2).sum()
