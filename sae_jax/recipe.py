@@ -47,7 +47,8 @@ class ScalingRecipe:
       'sae.k_aux': min(n_latents, 2 ** round(math.log2(max(2, d_model) / 2))),
       # 1e-3 for inputs of standard deviation 1 (the reference code), rescaled to inputs of norm 1.
       'sae.fired_threshold': 1e-3 / math.sqrt(max(1, d_model - 1)),
-      'optim.learning_rate': self.learning_rate_at_16k / math.sqrt(n_latents / 2**14) ** (2 * self.learning_rate_exponent),
+      'optim.learning_rate': self.learning_rate_at_16k
+      / math.sqrt(n_latents / 2**14) ** (2 * self.learning_rate_exponent),
       'optim.ema_decay': 0.0 if so_far else 1 - 1 / horizon,
       'optim.ema_width': self.ema_fraction if so_far else 0.0,
       'optim.warmup_tokens': int(self.warmup_fraction * tokens),

@@ -49,21 +49,23 @@ def fitted(z_BF: np.ndarray | jax.Array, y_B: np.ndarray, ridge: float) -> tuple
   """Weight, bias and mean cross-entropy of the probe of each column, each [F].
 
   Args:
-    z_BF: examples.
+    z_BF: examples. Rows beyond the labels fill up and do not count: all tasks then share a compiled program.
     y_B: 0 or 1.
     ridge: half of it times the squared standardised weight is added to what is minimised.
   """
   columns = z_BF.shape[1]
   # Filled up with constants, for which nothing is to be found, so that a block has one size.
   padded_BF = jnp.pad(jnp.asarray(z_BF, jnp.float32), ((0, 0), (0, -columns % _COLUMNS)))
-  return tuple(a_F[:columns] for a_F in _fitted(padded_BF, jnp.asarray(y_B, jnp.float32), jnp.float32(ridge)))
+  share_B, labels_B = np.zeros((2, len(z_BF)), np.float32)
+  share_B[: len(y_B)], labels_B[: len(y_B)] = 1 / len(y_B), y_B
+  return tuple(a_F[:columns] for a_F in _fitted(padded_BF, labels_B, share_B, np.float32(ridge)))
 
 
 @jax.jit
-def _fitted(z_BF: jax.Array, y_B: jax.Array, ridge: jax.Array) -> tuple[jax.Array, ...]:
+def _fitted(z_BF: jax.Array, y_B: jax.Array, share_B: jax.Array, ridge: jax.Array) -> tuple[jax.Array, ...]:
   n, columns = z_BF.shape
   blocks_NBC = z_BF.reshape(n, -1, _COLUMNS).swapaxes(0, 1)
-  found = jax.lax.map(functools.partial(_block, y_B=y_B, ridge=ridge), blocks_NBC)
+  found = jax.lax.map(functools.partial(_block, y_B=y_B, share_B=share_B, ridge=ridge), blocks_NBC)
   return tuple(a_NC.reshape(columns) for a_NC in found)
 
 
@@ -80,10 +82,18 @@ class _State(NamedTuple):
   busy_C: jax.Array
 
 
-def _block(z_BC: jax.Array, y_B: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  mean_C, sd_C = jnp.mean(z_BC, axis=0), jnp.std(z_BC, axis=0)
+def _block(
+  z_BC: jax.Array, y_B: jax.Array, share_B: jax.Array, ridge: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`share_B`: the weight of each example in a mean."""
+
+  def mean(a_BC: jax.Array) -> jax.Array:
+    return jnp.sum(share_B[:, None] * a_BC, axis=0)
+
+  mean_C = mean(z_BC)
+  sd_C = jnp.sqrt(mean((z_BC - mean_C[None]) ** 2))
   # Rounding makes the deviation of a constant as large as this.
-  varies_C = sd_C > 1e-6 * jnp.max(jnp.abs(z_BC), axis=0)
+  varies_C = sd_C > 1e-5 * jnp.max(jnp.abs(z_BC), axis=0)
   sd_C = jnp.where(varies_C, sd_C, 1)
   u_BC = jnp.where(varies_C[None], (z_BC - mean_C[None]) / sd_C[None], 0)
 
@@ -94,13 +104,13 @@ def _block(z_BC: jax.Array, y_B: jax.Array, ridge: jax.Array) -> tuple[jax.Array
     small_BC = jnp.exp(-jnp.abs(logit_BC))
     part_BC = 1 / (1 + small_BC)
     p_BC = jnp.where(logit_BC >= 0, part_BC, small_BC * part_BC)
-    loss_C = jnp.mean(jnp.maximum(logit_BC, 0) + jnp.log1p(small_BC) - y_B[:, None] * logit_BC, axis=0)
+    loss_C = mean(jnp.maximum(logit_BC, 0) + jnp.log1p(small_BC) - y_B[:, None] * logit_BC)
     objective_C = loss_C + ridge / 2 * w_C**2
     rest_BC, h_BC = p_BC - y_B[:, None], small_BC * part_BC**2
     hu_BC = h_BC * u_BC
-    g_b_C, g_w_C = jnp.mean(rest_BC, axis=0), jnp.mean(rest_BC * u_BC, axis=0) + ridge * w_C
-    h_bb_C = jnp.mean(h_BC, axis=0) + 1e-12
-    h_bw_C, h_ww_C = jnp.mean(hu_BC, axis=0), jnp.mean(hu_BC * u_BC, axis=0) + ridge
+    g_b_C, g_w_C = mean(rest_BC), mean(rest_BC * u_BC) + ridge * w_C
+    h_bb_C = mean(h_BC) + 1e-12
+    h_bw_C, h_ww_C = mean(hu_BC), mean(hu_BC * u_BC) + ridge
     # What is left of the weight's curvature once the bias follows it is at least the ridge.
     left_C = jnp.maximum(h_ww_C - h_bw_C**2 / h_bb_C, ridge)
     dw_C = -(g_w_C - h_bw_C / h_bb_C * g_b_C) / left_C
@@ -112,7 +122,7 @@ def _block(z_BC: jax.Array, y_B: jax.Array, ridge: jax.Array) -> tuple[jax.Array
     stayed = s._replace(step_C=s.step_C / 4, busy_C=s.busy_C & (s.step_C > 1e-4))
     return i + 1, _State(*(jnp.where(better_C, new_C, old_C) for new_C, old_C in zip(moved, stayed, strict=True)))
 
-  zero_C, share = jnp.zeros_like(mean_C), jnp.clip(jnp.mean(y_B), 1e-6, 1 - 1e-6)
+  zero_C, share = jnp.zeros_like(mean_C), jnp.clip(jnp.sum(share_B * y_B), 1e-6, 1 - 1e-6)
   start = _State(
     zero_C, zero_C + jnp.log(share / (1 - share)), zero_C + jnp.inf, zero_C, zero_C, zero_C, zero_C + 1, zero_C == 0
   )

@@ -108,7 +108,12 @@ class Probes:
     from sae_jax.measures import newton
 
     form, params = judged.form, judged.params
-    units = [np.asarray(form.unit(x_BD)[0]) for x_BD in (examples.x_train_BD, examples.x_held_out_BD)]
+    # Filled up, so that all tasks share compiled programs.
+    units = []
+    for x_BD in (examples.x_train_BD, examples.x_held_out_BD):
+      unit_BD = np.zeros((2 * self.examples, form.size.d_model), np.float32)
+      unit_BD[: len(x_BD)] = form.unit(x_BD)[0]
+      units.append(unit_BD)
     codes = [_Codes(form, params, unit_BD) for unit_BD in units]
     # From a half, and the first column and the last + 1: these columns.
     columns: dict[str, Callable[[int, int, int], Any]] = {
@@ -126,7 +131,7 @@ class Probes:
         probes.append(one._replace(column=first + one.column))
       best = min(probes, key=lambda probe: probe.loss)
       for half, (name, y_B) in enumerate(((f'{kind}_train', examples.y_train_B), (kind, examples.y_held_out_B))):
-        z_B = np.asarray(read(half, best.column, best.column + 1))[:, 0]
+        z_B = np.asarray(read(half, best.column, best.column + 1))[: len(y_B), 0]
         found[name] = newton.cross_entropy(best.weight, best.bias, z_B, y_B)
       found[f'{kind}_column'] = best.column
     return found
