@@ -31,9 +31,12 @@ _SHOWN = {
   'downstream': ('kl', 'delta_ce', 'recovered_zero'),
   'reconstruction': ('per_token_nmse', 'cosine_similarity', 'l2_ratio'),
   'probes': ('pre', 'codes'),
+  'latents': ('dense_share', 'rare_share'),
+  'refine': ('growth', 'error_removed'),
+  'progressive': ('nmse_at_8', 'nmse_at_32', 'threshold_nmse_at_32'),
 }
 _MOST = 3
-_SHARE = 'share'  # units of what has an end, so that no power law goes on
+_BOUNDED = ('share', 'cosine', 'ratio', 'log10')  # begin the units of what has an end, so that no power law goes on
 MEASURE = 'measure_'  # begins the names of figures
 _LEAST = 3  # families at one place that have an order
 
@@ -142,7 +145,7 @@ def analyse(ledger: str, points: pd.DataFrame, compared: Compared | None, bootst
 def _value(points: pd.DataFrame, column: str, units: str, families: AtL0 | None, bootstrap: int) -> OneValue:
   cells = points[points[column].notna()].reset_index(drop=True)
   found = OneValue(column, units, cells, at_l0=families)
-  if units == _SHARE:
+  if units.startswith(_BOUNDED):
     return found
   sizes = np.sort(cells['n_latents'].unique())
   rule = f'n_latents>{sizes[-2]:g}' if len(sizes) > 1 else None
