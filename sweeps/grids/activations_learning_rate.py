@@ -3,6 +3,20 @@
 python -m sweeps.launch --sweep=sweeps/grids/activations_learning_rate.py --ledger=runs/activations/learning_rate
 46 cells on the store of `make demo`, three quarters of an hour on two quiet cores. The recipes in sae_jax/recipe.py follow it.
 
+NMSE and, where it is far from 32, the L0 that came of it (2026-11-29):
+  n=256          c = 2.5e-4      5e-4         1e-3             2e-3
+  topk                          .251         .247             .347 (41 % dead)
+  batchtopk                     .236         .233             .286 (25 % dead)
+  gated                         .247         .242             .254 at 101
+  relu                          .288         .284             .291 at 38
+  jumprelu_step                 .239         .229             .276 (25 % dead)
+  prolu_relu     .294 at 20     .348 at 10   .431 at 3        .666 at 1; .283 at 27 for 1.25e-4, .312 at 30 for 6.25e-5
+  n=2,048
+  gated                         .207 at 35   .193 at 34       .231 at 38 (53 % dead)
+  relu                          .246         .229             .239 (52 % dead)
+  jumprelu_step                 .204 at 28   .203 at 20       .196 at 26 (25 % dead)
+  prolu_relu     .248           .209 at 29   .208 at 23       .293 (79 % dead)
+
 Beside the rates: where the coefficient of JumpReLU starts, its bandwidth, and ReLU without AuxK.
 """
 
