@@ -110,16 +110,16 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
   return jax.tree.map_with_path(one, tree)
 
 
-def settled(mesh: Mesh, array: jax.Array) -> jax.Array:
-  """The array. On a mesh of CPU devices it is computed before this returns; elsewhere it may be on its way.
+def settled(mesh: Mesh, arrays: Any) -> Any:
+  """The arrays. On a mesh of CPU devices they are computed before this returns; elsewhere they may be on their way.
 
   Whoever dispatches programs without fetching what they give needs this. XLA's CPU client launches programs with the
   threads that run them. Once 32 are in flight on a device, a launch waits and keeps its thread. If a collective needs
   that thread, both wait for ever.
   """
   if mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu':
-    return jax.block_until_ready(array)
-  return array
+    return jax.block_until_ready(arrays)
+  return arrays
 
 
 def place_rows(mesh: Mesh, shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> jax.Array:

@@ -155,7 +155,7 @@ def _train_together(
       return
     for at, x_BD in enumerate(feed.batches(source, mesh, batch, start, steps), start + 1):
       before = newest()
-      states, values = compiled(*before)(tuple(m.state for m in before), x_BD)
+      states, values = sharding.settled(mesh, compiled(*before)(tuple(m.state for m in before), x_BD))
       for member, state, line in zip(before, states, values, strict=True):
         member.state, member.values = state, line
       report(at - 1, before)  # one step late, while this one runs
