@@ -94,13 +94,18 @@ def main(argv: list[str]) -> int:
   targets = [run.target(cell, args.weights) for cell in (args.cell, args.against) if cell]
   folder = run.inputs_folder(args.cell)
   inputs = run.inputs_of(targets[0], scope, folder)
-  if len(targets) == 2 and run.inputs_of(targets[1], scope, folder).identity != inputs.identity:
+  if len({run.group(of, scope) for of in targets}) > 1:
     raise UserError(f'{args.against} has another subject, site or text than {args.cell}; compare cells of one stream')
   if args.dry_run:
     print('\n'.join(line for of in targets for line in costs(of, wanted, inputs)))
     return 0
   for of in targets:
-    if not measured(of, wanted, inputs, stop):
+    try:
+      done = measured(of, wanted, inputs, stop)
+    except lease.LeaseLost as error:
+      print(f'lease lost: {error}', file=sys.stderr)
+      return PREEMPTED
+    if not done:
       return 128 + stop.signum if stop.signum == signals.STOP[1] else PREEMPTED
   found = [results.read(of.folder, of.id) for of in targets]
   for one in wanted:

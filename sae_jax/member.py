@@ -133,8 +133,12 @@ class Member:
     at_end = step == self.config.train.steps
     return self.config.one_curve if at_end else step % self.config.train.checkpoint_every == 0
 
-  def evaluate(self, at: int) -> None:
-    """Measures raw and EMA weights on held-out tokens and writes a line. Not finite, the cell has diverged."""
+  def evaluate(self, at: int) -> float:
+    """Measures raw and EMA weights on held-out tokens and writes a line. Not finite, the cell has diverged.
+
+    Returns the seconds that `eval.measures` took.
+    """
+    seconds = 0.0
     state, batch = self.state, self.config.train.batch_tokens
     raw, ema = self._evaluator(*self._weights().values())
     mean_l0 = state.carried.get('mean_l0')
@@ -157,7 +161,11 @@ class Member:
     if best.topk_recall is not None:
       line['eval/topk_recall'] = best.topk_recall
     if self._measures and self._is_finite(at, line):
-      line |= self._measured(better)
+      began = time.monotonic()
+      line |= self._measures(self._gathered(), better)
+      seconds = time.monotonic() - began
+      self._facts['measure_s'] = self._facts.get('measure_s', 0.0) + seconds
+      line |= {'eval/measure_s': self._facts['measure_s']}
     if self._is_finite(at, line):
       self._before_write()
       if self._log:
@@ -166,20 +174,16 @@ class Member:
       if self.config.train.stop_gain:
         before = [point for point in self._facts.get('curve', []) if point[0] < at]
         self._facts['curve'] = [*before, [at, best.nmse]]
+    return seconds
+
+  def leave_out(self, seconds: float) -> None:
+    """Takes seconds out of `wall_s` that were not spent on training this cell or one beside it."""
+    self._began += seconds
 
   def _make_measures(self) -> Callable[..., dict[str, float]]:
     from sae_jax.measures.training import During  # loads what most runs have no use for
 
     return During(self.config, self.workdir, self._source.provenance) if jax.process_index() == 0 else lambda *_: {}
-
-  def _measured(self, better: str) -> dict[str, float]:
-    """What `eval.measures` names. Its time is counted apart, so that cells with and without measures compare."""
-    assert self._measures is not None
-    before, began = self._facts.get('measure_s', 0.0), time.monotonic()
-    line = self._measures(self._gathered(), better)
-    self._began += time.monotonic() - began
-    self._facts['measure_s'] = before + time.monotonic() - began
-    return line | {'eval/measure_s': self._facts['measure_s']}
 
   def _gathered(self) -> dict[str, dict[str, np.ndarray]]:
     """What an autoencoder in use needs, whole on every host."""

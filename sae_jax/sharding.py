@@ -113,9 +113,8 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 def settled(mesh: Mesh, arrays: Any) -> Any:
   """The arrays. On a mesh of CPU devices they are computed before this returns; elsewhere they may be on their way.
 
-  Whoever dispatches programs without fetching what they give needs this. XLA's CPU client launches programs with the
-  threads that run them. Once 32 are in flight on a device, a launch waits and keeps its thread. If a collective needs
-  that thread, both wait for ever.
+  Whoever dispatches programs with collectives, and does not fetch what they give, needs this. XLA's CPU client has a few
+  threads for launching and running all programs. With several in flight they can wait for each other's threads for ever.
   """
   if mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu':
     return jax.block_until_ready(arrays)

@@ -96,7 +96,7 @@ def train_group(
   for (config, workdir), cost in zip(todo, costs, strict=True):
     init, _ = make_step(config, mesh)
     member = Member(config, workdir, mesh, source, cost / sum(costs), before_write)
-    member.start(abstract_state(init, mesh, config), lambda init=init: init(*sample()))
+    member.start(abstract_state(init, mesh, config), lambda init=init: sharding.settled(mesh, init(*sample())))
     by_start.setdefault(int(member.state.step), []).append(member)
   ended: dict[str, str | Diverged] = {}
   for start, members in sorted(by_start.items()):
@@ -118,6 +118,11 @@ def _train_together(
   def going() -> list[Member]:
     return [m for m in members if m.outcome == 'preempted']
 
+  def evaluate(member: Member, at: int) -> None:
+    spent = member.evaluate(at)
+    for other in members:
+      other.leave_out(spent)
+
   def newest() -> dict[Member, dict[str, jax.Array]]:
     return {m: m.values for m in going()}
 
@@ -134,7 +139,7 @@ def _train_together(
   def finish(ended: list[Member], evaluated: bool = True) -> None:
     for member in ended:
       if not evaluated:
-        member.evaluate(start)
+        evaluate(member, start)
       if member.saves_at(steps):
         member.save(int(member.state.step))
       member.close()
@@ -163,7 +168,7 @@ def _train_together(
       if at < steps and (stop or any(m.evaluates_at(at) or m.saves_at(at) for m in going())):
         report(at, newest())  # never save a state whose loss is not finite
         for member in [m for m in going() if m.evaluates_at(at)]:
-          member.evaluate(at)
+          evaluate(member, at)
         finish([m for m in going() if m.evaluates_at(at) and m.converged])
         for member in [m for m in going() if stop or m.saves_at(at)]:
           member.save(at)
@@ -173,7 +178,7 @@ def _train_together(
         return
     report(steps, newest())
     for member in going():
-      member.evaluate(steps)
+      evaluate(member, steps)
     finish(going())
 
 

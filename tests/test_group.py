@@ -3,12 +3,13 @@
 import json
 import pathlib
 
+import jax
 import pytest
 
 from sae_jax import config
 from sae_jax import train as training
 from sae_jax.errors import UserError
-from tests.cells import STEPS, cell
+from tests.cells import ON_MESH, STEPS, cell
 
 # Members that differ in k, learning rate, seed, coefficient and n.
 DIFFERENCES = (
@@ -83,3 +84,14 @@ def test_group_reads_each_batch_once(tmp_path, monkeypatch):
   batch = cell().train.batch_tokens
   batches = [span for span in asked if span[1] - span[0] == batch]
   assert sorted(batches) == [(i * batch, (i + 1) * batch) for i in range(STEPS)]
+
+
+def test_group_on_a_mesh_of_processors_waits_for_every_step(tmp_path, monkeypatch):
+  """Programs in flight together can wait for each other's threads for ever: see sharding.settled."""
+  waited = []
+  genuine = jax.block_until_ready
+  monkeypatch.setattr(jax, 'block_until_ready', lambda tree: waited.append(type(tree)) or genuine(tree))
+  pair = [cell(**ON_MESH | {'train.seed': seed, 'train.tokens': 40 * 4}) for seed in (0, 1)]
+  outcomes = training.train_group([(c, str(tmp_path / str(i))) for i, c in enumerate(pair)])
+  assert outcomes == ['done', 'done']
+  assert waited.count(tuple) == 4 and len(waited) == 4 + 2  # four steps of both, and the start of each
