@@ -49,8 +49,8 @@ class Shown(Display):
 def parser(prog: str, about: str) -> argparse.ArgumentParser:
   """With the flags of both commands that measure."""
   made = argparse.ArgumentParser(prog=prog, description=about)
-  known = ', '.join(names.VERSIONS)
-  made.add_argument('--measures', default='', metavar='NAME,...', help=f'some of {known} (default: all)')
+  known, usual = ', '.join(names.VERSIONS), ', '.join(names.USUAL)
+  made.add_argument('--measures', default='', metavar='NAME,...', help=f'some of {known} (default: {usual})')
   made.add_argument('--weights', choices=('raw', 'ema'), help='default: those that training found better')
   made.add_argument(
     '--windows', type=flags.whole('--windows'), default=Scope.held_out, help='held-out windows (%(default)s)'

@@ -1,5 +1,6 @@
 """Real workers on one ledger of a real, tiny language model: killed with -9 inside every measure, they end with the same bytes."""
 
+import hashlib
 import os
 import pathlib
 import random
@@ -80,12 +81,18 @@ def lines(where: pathlib.Path) -> int:
   return sum(path.read_bytes().count(b'\n') for path in where.glob('cells/*/measures/*.jsonl'))
 
 
-def tree(where: pathlib.Path) -> dict[str, bytes]:
-  """Every file of the measures and their inputs but the leases."""
+def tree(where: pathlib.Path) -> dict[str, str]:
+  """The digest of every file of the measures and their inputs but the leases.
+
+  A worker that dies while it writes leaves a file under a temporary name, which nobody reads.
+  """
   return {
-    str(path.relative_to(where)): path.read_bytes()
+    str(path.relative_to(where)): hashlib.sha256(path.read_bytes()).hexdigest()
     for path in sorted(where.rglob('*'))
-    if path.is_file() and schema.MEASURES in path.parts and not {schema.CLAIMS, 'compile_cache'} & set(path.parts)
+    if path.is_file()
+    and path.suffix != '.tmp'
+    and schema.MEASURES in path.parts
+    and not {schema.CLAIMS, 'compile_cache'} & set(path.parts)
   }
 
 

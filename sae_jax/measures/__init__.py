@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sae_jax.errors import UserError
-from sae_jax.measures.names import VERSIONS
+from sae_jax.measures.names import USUAL, VERSIONS
 
 if TYPE_CHECKING:
   from sae_jax.measures.measure import Measure  # loads jax, which readers of results do without
@@ -36,5 +36,5 @@ def by_name(name: str, probe_tasks: str = '') -> 'Measure':
 
 
 def some(names: Sequence[str], probe_tasks: str = '') -> list['Measure']:
-  """The measures of some names, each once; all for none. Raises `UserError` for an unknown one."""
-  return [by_name(name, probe_tasks) for name in dict.fromkeys(names or VERSIONS)]
+  """The measures of some names, each once; the usual ones for none. Raises `UserError` for an unknown one."""
+  return [by_name(name, probe_tasks) for name in dict.fromkeys(names or USUAL)]

@@ -11,3 +11,5 @@ VERSIONS = {
   'downstream': 1,
   'probes': 1,
 }
+# What is measured where none is named. The others take hours for a ledger.
+USUAL = ('reconstruction', 'latents', 'progressive', 'refine', 'downstream', 'probes')
