@@ -12,7 +12,7 @@ import time
 
 from sae_jax import files, flags, lease, schema, signals
 from sae_jax.errors import PREEMPTED, UserError, one_line_errors
-from sae_jax.measures import names, paired, results, run, some
+from sae_jax.measures import Given, names, paired, results, run, some
 from sae_jax.measures.inputs import Inputs, Scope
 from sae_jax.measures.measure import Measure
 from sae_jax.progress import Display
@@ -64,8 +64,24 @@ def parser(prog: str, about: str) -> argparse.ArgumentParser:
     metavar='FILE',
     help='tasks of probes in place of the built-in ones: docs/probe_tasks.md',
   )
+  made.add_argument(
+    '--suffix',
+    type=flags.whole('--suffix'),
+    default=Given.suffix,
+    help='n2g: longest piece of text tried (%(default)s)',
+  )
+  made.add_argument('--pad', default=Given.pad, help='n2g: text of the token that replaces others (%(default)r)')
+  made.add_argument(
+    '--rule', choices=('simplified', 'original'), default=Given.rule, help='n2g: how patterns are made (%(default)s)'
+  )
   made.add_argument('--dry_run', action='store_true', help='say what would be measured, and what it costs')
   return made
+
+
+def asked(args: argparse.Namespace) -> list[Measure]:
+  """The measures that are asked for. Raises `UserError` for an unknown one."""
+  given = Given(args.probe_tasks, args.suffix, args.pad, args.rule)
+  return some([name for name in args.measures.split(',') if name], given)
 
 
 def costs(of: run.Target, wanted: list[Measure], inputs: Inputs) -> list[str]:
@@ -90,7 +106,7 @@ def main(argv: list[str]) -> int:
   )
   args = made.parse_args(argv)
   stop, scope = signals.Signalled(), Scope(args.windows, args.train_windows)
-  wanted = some([name for name in args.measures.split(',') if name], args.probe_tasks)
+  wanted = asked(args)
   targets = [run.target(cell, args.weights) for cell in (args.cell, args.against) if cell]
   folder = run.inputs_folder(args.cell)
   inputs = run.inputs_of(targets[0], scope, folder)

@@ -13,7 +13,7 @@ import jax
 
 from sae_jax import cell_state, files, lease, measure, schema, signals
 from sae_jax.errors import PREEMPTED, UserError, one_line_errors
-from sae_jax.measures import run, some
+from sae_jax.measures import run
 from sae_jax.measures.inputs import Inputs, Scope
 from sae_jax.measures.measure import Measure
 from sweeps import ledger
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> int:
   made.add_argument('--cell', metavar='ID[,ID...]', default='', help='these cells only')
   args = made.parse_args(argv)
   stop = signals.Signalled()
-  wanted = some([name for name in args.measures.split(',') if name], args.probe_tasks)
+  wanted = measure.asked(args)
   only = [cell_id for cell_id in args.cell.split(',') if cell_id]
   cache = files.join(args.ledger.path, schema.MEASURES, 'compile_cache')
   if not jax.config.jax_compilation_cache_dir:

@@ -43,6 +43,7 @@ def toy_subject(name: str, sites: object = None, weights: str = 'float32') -> Su
   del name, sites, weights
   vocabulary = {'<start>': 0} | {letter: i + 1 for i, letter in enumerate(LETTERS)}
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+  tokenizer.normalizer = tokenizers.normalizers.Replace(' _', 'z')  # the pad of explanations
   return Subject(
     family=llama,
     arch=ARCH,

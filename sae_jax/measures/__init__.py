@@ -1,5 +1,6 @@
 """Measures: what is evaluated on trained autoencoders beyond the NMSE. To add one: docs/add_a_measure.md."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,23 @@ if TYPE_CHECKING:
   from sae_jax.measures.measure import Measure  # loads jax, which readers of results do without
 
 
-def by_name(name: str, probe_tasks: str = '') -> 'Measure':
-  """The measure of a name, with its usual settings. Raises `UserError` for an unknown one.
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """Settings of measures that commands have flags for.
 
-  `probe_tasks`: a table whose tasks take the place of the built-in ones of probes.
+  Attributes:
+    probe_tasks: a table whose tasks take the place of the built-in ones of probes.
+    suffix, pad, rule: of `n2g.N2G`.
   """
+
+  probe_tasks: str = ''
+  suffix: int = 7
+  pad: str = ' _'
+  rule: str = 'simplified'
+
+
+def by_name(name: str, given: Given = Given()) -> 'Measure':
+  """The measure of a name. Raises `UserError` for an unknown one."""
   match name:
     case 'downstream':
       from sae_jax.measures.downstream import Downstream as made
@@ -29,12 +42,16 @@ def by_name(name: str, probe_tasks: str = '') -> 'Measure':
     case 'probes':
       from sae_jax.measures.probes import Probes
 
-      return Probes(table=probe_tasks)
+      return Probes(table=given.probe_tasks)
+    case 'n2g':
+      from sae_jax.measures.n2g import N2G
+
+      return N2G(suffix=given.suffix, pad=given.pad, rule=given.rule)
     case other:
       raise UserError(f'no measure {other[:40]!r}; use some of {", ".join(VERSIONS)}')
   return made()
 
 
-def some(names: Sequence[str], probe_tasks: str = '') -> list['Measure']:
+def some(names: Sequence[str], given: Given = Given()) -> list['Measure']:
   """The measures of some names, each once; the usual ones for none. Raises `UserError` for an unknown one."""
-  return [by_name(name, probe_tasks) for name in dict.fromkeys(names or USUAL)]
+  return [by_name(name, given) for name in dict.fromkeys(names or USUAL)]

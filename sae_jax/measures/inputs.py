@@ -4,34 +4,28 @@ Each input is made once for a ledger, by whichever worker needs it first, and ke
 the same windows, differences between them are paired.
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import cell_state, files, lease, schema
+from sae_jax import cell_state, files
 from sae_jax.cell import DataConfig
 from sae_jax.data import windows
 from sae_jax.data.reading import Reading
 from sae_jax.errors import UserError
+from sae_jax.measures.kept import Arrays, Kept
 
 BLOCK_WINDOWS = 8  # windows of a unit of work; lines of measures depend on it
-_HELD = 24  # inputs in memory
-_POLL_S = 0.2
 _VERSION = 1  # of what is kept
-_LARGEST = 2**33  # bytes of a kept input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +74,9 @@ class Inputs:
     folder: where inputs of a ledger are kept, under a name that says what they are.
     facts: what sae.json says of subject and text; {} knows nothing.
 
+  Attributes:
+    text_windows: all windows of the training text, of which the 'train' ones are the first.
+
   Raises `UserError` for a cell without a subject, for another subject or text than the cell's, and as `Reading` does.
   """
 
@@ -91,19 +88,20 @@ class Inputs:
     self.subject, self.site, self.positions = reading.subject, data.site, data.positions
     self.text, self.weights = data.text, data.weights
     _check_same(who, facts, reading)
+    self.text_windows = reading.windows['train']
     self._windows = {
       'held_out': reading.windows['held_out'][: scope.held_out],
       'train': reading.windows['train'][: scope.train],
     }
     self.window_tokens = data.window_tokens
     self.identity = _digest(self._facts())
-    self.folder = files.join(folder, self.identity[:16])
-    self._observer = lease.Observer()
-    self._held: collections.OrderedDict[str, dict[str, np.ndarray]] = collections.OrderedDict()
+    self.folder = folder
+    self._kept = Kept(files.join(folder, self.identity[:16]), self.identity)
     self._mesh = jax.make_mesh(
       (jax.local_device_count(),), ('window',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.local_devices()
     )
     self._compiled: dict[Any, Callable] = {}
+    self._once: dict[str, tuple[Any, Any]] = {}
     everywhere = NamedSharding(self._mesh, P())
     self._params = jax.device_put(self.subject.params, everywhere)
 
@@ -135,7 +133,9 @@ class Inputs:
 
     return self.kept('mean', make)['mean_D']
 
-  def spliced(self, i: int, key: Any, edit: Callable[..., jax.Array], numbers: Any) -> tuple[np.ndarray, np.ndarray]:
+  def spliced(
+    self, i: int, key: Any, edit: Callable[..., jax.Array], numbers: Any, *given: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Cross-entropy and Kullback-Leibler divergence [W, T - 1] of a held-out block under an edit at the site, in nats.
 
     Positions that do not count stay as they are.
@@ -143,22 +143,25 @@ class Inputs:
     Args:
       i: the block.
       key: says which edit this is. Edits with equal keys share a compiled program.
-      edit: from `numbers` and raw activations [W, T, D]: what takes their place.
+      edit: from `numbers`, raw activations [W, T, D] and `given`: what takes their place.
       numbers: arrays that the edit needs.
+      given: others that it needs, with a row for each window.
     """
     block = self.block('held_out', i)
     assert block.final_WTD is not None
 
-    def run(both: Any, ids_WT: jax.Array, x_WTD: jax.Array, counts_WT: jax.Array, final_WTD: jax.Array) -> Any:
+    def run(
+      both: Any, ids_WT: jax.Array, x_WTD: jax.Array, counts_WT: jax.Array, final_WTD: jax.Array, *given: jax.Array
+    ) -> Any:
       params, numbers = both
-      edited_WTD = jnp.where(counts_WT[..., None], edit(numbers, x_WTD), x_WTD)
+      edited_WTD = jnp.where(counts_WT[..., None], edit(numbers, x_WTD, *given), x_WTD)
       subject = dataclasses.replace(self.subject, params=params)
       return subject.next_token(edited_WTD, ids_WT, self.site, final_WTD)
 
     counts_WT = np.zeros(block.x_WTD.shape[:2], bool)
     np.put_along_axis(counts_WT, block.places_WT, True, axis=1)
     return self.over_windows(
-      ('spliced', key), run, numbers, block.windows.ids_WT, block.x_WTD, counts_WT, block.final_WTD
+      ('spliced', key), run, numbers, block.windows.ids_WT, block.x_WTD, counts_WT, block.final_WTD, *given
     )
 
   def over_windows(self, key: Any, run: Callable[..., Any], numbers: Any, *arrays: np.ndarray) -> Any:
@@ -181,45 +184,19 @@ class Inputs:
     padded = [np.concatenate([a, np.repeat(a[-1:], rows - n, axis=0)]) for a in arrays]
     return jax.tree.map(lambda a: np.asarray(a)[:n], self._compiled[key]((self._params, numbers), *padded))
 
-  def kept(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  def kept(self, name: str, make: Callable[[], Arrays]) -> Arrays:
     """Arrays that are made once for the ledger. Of several workers one makes them, and the others wait."""
-    if name in self._held:
-      self._held.move_to_end(name)
-      return self._held[name]
-    folder = files.join(self.folder, name)
-    found = self._read(folder)
-    while found is None:
-      held = self._observer.claim(folder)
-      if held is None:
-        time.sleep(_POLL_S)
-        found = self._read(folder)
-        continue
-      with held:
-        if (found := self._read(folder)) is None:
-          found = _ordered(make())
-          data = safetensors.numpy.save({key: np.asarray(a, order='C') for key, a in found.items()})
-          files.replace(files.join(folder, 'arrays.safetensors'), data)
-          record = {'sha256': hashlib.sha256(data).hexdigest(), 'bytes': len(data)}
-          files.replace(files.join(folder, 'arrays.json'), schema.dump(record, self.identity))
-    self._held[name] = found
-    while len(self._held) > _HELD:
-      self._held.popitem(last=False)
-    return found
+    return self._kept.get(name, make)
 
-  def _read(self, folder: str) -> dict[str, np.ndarray] | None:
-    try:
-      record = schema.parse(files.read(files.join(folder, 'arrays.json')))
-      schema.check(record, (), self.identity)
-      data = files.read(files.join(folder, 'arrays.safetensors'), _LARGEST)
-      if hashlib.sha256(data).hexdigest() != record.get('sha256'):
-        raise schema.Broken('the arrays do not fit their digest')
-      return _ordered(safetensors.numpy.load(data))
-    except FileNotFoundError:
-      return None
-    except (schema.Broken, OSError, safetensors.SafetensorError) as error:
-      raise UserError(
-        f'{folder} cannot be believed ({cell_state.printable(str(error))[:120]}); delete the folder: it is made again'
-      ) from None
+  def once(self, name: str, of: Any, make: Callable[[], Any]) -> Any:
+    """What `make` gives, in memory until the name is asked for with another `of`."""
+    if name not in self._once or self._once[name][0] != of:
+      self._once[name] = of, make()
+    return self._once[name][1]
+
+  def activations(self, ids_WT: np.ndarray) -> np.ndarray:
+    """Raw activations [W, T, D] of any windows, each opening with the start token."""
+    return self._run(ids_WT, predictions=False)['x_WTD']
 
   def _run(self, ids_WT: np.ndarray, predictions: bool) -> dict[str, np.ndarray]:
     last = f'resid_post.{self.subject.arch.n_layers - 1}'
@@ -237,9 +214,10 @@ class Inputs:
     found = self.over_windows(('run', predictions), run, (), ids_WT)
     return dict(zip(('x_WTD', 'final_WTD', 'ce_WT'), found, strict=False))
 
-  def _facts(self) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-      'version': _VERSION,
+  @property
+  def place(self) -> dict[str, Any]:
+    """What says which activations these are, but for the text."""
+    return {
       'subject_sha256': self.subject.provenance.get('subject_sha256'),
       'weights': self.weights,
       'site': self.site,
@@ -247,16 +225,14 @@ class Inputs:
       'window_tokens': self.window_tokens,
       'start_token': self.subject.start_token,
     }
+
+  def _facts(self) -> dict[str, Any]:
+    facts: dict[str, Any] = {'version': _VERSION, **self.place}
     for name, some in self._windows.items():
       places = np.stack([some.document_W, some.offset_W]).astype('<i8')
       facts |= {f'{name}_corpus': some.corpus, f'{name}_windows': hashlib.sha256(places.tobytes()).hexdigest()}
       facts |= {f'{name}_ids': hashlib.sha256(some.ids_WT.astype('<i4').tobytes()).hexdigest()}
     return facts
-
-
-def _ordered(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The same by name, so that who made them and who reads them write the same bytes."""
-  return dict(sorted(arrays.items()))
 
 
 def _check_same(who: str, facts: dict[str, Any], reading: Reading) -> None:

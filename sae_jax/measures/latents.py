@@ -25,6 +25,7 @@ from typing import ClassVar
 import numpy as np
 
 from sae_jax.measures.active import active
+from sae_jax.measures.best import Best, mixed
 from sae_jax.measures.inputs import Inputs
 from sae_jax.measures.measure import Judged, Unit, Value
 
@@ -32,7 +33,6 @@ _VALUE_EDGES = 2.0 ** np.linspace(-12, 4, 33)
 _DENSITY_EDGES = np.linspace(-6, 0, 25)
 _DENSE = 0.1  # of tokens
 _RARE = 32  # firings: with fewer a latent can hardly be explained
-_ODD = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Latents:
     n, bins = judged.form.size.n_latents, len(_VALUE_EDGES) - 1
     firings_F, max_F, sum_F = np.zeros(n, np.int64), np.zeros(n, np.float32), np.zeros(n)
     histogram_FV = np.zeros((n, bins), np.int64)
-    top, drawn = _Best(n, self.contexts), _Best(n, self.contexts)
+    top, drawn = Best(n, self.contexts), Best(n, self.contexts)
     tokens = before = 0
     origins = []
     for held_out, stream in enumerate(('train', 'held_out')):
@@ -76,8 +76,8 @@ class Latents:
         window_A, position_A = token_A // counted, block.places_WT.reshape(-1)[token_A]
         place_A = (before + window_A) * inputs.window_tokens + position_A
         top.add(latent_A, -value_A.astype(np.float64), place_A, value_A, some.ids_WT[window_A, position_A])
-        hash_A = _mixed(place_A.astype(np.uint64) ^ _mixed(np.array([self.seed], np.uint64)))
-        hash_A = _mixed(hash_A + latent_A.astype(np.uint64))
+        hash_A = mixed(place_A.astype(np.uint64) ^ mixed(np.array([self.seed], np.uint64)))
+        hash_A = mixed(hash_A + latent_A.astype(np.uint64))
         key_A = (hash_A >> np.uint64(11)).astype(np.float64)
         drawn.add(latent_A, key_A, place_A, value_A, some.ids_WT[window_A, position_A])
         origins.append(
@@ -115,46 +115,3 @@ class Latents:
   def flops(self, judged: Judged, inputs: Inputs) -> float:
     size, windows = judged.form.size, inputs.count('train') + inputs.count('held_out')
     return windows * inputs.window_tokens * 2 * size.n_latents * size.d_model
-
-
-class _Best:
-  """For each latent the N tokens with the lowest keys; of equal keys the first tokens."""
-
-  def __init__(self, latents: int, contexts: int):
-    shape = (latents, contexts)
-    self._key_FN, self._place_FN = np.full(shape, np.inf), np.full(shape, -1, np.int64)
-    self._value_FN, self._token_FN = np.zeros(shape, np.float32), np.full(shape, -1, np.int32)
-
-  def add(self, latent_A: np.ndarray, key_A: np.ndarray, *fields: np.ndarray) -> None:
-    """Tokens that come after all that were added before. `fields`: place, value, id."""
-    beats_A = key_A < self._key_FN[latent_A, -1]
-    latent_A, key_A = latent_A[beats_A], key_A[beats_A]
-    touched = np.unique(latent_A)
-    kept = (self._key_FN, self._place_FN, self._value_FN, self._token_FN)
-    given = (key_A, *(field_A[beats_A] for field_A in fields))
-    both = [np.concatenate([a_FN[touched].reshape(-1), a_A]) for a_FN, a_A in zip(kept, given, strict=True)]
-    latent_A = np.concatenate([np.repeat(touched, self._key_FN.shape[1]), latent_A])
-    # What is there already comes first among equals.
-    order_A = np.lexsort((both[0], latent_A))
-    sorted_A = latent_A[order_A]
-    rank_A = np.arange(len(sorted_A)) - np.searchsorted(sorted_A, sorted_A)
-    wins_A = rank_A < self._key_FN.shape[1]
-    for a_FN, a_A in zip(kept, both, strict=True):
-      a_FN[sorted_A[wins_A], rank_A[wins_A]] = a_A[order_A][wins_A]
-
-  def contexts(self, origin_4W: np.ndarray, window_tokens: int) -> dict[str, np.ndarray]:
-    """The tokens as they are saved. `origin_4W`: of each window whether it is held out, which it is, document, offset."""
-    absent_FN = self._place_FN < 0
-    window_FN, position_FN = np.divmod(np.maximum(self._place_FN, 0), window_tokens)
-    names = ('held_out', 'window', 'document', 'offset')
-    found = dict(zip(names, origin_4W[:, window_FN], strict=True)) | {'position': position_FN}
-    found = {name: np.where(absent_FN, -1, a_FN).astype(np.int32) for name, a_FN in found.items()}
-    return {'value': self._value_FN, 'token': self._token_FN} | found
-
-
-def _mixed(a_A: np.ndarray) -> np.ndarray:
-  """Whole numbers that look random, one for each (SplitMix64)."""
-  a_A = a_A + _ODD[0]
-  a_A = (a_A ^ (a_A >> np.uint64(30))) * _ODD[1]
-  a_A = (a_A ^ (a_A >> np.uint64(27))) * _ODD[2]
-  return a_A ^ (a_A >> np.uint64(31))

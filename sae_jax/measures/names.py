@@ -10,6 +10,7 @@ VERSIONS = {
   'refine': 1,
   'downstream': 1,
   'probes': 1,
+  'n2g': 1,
 }
 # What is measured where none is named. The others take hours for a ledger.
 USUAL = ('reconstruction', 'latents', 'progressive', 'refine', 'downstream', 'probes')

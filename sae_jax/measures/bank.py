@@ -1,0 +1,289 @@
+"""What the model makes of short pieces of text and of changed ones, at many tokens: kept once for all autoencoders.
+
+Explaining a latent takes its activation on shortened and changed prompts. The model's part of that does not depend on
+the autoencoder. So the bank keeps activations of the model at the last token of the prompts, and an autoencoder costs
+no more than encoding them.
+
+For each token in the bank, and each length L up to the cap: its last L tokens, and the same with one of them, each in
+turn, replaced by the pad. Where the text has fewer tokens, pads stand in front of it. At last its last tokens up to the
+cap with one pad in front.
+
+A token is added when some autoencoder needs it, and never changed. The examples of a latent are the tokens where it is
+active that come first in one random order of all tokens. So they do not depend on what else is in the bank, and
+autoencoders often want the same ones.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from sae_jax import files, schema
+from sae_jax.data import windows
+from sae_jax.errors import UserError
+from sae_jax.measures.active import active
+from sae_jax.measures.best import Best, mixed
+from sae_jax.measures.inputs import BLOCK_WINDOWS, Inputs
+from sae_jax.measures.kept import Arrays, Kept
+from sae_jax.measures.measure import Judged
+
+EXAMPLES = 16
+SEGMENT = 64  # tokens of the bank that are kept together
+_AT_ONCE = 16  # of these, in one call of the model
+_VERSION = 1
+_LARGEST = 2**28  # bytes of a list of tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """What decides what is in a bank.
+
+  Attributes:
+    windows: of the training text; examples are taken from their tokens.
+    suffix: the longest piece of text that is tried.
+    firings: a latent that is active at fewer of these tokens is not explained.
+    pad: the text of the token that takes the place of others.
+  """
+
+  windows: int = 512
+  suffix: int = 7
+  firings: int = 32
+  pad: str = ' _'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+  """The latents of an autoencoder that can be explained, those that are active most often first.
+
+  Attributes:
+    latent_E: which.
+    firings_E: at how many tokens each is active.
+    place_EX: its examples, by window and position: window * T + position.
+    value_EX: its values there.
+    max_E: its largest value at any token.
+    seen_first_E1, seen_token_S: the ids of all tokens where it is active, each once: seen_token_S[first:next].
+  """
+
+  latent_E: np.ndarray
+  firings_E: np.ndarray
+  place_EX: np.ndarray
+  value_EX: np.ndarray
+  max_E: np.ndarray
+  seen_first_E1: np.ndarray
+  seen_token_S: np.ndarray
+
+
+class Bank:
+  """The bank of one subject, site and text.
+
+  Args:
+    inputs: names these.
+    asked: what is in it.
+
+  Raises `UserError` for a pad that is not one token, and for windows that have no token before their last.
+  """
+
+  def __init__(self, inputs: Inputs, asked: Asked):
+    (pad_N,) = inputs.subject.encode([asked.pad])
+    if len(pad_N) != 1:
+      raise UserError(f'pad={asked.pad!r} is {len(pad_N)} tokens of this model; name a text that is one with --pad')
+    self._inputs, self._asked, self._pad = inputs, asked, int(pad_N[0])
+    self.suffix = min(asked.suffix, inputs.window_tokens - 1)
+    self.windows = inputs.text_windows[: asked.windows]
+    facts = inputs.place | {
+      'version': _VERSION,
+      'corpus': self.windows.corpus,
+      'ids': hashlib.sha256(self.windows.ids_WT.astype('<i4').tobytes()).hexdigest(),
+      'suffix': self.suffix,
+      'pad': self._pad,
+    }
+    self.identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    self._kept = Kept(files.join(inputs.folder, f'bank-{self.identity[:16]}'), self.identity)
+
+  @property
+  def rows(self) -> int:
+    """Prompts of a token."""
+    return self.row(self.suffix + 1) + 1
+
+  def row(self, length: int) -> int:
+    """Where the prompts of a length begin. The first is the text itself, the others have a token replaced, in order."""
+    return sum(1 + shorter for shorter in range(1, length))
+
+  def padded_row(self, length: int) -> int:
+    """The prompt of a length with one pad in front."""
+    return self.row(length + 1) + (1 if length < self.suffix else 0)
+
+  def examples(self, judged: Judged) -> Examples:
+    """What an autoencoder wants explained, from its codes of the training text. Kept beside the bank."""
+    of = hashlib.sha256(json.dumps([judged.cell, judged.tensors, judged.weights]).encode()).hexdigest()[:16]
+    found = self._kept.get(f'examples.{self._asked.firings}.{of}', lambda: self._examples(judged))
+    return Examples(**found)
+
+  def tokens_before(self, place_N: np.ndarray) -> np.ndarray:
+    """The last tokens of the text at some places, from the place backwards: [N, suffix]; -1 where there are none."""
+    window_N, position_N = np.divmod(place_N, self._inputs.window_tokens)
+    at_NL = position_N[:, None] - np.arange(self.suffix)
+    return np.where(at_NL > 0, self.windows.ids_WT[window_N[:, None], np.maximum(at_NL, 0)], -1)
+
+  def lengths(self, place_N: np.ndarray) -> np.ndarray:
+    """How many tokens of text there are up to some places, up to the cap."""
+    return np.minimum(place_N % self._inputs.window_tokens, self.suffix)
+
+  def extend(self, place_N: np.ndarray) -> None:
+    """Adds tokens to those that belong to the bank. Several workers may do so at once."""
+    while True:
+      plans = self._plans()
+      new = np.setdiff1d(place_N, np.concatenate([*plans, np.zeros(0, np.int64)]))
+      if not len(new):
+        return
+      new = new[np.argsort(rank(new), kind='stable')]
+      try:
+        record = schema.dump({'places': new.tolist()}, self.identity)
+        files.create(self._plan_path(len(plans)), record)
+      except FileExistsError:
+        continue
+
+  def fill(self, place_N: np.ndarray, part: int, parts: int) -> None:
+    """Makes a part of the segments that hold some tokens, as far as no other worker is at it."""
+    segments = self._segments(place_N)
+    for name in list(segments)[part::parts]:
+      self._kept.make(name, functools.partial(self._residuals, segments[name][0]))
+
+  def activations(self, judged: Judged, place_N: np.ndarray, latent_N: np.ndarray) -> np.ndarray:
+    """What some latents make of the prompts of some tokens, all of which belong to the bank: [N, rows]."""
+    found_NR = np.zeros((len(place_N), self.rows), np.float32)
+    held: list[tuple[int, np.ndarray]] = []
+
+    def encode() -> None:
+      x_PRD = np.stack([x_RD for _, x_RD in held] + [held[-1][1]] * (_AT_ONCE - len(held)))
+      token_A, latent_A, value_A = active(x_PRD, judged, self._inputs)
+      # Codes are sorted by token: a pair of token and latent is looked up by one number.
+      size = judged.form.size.n_latents
+      code_A = token_A * size + latent_A
+      order_A = np.argsort(code_A)
+      code_A, value_A = code_A[order_A], value_A[order_A]
+      for p, (place, _) in enumerate(held):
+        of_N = by_place[place]
+        wanted_NR = (p * self.rows + np.arange(self.rows))[None] * size + latent_N[of_N][:, None]
+        at_NR = np.minimum(np.searchsorted(code_A, wanted_NR), max(0, len(code_A) - 1))
+        if len(code_A):
+          found_NR[of_N] = np.where(code_A[at_NR] == wanted_NR, value_A[at_NR], 0)
+      held.clear()
+
+    order_N = np.argsort(place_N, kind='stable')
+    places, first = np.unique(place_N[order_N], return_index=True)
+    by_place = dict(zip(places.tolist(), np.split(order_N, first[1:]), strict=True))
+    for name, (all_P, wanted) in self._segments(places).items():
+      x_PRD = self._kept.get(name, functools.partial(self._residuals, all_P))['x_PRD']
+      for p in wanted:
+        held.append((int(all_P[p]), x_PRD[p]))
+        if len(held) == _AT_ONCE:
+          encode()
+    if held:
+      encode()
+    return found_NR
+
+  def _examples(self, judged: Judged) -> Arrays:
+    n, vocabulary = judged.form.size.n_latents, self._inputs.subject.arch.vocabulary
+    firings_F, max_F, best, seen = np.zeros(n, np.int64), np.zeros(n, np.float32), Best(n, EXAMPLES), []
+    for i in range(-(-len(self.windows) // BLOCK_WINDOWS)):
+      some = self.windows[i * BLOCK_WINDOWS : (i + 1) * BLOCK_WINDOWS]
+      x_WTD = self._kept.get(
+        f'windows.{i:04d}', lambda ids_WT=some.ids_WT: {'x_WTD': self._inputs.activations(ids_WT)}
+      )['x_WTD']
+      places_WT = np.asarray(windows.places(x_WTD, self._inputs.positions))
+      counted_WTD = np.take_along_axis(x_WTD, places_WT[..., None], axis=1)
+      token_A, latent_A, value_A = active(counted_WTD, judged, self._inputs)
+      firings_F += np.bincount(latent_A, minlength=n)
+      np.maximum.at(max_F, latent_A, value_A)
+      window_A, position_A = token_A // places_WT.shape[1], places_WT.reshape(-1)[token_A]
+      place_A = (i * BLOCK_WINDOWS + window_A) * self._inputs.window_tokens + position_A
+      token_A = some.ids_WT[window_A, position_A]
+      best.add(latent_A, rank(place_A), place_A, value_A, token_A)
+      seen.append(np.unique(latent_A.astype(np.int64) * vocabulary + token_A))
+    least = max(self._asked.firings, EXAMPLES)
+    latent_E = np.flatnonzero(firings_F >= least)
+    latent_E = latent_E[np.argsort(-firings_F[latent_E], kind='stable')]
+    pair_S = np.unique(np.concatenate(seen))
+    bounds_F1 = np.searchsorted(pair_S, np.arange(n + 1) * vocabulary)
+    parts = [pair_S[bounds_F1[latent] : bounds_F1[latent + 1]] % vocabulary for latent in latent_E]
+    return {
+      'latent_E': latent_E.astype(np.int32),
+      'firings_E': firings_F[latent_E],
+      'place_EX': best.place_FN[latent_E],
+      'value_EX': best.value_FN[latent_E],
+      'max_E': max_F[latent_E],
+      'seen_first_E1': np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),
+      'seen_token_S': np.concatenate([*parts, np.zeros(0, np.int64)]).astype(np.int32),
+    }
+
+  def _residuals(self, place_P: np.ndarray) -> Arrays:
+    """The model's activations at the last token of every prompt of a segment."""
+    padded_P = np.concatenate([place_P, np.repeat(place_P[-1:], -len(place_P) % _AT_ONCE)])
+    x_PRD = np.concatenate([self._residuals_of(padded_P[i : i + _AT_ONCE]) for i in range(0, len(padded_P), _AT_ONCE)])
+    return {'x_PRD': x_PRD[: len(place_P)]}
+
+  def _residuals_of(self, place_P: np.ndarray) -> np.ndarray:
+    before_PL = self.tokens_before(place_P)
+    # A column more, for the pad in front of the longest one.
+    text_PL = np.where(before_PL < 0, self._pad, before_PL)[:, ::-1]
+    text_PL = np.concatenate([np.full((len(place_P), 1), self._pad), text_PL], axis=1)
+    found = []
+    for length in range(1, self.suffix + 2):
+      piece_PL = text_PL[:, -length:]
+      prompts_PRL = np.repeat(piece_PL[:, None], 1 if length > self.suffix else 1 + length, axis=1)
+      for i in range(1, prompts_PRL.shape[1]):
+        prompts_PRL[:, i, i - 1] = self._pad
+      found.append(self._last(prompts_PRL))
+    return np.concatenate(found, axis=1)
+
+  def _last(self, prompts_PRL: np.ndarray) -> np.ndarray:
+    """Activations [P, R, D] at the last token of prompts, each opened by the start token."""
+    inputs = self._inputs
+    start_PR1 = np.full((*prompts_PRL.shape[:2], 1), inputs.subject.start_token)
+    ids_PRL = np.concatenate([start_PR1, prompts_PRL], axis=2).astype(np.int32)
+
+    def run(both: Any, ids_BL: jax.Array) -> jax.Array:
+      subject = dataclasses.replace(inputs.subject, params=both[0])
+      return subject.residual(ids_BL, inputs.site)[:, -1]
+
+    x_BD = inputs.over_windows('last', run, (), ids_PRL.reshape(-1, ids_PRL.shape[2]))
+    return x_BD.reshape(*ids_PRL.shape[:2], -1)
+
+  def _segments(self, place_N: np.ndarray) -> dict[str, tuple[np.ndarray, list[int]]]:
+    """The segments that hold some tokens: by name all tokens of each, and which of these are asked for."""
+    wanted, found = set(place_N.tolist()), {}
+    for generation, places in enumerate(self._plans()):
+      for i in range(0, len(places), SEGMENT):
+        some = places[i : i + SEGMENT]
+        if of := [p for p, place in enumerate(some.tolist()) if place in wanted]:
+          found[f'{generation:03d}.{i // SEGMENT:05d}'] = some, of
+    return found
+
+  def _plan_path(self, generation: int) -> str:
+    return files.join(self._kept.folder, 'plans', f'{generation:03d}.json')
+
+  def _plans(self) -> list[np.ndarray]:
+    """The tokens of the bank, as they were added."""
+    found: list[np.ndarray] = []
+    while True:
+      path = self._plan_path(len(found))
+      try:
+        record = schema.parse_large(files.read(path, _LARGEST))
+        schema.check(record, (), self.identity)
+        found.append(np.array(record['places'], np.int64))
+      except FileNotFoundError:
+        return found
+      except (schema.Broken, OSError, KeyError) as error:
+        raise UserError(
+          f'{path} cannot be believed ({error}); delete the folder of this bank to make it anew'
+        ) from None
+
+
+def rank(place_N: np.ndarray) -> np.ndarray:
+  """The place of tokens in one random order of all."""
+  return (mixed(place_N.astype(np.uint64)) >> np.uint64(11)).astype(np.float64)
