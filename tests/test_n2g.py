@@ -1,13 +1,10 @@
 """Explanations by tokens: the bank against the model itself, tries against the algorithm spelled out, planted latents."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
-from sae_jax.errors import UserError
-from sae_jax.measures import explain, n2g, original, tries
-from sae_jax.measures.bank import EXAMPLES, Asked, Bank
+from sae_jax.measures import explained, tries
+from sae_jax.measures.bank import Asked, Bank
 from sae_jax.measures.measure import Judged
 from tests import measured
 from tests.test_harvest import toy  # noqa: F401
@@ -35,7 +32,9 @@ def direct(shared, judged: Judged, prompt: list[int]) -> np.ndarray:
   return z_F
 
 
-def spelled_out(bank: Bank, shared, judged: Judged, place: int, latent: int, act: float, pad: int) -> tuple[list[int], float]:
+def spelled_out(
+  bank: Bank, shared, judged: Judged, place: int, latent: int, act: float, pad: int
+) -> tuple[list[int], float]:
   """The path and the value of one example, by the algorithm with direct calls of the model."""
   window, position = divmod(place, shared.window_tokens)
   text = bank.windows.ids_WT[window, 1 : position + 1].tolist()
@@ -49,7 +48,7 @@ def spelled_out(bank: Bank, shared, judged: Judged, place: int, latent: int, act
     piece, a = text[-most:], act
   path = []
   for i in reversed(range(len(piece))):
-    changed = piece[:i] + [pad] + piece[i + 1 :]
+    changed = [*piece[:i], pad, *piece[i + 1 :]]
     path.append(piece[i] if 1 - direct(shared, judged, changed)[latent] / a >= 0.5 else tries.ANY)
   if direct(shared, judged, [pad, *piece])[latent] / act < 0.5:
     path.append(tries.START)
@@ -60,7 +59,8 @@ def test_tries_from_the_bank_are_those_of_direct_calls_token_for_token(shared, j
   bank = Bank(shared, ASKED)
   examples = bank.examples(judged)
   assert len(examples.latent_E) >= 8
-  made, starts_E = n2g.tries_of(bank, judged, examples, 0, len(examples.latent_E), 'simplified')
+  shares = [explained.share(i, judged, shared, ASKED, 'simplified') for i in range(explained.SHARES)]
+  made, starts_E = [trie for one in shares for trie in one.tries], np.concatenate([one.starts_E for one in shares])
   (pad,) = shared.subject.encode([' _'])[0].tolist()
   starts = long = wild = 0
   for e, latent in enumerate(examples.latent_E):

@@ -63,7 +63,7 @@ def reach(arch):
   return (None,) * arch.n_layers
 
 
-def embed(arch, params, ids_BT):
+def embed(arch, params, ids_BT, positions_T):
   return params['embedding'][ids_BT]
 
 

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,6 +30,7 @@ from sae_jax.measures.best import Best, mixed
 from sae_jax.measures.inputs import BLOCK_WINDOWS, Inputs
 from sae_jax.measures.kept import Arrays, Kept
 from sae_jax.measures.measure import Judged
+from sae_jax.subjects.subject import Branches
 
 EXAMPLES = 16
 SEGMENT = 64  # tokens of the bank that are kept together
@@ -76,6 +77,10 @@ class Examples:
   seen_first_E1: np.ndarray
   seen_token_S: np.ndarray
 
+  def seen(self, i: int) -> np.ndarray:
+    """The ids of all tokens at which the i-th of them is active."""
+    return self.seen_token_S[self.seen_first_E1[i] : self.seen_first_E1[i + 1]]
+
 
 class Bank:
   """The bank of one subject, site and text.
@@ -92,7 +97,8 @@ class Bank:
     if len(pad_N) != 1:
       raise UserError(f'pad={asked.pad!r} is {len(pad_N)} tokens of this model; name a text that is one with --pad')
     self._inputs, self._asked, self._pad = inputs, asked, int(pad_N[0])
-    self.suffix = min(asked.suffix, inputs.window_tokens - 1)
+    self.suffix = min(asked.suffix, inputs.window_tokens - 2)
+    self._prompts = _prompts(self.suffix)
     self.windows = inputs.text_windows[: asked.windows]
     facts = inputs.place | {
       'version': _VERSION,
@@ -228,31 +234,22 @@ class Bank:
     return {'x_PRD': x_PRD[: len(place_P)]}
 
   def _residuals_of(self, place_P: np.ndarray) -> np.ndarray:
+    """Activations [P, R, D] at the last tokens of the prompts, from one pass over all that these have in common."""
+    inputs, prompts = self._inputs, self._prompts
     before_PL = self.tokens_before(place_P)
-    # A column more, for the pad in front of the longest one.
-    text_PL = np.where(before_PL < 0, self._pad, before_PL)[:, ::-1]
-    text_PL = np.concatenate([np.full((len(place_P), 1), self._pad), text_PL], axis=1)
-    found = []
-    for length in range(1, self.suffix + 2):
-      piece_PL = text_PL[:, -length:]
-      prompts_PRL = np.repeat(piece_PL[:, None], 1 if length > self.suffix else 1 + length, axis=1)
-      for i in range(1, prompts_PRL.shape[1]):
-        prompts_PRL[:, i, i - 1] = self._pad
-      found.append(self._last(prompts_PRL))
-    return np.concatenate(found, axis=1)
+    known_PL = np.concatenate(
+      [
+        np.tile([inputs.subject.start_token, self._pad], (len(place_P), 1)),
+        np.where(before_PL < 0, self._pad, before_PL),
+      ],
+      axis=1,
+    )
 
-  def _last(self, prompts_PRL: np.ndarray) -> np.ndarray:
-    """Activations [P, R, D] at the last token of prompts, each opened by the start token."""
-    inputs = self._inputs
-    start_PR1 = np.full((*prompts_PRL.shape[:2], 1), inputs.subject.start_token)
-    ids_PRL = np.concatenate([start_PR1, prompts_PRL], axis=2).astype(np.int32)
-
-    def run(both: Any, ids_BL: jax.Array) -> jax.Array:
+    def run(both: Any, ids_PT: jax.Array) -> jax.Array:
       subject = dataclasses.replace(inputs.subject, params=both[0])
-      return subject.residual(ids_BL, inputs.site)[:, -1]
+      return subject.residual_of_branches(ids_PT, inputs.site, prompts.branches)[:, prompts.last_R]
 
-    x_BD = inputs.over_windows('last', run, (), ids_PRL.reshape(-1, ids_PRL.shape[2]))
-    return x_BD.reshape(*ids_PRL.shape[:2], -1)
+    return inputs.over_windows(('prompts', self.suffix), run, (), known_PL[:, prompts.which_T].astype(np.int32))
 
   def _segments(self, place_N: np.ndarray) -> dict[str, tuple[np.ndarray, list[int]]]:
     """The segments that hold some tokens: by name all tokens of each, and which of these are asked for."""
@@ -282,6 +279,49 @@ class Bank:
         raise UserError(
           f'{path} cannot be believed ({error}); delete the folder of this bank to make it anew'
         ) from None
+
+
+class _Prompts(NamedTuple):
+  """All prompts of a token as branches of one tree.
+
+  Attributes:
+    which_T: what each of its tokens is: 0 the start token, 1 the pad, 2 + i the i-th token of the text backwards.
+    branches: where each is in its prompt, and what it looks at.
+    last_R: the last token of each prompt.
+  """
+
+  which_T: np.ndarray
+  branches: Branches
+  last_R: np.ndarray
+
+
+def _prompts(suffix: int) -> _Prompts:
+  start, pad, text = 0, 1, 2
+  which, positions, seen, last = [start], [0], [[0]], list[int]()
+
+  def grow(token: int, parent: int) -> int:
+    which.append(token)
+    positions.append(positions[parent] + 1)
+    seen.append([*seen[parent], len(seen)])
+    return len(seen) - 1
+
+  for length in range(1, suffix + 1):
+    path = [0]
+    for i in range(length):
+      path.append(grow(text + length - 1 - i, path[-1]))
+    last.append(path[-1])
+    for replaced in range(length):
+      at = grow(pad, path[replaced])
+      for i in range(replaced + 1, length):
+        at = grow(text + length - 1 - i, at)
+      last.append(at)
+  at = grow(pad, 0)
+  for i in range(suffix):
+    at = grow(text + suffix - 1 - i, at)
+  seen_TT = np.zeros((len(seen), len(seen)), bool)
+  for i, some in enumerate(seen):
+    seen_TT[i, some] = True
+  return _Prompts(np.array(which), Branches(np.array(positions), seen_TT), np.array([*last, at]))
 
 
 def rank(place_N: np.ndarray) -> np.ndarray:

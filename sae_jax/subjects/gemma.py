@@ -168,8 +168,9 @@ def reach(arch: Arch) -> tuple[int | None, ...]:
   return tuple(None if full else arch.window for full in arch.full)
 
 
-def embed(arch: Arch, params: Params, ids_BT: jax.Array) -> jax.Array:
+def embed(arch: Arch, params: Params, ids_BT: jax.Array, positions_T: jax.Array) -> jax.Array:
   """The residual stream that enters the first block."""
+  del positions_T
   return params['embedding'][ids_BT].astype(jnp.float32) * arch.embedding_scale
 
 

@@ -106,10 +106,10 @@ def reach(arch: Arch) -> tuple[int | None, ...]:
   return (None,) * arch.n_layers
 
 
-def embed(arch: Arch, params: Params, ids_BT: jax.Array) -> jax.Array:
+def embed(arch: Arch, params: Params, ids_BT: jax.Array, positions_T: jax.Array) -> jax.Array:
   """The residual stream that enters the first block: token and position."""
   del arch
-  token_BTD, position_TD = params['embedding'][ids_BT], params['positions'][: ids_BT.shape[1]]
+  token_BTD, position_TD = params['embedding'][ids_BT], params['positions'][positions_T]
   return token_BTD.astype(jnp.float32) + position_TD.astype(jnp.float32)[None]
 
 

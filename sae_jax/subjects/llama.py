@@ -172,9 +172,9 @@ def reach(arch: Arch) -> tuple[int | None, ...]:
   return arch.windows or (None,) * arch.n_layers
 
 
-def embed(arch: Arch, params: Params, ids_BT: jax.Array) -> jax.Array:
+def embed(arch: Arch, params: Params, ids_BT: jax.Array, positions_T: jax.Array) -> jax.Array:
   """The residual stream that enters the first block."""
-  del arch
+  del arch, positions_T
   return params['embedding'][ids_BT].astype(jnp.float32)
 
 

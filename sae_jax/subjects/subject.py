@@ -83,7 +83,7 @@ class Family(Protocol):
   def reach(self, arch: Any) -> tuple[int | None, ...]:
     """How many positions each layer looks at; None for all."""
 
-  def embed(self, arch: Any, params: Params, ids_BT: jax.Array) -> jax.Array:
+  def embed(self, arch: Any, params: Params, ids_BT: jax.Array, positions_T: jax.Array) -> jax.Array:
     """The residual stream that enters the first block: float32 [B, T, D]."""
 
   def block(
@@ -117,6 +117,18 @@ class Cache:
   k_LTGC: jax.Array
   v_LTGC: jax.Array
   first: int
+
+
+class Branches(NamedTuple):
+  """Tokens of several texts that begin alike.
+
+  Attributes:
+    position_T: which token of its text each one is.
+    seen_TT: which tokens each one looks at: itself and those before it in its text.
+  """
+
+  position_T: np.ndarray
+  seen_TT: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +192,15 @@ class Subject:
     Rows may be filled up on their right with any id: no position sees what follows it.
     """
     return self.residual(ids_BT, site)[jnp.arange(len(last_B)), last_B]
+
+  def residual_of_branches(self, ids_BT: np.ndarray | jax.Array, site: str, of: Branches) -> jax.Array:
+    """Activations at a site of texts that have parts in common, float32 [B, T, D].
+
+    A text is a path from the first token to another. What texts begin with is computed once for all of them.
+    """
+    ids_BT = self._windows(ids_BT, int(of.position_T.max()) + 1)
+    sites = (self._loaded(site),)
+    return _residuals(self.family, self.arch, self.params, ids_BT, sites, of.position_T, of.seen_TT)[0]
 
   def logits(self, ids_BT: np.ndarray | jax.Array) -> jax.Array:
     """Logits of the next token, float32 [B, T, vocabulary]. Raises ValueError unless all blocks were loaded."""
@@ -260,12 +281,11 @@ class Subject:
         'of the model'
       ) from None
 
-  def _windows(self, ids_BT: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+  def _windows(self, ids_BT: np.ndarray | jax.Array, tokens: int | None = None) -> np.ndarray | jax.Array:
     """The same ids, checked where they are on the host. Indexing would take an id that is too large for the last."""
-    if not 0 < ids_BT.shape[1] <= self.arch.context:
-      raise UserError(
-        f'a window of {ids_BT.shape[1]} tokens is not from 1 to the context of {self.arch.context}; change it'
-      )
+    tokens = ids_BT.shape[1] if tokens is None else tokens
+    if not 0 < tokens <= self.arch.context:
+      raise UserError(f'a window of {tokens} tokens is not from 1 to the context of {self.arch.context}; change it')
     if isinstance(ids_BT, np.ndarray) and ids_BT.size:
       for id_ in (ids_BT.min(), ids_BT.max()):
         if not 0 <= id_ < self.arch.vocabulary:
@@ -299,8 +319,13 @@ class _Past(NamedTuple):
 class _Run:
   """Blocks of one model on the same positions."""
 
-  def __init__(self, family: Family, arch: Any, params: Params, positions_T: jax.Array):
-    self.family, self.arch, self.params, self.positions_T = family, arch, params, positions_T
+  def __init__(
+    self, family: Family, arch: Any, params: Params, positions_T: jax.Array, seen_TT: jax.Array | None = None
+  ):
+    self.family, self.arch, self.params, self.positions_T, self.seen_TT = family, arch, params, positions_T, seen_TT
+
+  def embed(self, ids_BT: jax.Array) -> jax.Array:
+    return self.family.embed(self.arch, self.params, ids_BT, self.positions_T)
 
   def block(
     self, x_BTD: jax.Array, layer: int | jax.Array, tap: Tap, past: _Past | None = None
@@ -321,7 +346,9 @@ class _Run:
     ) -> jax.Array:
       kept.append((k_BTGC, v_BTGC))
       if past is None:
-        return attention(q_BTNC, k_BTGC, v_BTGC, causal(self.positions_T, self.positions_T, window), cap)
+        seen_TT = causal(self.positions_T, self.positions_T, window)
+        seen_TT = seen_TT if self.seen_TT is None else seen_TT & self.seen_TT
+        return attention(q_BTNC, k_BTGC, v_BTGC, seen_TT, cap)
       before_T = jnp.arange(len(past.k_TGC))
       seen_TS = causal(self.positions_T, jnp.concatenate([before_T, self.positions_T]), window)
       seen_TS &= jnp.concatenate([before_T < past.start, jnp.ones(len(self.positions_T), bool)])[None]
@@ -369,9 +396,17 @@ def _run(family: Family, arch: Any, params: Params, window_tokens: int) -> _Run:
 
 @functools.partial(jax.jit, static_argnames=('family', 'arch', 'sites'))
 def _residuals(
-  family: Family, arch: Any, params: Params, ids_BT: jax.Array, sites: tuple[Site, ...]
+  family: Family,
+  arch: Any,
+  params: Params,
+  ids_BT: jax.Array,
+  sites: tuple[Site, ...],
+  positions_T: jax.Array | None = None,
+  seen_TT: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-  run, x_BTD = _run(family, arch, params, ids_BT.shape[1]), family.embed(arch, params, ids_BT)
+  positions_T = jnp.arange(ids_BT.shape[1]) if positions_T is None else positions_T
+  run = _Run(family, arch, params, positions_T, seen_TT)
+  x_BTD = run.embed(ids_BT)
   found: dict[Site, jax.Array] = {}
   seen: dict[str, jax.Array] = {}
   done, left_BTD = 0, None  # what enters block `done` is x_BTD; what leaves it, once it was run
@@ -391,7 +426,7 @@ def _residuals(
 @functools.partial(jax.jit, static_argnames=('family', 'arch'))
 def _logits(family: Family, arch: Any, params: Params, ids_BT: jax.Array) -> jax.Array:
   run = _run(family, arch, params, ids_BT.shape[1])
-  x_BTD, _ = run.blocks(family.embed(arch, params, ids_BT), 0, arch.n_layers)
+  x_BTD, _ = run.blocks(run.embed(ids_BT), 0, arch.n_layers)
   return family.unembed(arch, params, x_BTD)
 
 
@@ -408,7 +443,7 @@ def _next_token(
   run = _run(family, arch, params, ids_BT.shape[1])
   first = site.whole
   if not site.between_blocks:
-    before_BTD, _ = run.blocks(family.embed(arch, params, ids_BT), 0, site.layer)
+    before_BTD, _ = run.blocks(run.embed(ids_BT), 0, site.layer)
     x_BTD, _ = run.block(before_BTD, site.layer, _replaced(site.kind, x_BTD))
     first += 1
   x_BTD, _ = run.blocks(x_BTD, first, arch.n_layers)
@@ -436,7 +471,8 @@ def _replaced(kind: str, given: jax.Array) -> Tap:
 @functools.partial(jax.jit, static_argnames=('family', 'arch', 'site'))
 def _prefix(family: Family, arch: Any, params: Params, ids_1T: jax.Array, site: Site) -> Cache:
   first = site.whole
-  x_1TD, _ = _run(family, arch, params, ids_1T.shape[1]).blocks(family.embed(arch, params, ids_1T), 0, first)
+  run = _run(family, arch, params, ids_1T.shape[1])
+  x_1TD, _ = run.blocks(run.embed(ids_1T), 0, first)
   cache = _prefix_of_stream(family, arch, params, x_1TD, first)
   return cache if site.between_blocks else dataclasses.replace(cache, x_1TD=x_1TD)
 
