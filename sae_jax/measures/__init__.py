@@ -47,6 +47,10 @@ def by_name(name: str, given: Given = Given()) -> 'Measure':
       from sae_jax.measures.n2g import N2G
 
       return N2G(suffix=given.suffix, pad=given.pad, rule=given.rule)
+    case 'simulate':
+      from sae_jax.measures.simulate import Simulate
+
+      return Simulate(suffix=given.suffix, pad=given.pad)
     case other:
       raise UserError(f'no measure {other[:40]!r}; use some of {", ".join(VERSIONS)}')
   return made()

@@ -180,6 +180,8 @@ class Bank:
           found_NR[of_N] = np.where(code_A[at_NR] == wanted_NR, value_A[at_NR], 0)
       held.clear()
 
+    if not len(place_N):
+      return found_NR
     order_N = np.argsort(place_N, kind='stable')
     places, first = np.unique(place_N[order_N], return_index=True)
     by_place = dict(zip(places.tolist(), np.split(order_N, first[1:]), strict=True))

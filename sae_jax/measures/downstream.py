@@ -32,7 +32,7 @@ class Downstream:
     ce_WT, kl_WT = inputs.spliced(unit, judged.form, judged.form.reconstruct, judged.params)
     bare = inputs.kept(f'ablated.{unit:04d}', lambda: _ablated(unit, inputs))
     sums = {'ce': ce_WT, 'kl': kl_WT, 'clean_ce': block.ce_WT} | bare
-    predicting_WT = _predicting(block)
+    predicting_WT = predicting(block)
     record = {name: (by_WT * predicting_WT).sum(axis=1, dtype=np.float64).tolist() for name, by_WT in sums.items()}
     return Unit(record | {'tokens': predicting_WT.sum(axis=1).tolist()})
 
@@ -65,7 +65,7 @@ class Downstream:
     return tokens * (blocks + 4 * arch.d_model * arch.vocabulary + 4 * size.n_latents * size.d_model)
 
 
-def _predicting(block: 'Block') -> np.ndarray:
+def predicting(block: 'Block') -> np.ndarray:
   """Which positions [W, T - 1] count and have a next token in the window."""
   counts_WT = np.zeros(block.x_WTD.shape[:2])
   np.put_along_axis(counts_WT, block.places_WT, 1.0, axis=1)

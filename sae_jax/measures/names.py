@@ -11,6 +11,7 @@ VERSIONS = {
   'downstream': 1,
   'probes': 1,
   'n2g': 1,
+  'simulate': 1,
 }
 # What is measured where none is named. The others take hours for a ledger.
 USUAL = ('reconstruction', 'latents', 'progressive', 'refine', 'downstream', 'probes')
