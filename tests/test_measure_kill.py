@@ -4,6 +4,7 @@ import hashlib
 import os
 import pathlib
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from sae_jax import config, schema, train
 from sae_jax.data import harvest
@@ -20,7 +22,10 @@ from tests import cells
 
 ROOT = pathlib.Path(__file__).parents[1]
 FAMILIES = ('topk', 'relu', 'gated')
-COMMAND = ('-m', 'sweeps.measure', '--windows=40', '--train_windows=48')
+COMMAND = (
+  *('-m', 'sweeps.measure', '--windows=40', '--train_windows=48', '--pad= the', '--suffix=3'),
+  f'--measures={",".join(names.VERSIONS)}',
+)
 
 pytestmark = pytest.mark.chaos  # for its length
 
@@ -84,16 +89,31 @@ def lines(where: pathlib.Path) -> int:
 def tree(where: pathlib.Path) -> dict[str, str]:
   """The digest of every file of the measures and their inputs but the leases.
 
-  A worker that dies while it writes leaves a file under a temporary name, which nobody reads.
+  A worker that dies while it writes leaves a file under a temporary name, which nobody reads. What is in the bank is
+  compared by `bank`: who comes first decides in which file a token is.
   """
   return {
     str(path.relative_to(where)): hashlib.sha256(path.read_bytes()).hexdigest()
     for path in sorted(where.rglob('*'))
     if path.is_file()
     and path.suffix != '.tmp'
+    and not re.search(r'bank-[0-9a-f]{16}/([0-9]|plans)', str(path))
     and schema.MEASURES in path.parts
     and not {schema.CLAIMS, 'compile_cache'} & set(path.parts)
   }
+
+
+def bank(where: pathlib.Path) -> dict[int, bytes]:
+  """What is kept of each token of the bank. Fails for a token that is there twice."""
+  (folder,) = where.glob('measures/bank-*')
+  found = {}
+  for plan in sorted(folder.glob('plans/*.json')):
+    places = schema.parse_large(plan.read_bytes())['places']
+    parts = [safetensors.numpy.load_file(path)['x_PRD'] for path in sorted(folder.glob(f'{plan.stem}.*/*.safetensors'))]
+    x_PRD = np.concatenate(parts)
+    assert len(x_PRD) == len(places) and not found.keys() & set(places)
+    found |= {place: x_RD.tobytes() for place, x_RD in zip(places, x_PRD, strict=True)}
+  return found
 
 
 def test_two_workers_killed_inside_every_measure_end_with_the_same_bytes(trained, tmp_path):
@@ -116,6 +136,7 @@ def test_two_workers_killed_inside_every_measure_end_with_the_same_bytes(trained
     ended(worker)
   assert kills >= 8
   assert tree(shared) == tree(whole)
+  assert bank(shared) == bank(whole) and len(bank(whole)) > 500
   measured = {path.parent.parent.name for path in shared.glob('cells/*/measures/measures.json')}
   assert len(measured) == len(FAMILIES) and set(names.VERSIONS) <= {
     path.stem for path in shared.glob('cells/*/measures/*.jsonl')

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from sae_jax import subjects
 from sae_jax.errors import UserError
 from sae_jax.subjects import loading
-from sae_jax.subjects.subject import Subject
+from sae_jax.subjects.subject import Branches, Subject
 from tests import tiny_subjects
 from tests.tiny_subjects import KEPT, KEPT_EDITED, LARGE, NAMES, START, Config, Tensors
 
@@ -139,6 +139,23 @@ def test_last_token_of_rows_of_different_lengths(case_of, name):
   site = f'resid_post.{case.subject.n_blocks - 1}'
   want_BD = case.want[site][[0, 1], [2, 1]]
   agree(case.subject.residual_at(ids_BT, last_B, site), want_BD)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_texts_that_begin_alike_are_branches_of_one_tree(case_of, name):
+  """A text, and one that goes on differently after four tokens and then differs once more."""
+  case = case_of(name, LARGE)
+  site = f'resid_post.{case.subject.n_blocks - 1}'
+  first, other = case.ids_BT[0, :10].tolist(), [3, 5, 4, 7]
+  paths = [list(range(10)), [*range(4), 10, 11, 12], [*range(4), 10, 13]]
+  ids, position_T = np.array([[*first, *other]], np.int32), np.array([*range(10), 4, 5, 6, 5])
+  seen_TT = np.zeros((14, 14), bool)
+  for path in paths:
+    for i, token in enumerate(path):
+      seen_TT[token, path[: i + 1]] = True
+  found_1TD = np.asarray(case.subject.residual_of_branches(ids, site, Branches(position_T, seen_TT)))
+  for path in paths:
+    agree(found_1TD[:, path], np.asarray(case.subject.residual(ids[:, path], site)), what=str(path))
 
 
 def test_site_that_a_parallel_model_lacks_is_refused(case_of):
