@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import posixpath
+import re
 import secrets
 import shutil
 import stat
@@ -38,6 +39,7 @@ _PIECE = 2**22  # bytes read at once of a file that may be larger than memory
 _NO_BUCKET = 'No such bucket'  # a new file brings its folders, so nothing else can be missing
 # Of one filesystem, where os.sync waits for all that are mounted.
 _SYNCFS = getattr(ctypes.CDLL(None), 'syncfs', None) if sys.platform == 'linux' else None
+_TEMPORARY = re.compile(r'\..+\.\d+\.[0-9a-f]{8}\.tmp')  # the names that `_temporary` gives
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -266,6 +268,21 @@ def size(path: str) -> int:
     return sum(os.lstat(os.path.join(folder, name)).st_size for folder, _, names in walked for name in names)
   with _remote(path) as (fs, name):
     return sum(found['size'] for found in fs.find(name, detail=True).values())
+
+
+def temporaries(path: str, before: float) -> dict[str, int]:
+  """Bytes by path of what killed writers left in a local folder and below, last written before a time in seconds.
+
+  None on an object store, which shows no file before it is whole. Links are not followed.
+  """
+  found = {}
+  for folder, _, names in os.walk(local(path)) if is_local(path) else ():
+    for name in filter(_TEMPORARY.fullmatch, sorted(names)):
+      with contextlib.suppress(FileNotFoundError):  # its writer lives, and has just given it its name
+        about = os.lstat(at := os.path.join(folder, name))
+        if stat.S_ISREG(about.st_mode) and about.st_mtime < before:
+          found[at] = about.st_size
+  return found
 
 
 def remove_tree(path: str) -> None:

@@ -1,4 +1,6 @@
+import os
 import pathlib
+import time
 
 import fsspec
 import pytest
@@ -80,3 +82,43 @@ def test_gc_refuses_a_linked_cell(tmp_path, capsys):
   (said,) = capsys.readouterr().err.splitlines()
   assert f'{folder} is a link' in said
   assert sorted(tmp_path.rglob('*')) == before and (outside / 'ckpt' / 'x').exists()
+
+
+def left(path, age, data=b'x' * 7):
+  """A temporary as of a writer that was killed `age` seconds ago."""
+  temporary = files._temporary(pathlib.Path(path))
+  temporary.parent.mkdir(parents=True, exist_ok=True)
+  temporary.write_bytes(data)
+  os.utime(temporary, (time.time() - age,) * 2)
+  return temporary
+
+
+def test_gc_removes_what_killed_writers_left_a_day_ago(tmp_path, capsys):
+  store = ledger.Ledger(str(tmp_path / 'ledger'))
+  store.register(cells.sweep({'sae.k': 1}, {'sae.k': 2}))
+  done, pending = [pathlib.Path(store.folder(entry.id)) for entry in store.entries()]
+  cells.finish(str(done), store.entries()[0].cell)
+  files.create(str(done / 'sae' / 'raw.safetensors'), b'x')
+  inside = left(done / 'ckpt' / '7' / 'info.json', 2 * gc.DAY, b'x' * 1000)  # goes with its folder, and counts once
+  measures = tmp_path / 'ledger' / 'measures' / 'ab'
+  old = [left(place / 'a.json', 1.01 * gc.DAY) for place in (done, pending, measures)]
+  young = left(pending / 'a.json', 0.99 * gc.DAY)
+  other = measures / '.mine.tmp'
+  other.write_bytes(b'x')
+  outside = left(tmp_path / 'precious' / 'a.json', 2 * gc.DAY)
+  linked = measures / old[0].name
+  linked.symlink_to(outside)
+  (measures / 'more').symlink_to(outside.parent)
+  for path in (other, linked):
+    os.utime(path, (0, 0), follow_symlinks=False)
+  for options, verb in ((['--dry_run'], 'would be'), ([], 'were')):
+    assert all(path.exists() for path in old)
+    assert run(f'--ledger={store.path}', *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {f'{path}: 7 B, left by a writer that was killed' for path in old} <= {*lines}
+    assert lines[-2:] == [
+      f'21 B {verb} freed in 3 files that killed writers left',
+      f'1.0 kB {verb} freed in 1 finished cells',
+    ]
+  assert not any(path.exists() for path in (*old, inside))
+  assert all(path.exists() for path in (young, other, outside)) and linked.is_symlink()
