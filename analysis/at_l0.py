@@ -9,11 +9,13 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 
-from analysis import measured
+from analysis import equal_l0, measured
 from analysis.equal_l0 import Compared
 from analysis.law import Array
 from sae_jax import files, measures, schema
+from sae_jax.errors import UserError
 from sae_jax.measures import paired, results
 from sae_jax.measures.measure import Measure
 from sae_jax.measures.results import Result
@@ -54,11 +56,20 @@ class AtL0:
     return self.of.families.index(name), *map(int, at)
 
 
-def at_l0(ledger: str, found: Compared) -> dict[str, AtL0]:
-  """Every value of every measure by column."""
-  by_measure, _ = measured.read(ledger, found.cells)
+def at_l0(ledger: str, cells: pd.DataFrame) -> dict[str, AtL0]:
+  """Every value of every measure by column. A measure of too few cells is left out.
+
+  Args:
+    ledger: the folder a sweep wrote.
+    cells: of several families. Those that a measure lacks have no part in what is read off of it.
+  """
+  by_measure, _ = measured.read(ledger, cells)
   out = {}
   for measure, of in by_measure.items():
+    try:
+      found = equal_l0.compare(cells[cells['id'].isin(of)])
+    except UserError:
+      continue
     dropped = _dropped(ledger, of)
     for value in dict.fromkeys(name for result in of.values() for name in result.values):
       cell_C = [

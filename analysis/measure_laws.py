@@ -59,6 +59,12 @@ class OneValue:
     return self.apart.common if self.apart else self.pair and self.pair.plain
 
   @property
+  def families(self) -> list[str]:
+    """Those compared at equal L0 of which the law is too, in the order of their NMSE."""
+    known = {*self.cells['activation']}
+    return [name for name in self.at_l0.of.ranked if name in known] if self.at_l0 else []
+
+  @property
   def name(self) -> str:
     """Without that of the measure."""
     return self.column.partition('/')[2]
@@ -130,7 +136,7 @@ def analyse(ledger: str, points: pd.DataFrame, compared: Compared | None, bootst
     bootstrap: resamples behind intervals.
   """
   units: dict[str, str] = points.attrs.get(UNITS, {})
-  families = at_l0(ledger, compared) if compared and units else {}
+  families = at_l0(ledger, compared.cells) if compared and units else {}
   out = []
   for measure in dict.fromkeys(column.partition('/')[0] for column in units):
     columns = [column for column in units if column.startswith(f'{measure}/') and points[column].notna().any()]
@@ -215,11 +221,8 @@ def _levels(values: Sequence[OneValue]) -> Table:
   columns: dict[str, dict[str, str]] = {}
   reference = ''
   for one in values:
-    if one.apart and one.at_l0:
-      reference = one.at_l0.of.reference
-      columns[one.name] = {
-        name: str(_over(one.apart, name, reference)) for name in one.at_l0.of.ranked if name != reference
-      }
+    if one.apart and one.at_l0 and (reference := one.at_l0.of.reference) in one.families:
+      columns[one.name] = {name: str(_over(one.apart, name, reference)) for name in one.families if name != reference}
   rows = [[name, *(column[name] for column in columns.values())] for name in next(iter(columns.values()), {})]
   note = (
     f'How many times the value of {reference} a family has at the same NMSE, from laws of one exponent and a level of '

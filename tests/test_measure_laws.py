@@ -14,7 +14,7 @@ from analysis.fitting import solve
 from sae_jax import files
 from sae_jax.measures import paired, results
 from sae_jax.measures.downstream import Downstream
-from tests import planted_ledger, planted_measures
+from tests import cells, planted_ledger, planted_measures
 
 SIZES, KS = (1024, 2048, 4096), (3, 7)
 
@@ -121,13 +121,34 @@ def test_a_value_at_equal_l0_lies_between_its_cells_and_its_paired_error_is_that
     assert less > 0 and 0 < error < 0.7 * apart  # windows move both families alike
 
 
+def test_cells_that_were_not_measured_change_nothing_at_equal_l0(families, compared, tmp_path):
+  copy = tmp_path / 'runs'
+  shutil.copytree(families, copy)
+  second = planted_ledger.cell(2048, 3, 0.1 * 2048**-0.5, **{'train.seed': 1})
+  others = [planted_ledger.cell(n, k, 0.01, **{'sae.activation': 'batchtopk'}) for n in SIZES[1:] for k in KS]
+  for c in (second, *others):
+    cells.write(str(copy), c, nmse=0.2 + 0.1 / c.sae.k, l0=float(c.sae.k))
+  rows = read_ledger.load_ledger(str(copy))
+  among = equal_l0.compare(rows)
+  assert 'batchtopk' in among.families
+  (one,) = measure_laws.analyse(str(copy), rows, among, 0)
+  assert [table.rows for table in one.tables()] == [table.rows for table in compared[0].tables()]
+  drawn, known = (figure.value(some.values[0]).axes[2].lines for some in (one, compared[0]))
+  assert len(drawn) == len(known)  # no law of a family that has none
+  unmeasured = rows.assign(**{column: np.nan for column in rows.columns if column.startswith('downstream/')})
+  unmeasured.attrs = rows.attrs
+  for folder in copy.glob('cells/*/measures'):
+    shutil.rmtree(folder)
+  assert measure_laws.analyse(str(copy), unmeasured, among, 0) == []
+
+
 def test_a_cell_without_lines_has_values_and_no_paired_error(families, compared, tmp_path):
   copy = tmp_path / 'runs'
   shutil.copytree(families, copy)
   for path in copy.glob('cells/*/measures/downstream.jsonl'):
     path.write_bytes(path.read_bytes()[:-20])
     path.with_suffix('.jsonl').write_text('nothing\n')
-  found = measure_laws.at_l0(str(copy), compared[0].values[0].at_l0.of)['downstream/kl']
+  found = measure_laws.at_l0(str(copy), compared[0].values[0].at_l0.of.cells)['downstream/kl']
   known = compared[0].values[0].at_l0
   np.testing.assert_array_equal(found.value_FNL, known.value_FNL)
   assert np.isnan(found.value('relu', 2048)[1]) and np.isnan(found.difference('relu', 2048)[1:]).all()

@@ -40,6 +40,8 @@ def value(one: OneValue) -> Figure:
   if one.law:
     looks = equal_l0.of_families(one.at_l0.of) if one.apart and one.at_l0 else {'': ('0.35', '')}
     for name, (color, _) in looks.items():
+      if name and name not in one.families:
+        continue
       # A family is e in its own column and 1 in those of the others.
       family = {x: np.e if x == f'activation={name}' else 1.0 for x in one.law.x[1:]}
       style.law(axes[_AGAINST_NMSE], one.law, family, color, beyond=1.2, band=not one.apart)
