@@ -75,10 +75,10 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
   useful = table.useful(done)
   done['best_learning_rate'] = done['id'].isin(best['id'])
   warnings, best.attrs['warnings'] = list(best.attrs['warnings']), []  # said once, not again with every law
-  every = _longest(best)
+  every = sparsity.longest(best)
   own, notes = _choose_subject(every, subject)
   curves = table.useful(curves[curves['id'].isin(own(cells)['id'])])
-  data = _Data(own(every), own(best), own(_longest(useful)), every, curves)
+  data = _Data(own(every), own(best), own(sparsity.longest(useful)), every, curves)
   names = sorted(data.points['activation'].dropna().unique())
   parts = [data.at({'activation': name}) for name in names] if len(names) > 1 else [data]
   families = [
@@ -87,7 +87,7 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
   ]
   about = warnings + holes + notes
   compared, among = _together(data) if len(names) > 1 else (None, [])
-  measures = measure_laws.analyse(ledger, data.points, compared, bootstrap)
+  measures = measure_laws.analyse(ledger, data.best, compared, bootstrap)
   return Findings(cells, done, curves, families, about, compared, among, measures)
 
 
@@ -223,13 +223,6 @@ def _asked(data: _Data) -> tuple[set[str], list[str]]:
 def _several(cells: pd.DataFrame, column: str) -> bool:
   """Whether some size was trained with more than one value of the column."""
   return bool((cells.groupby(['n_latents', *sparsity.TARGETS], dropna=False)[column].nunique() > 1).any())
-
-
-def _longest(cells: pd.DataFrame) -> pd.DataFrame:
-  """The cells of every size that saw the most tokens."""
-  keys = [key for key in ('subject', 'n_latents', *sparsity.KEYS) if key in cells]
-  most = cells.groupby(keys, dropna=False)['tokens'].transform('max')
-  return cells[cells['tokens'] == most].reset_index(drop=True)
 
 
 def _choose_subject(

@@ -34,6 +34,8 @@ _SHOWN = {
   'latents': ('dense_share', 'rare_share'),
   'refine': ('growth', 'error_removed'),
   'progressive': ('nmse_at_8', 'nmse_at_32', 'threshold_nmse_at_32'),
+  'n2g': ('recall', 'precision', 'f1'),
+  'simulate': ('kl', 'delta_ce'),
 }
 _MOST = 3
 _BOUNDED = ('share', 'cosine', 'ratio', 'log10')  # begin the units of what has an end, so that no power law goes on
@@ -131,7 +133,7 @@ def analyse(ledger: str, points: pd.DataFrame, compared: Compared | None, bootst
 
   Args:
     ledger: the folder a sweep wrote.
-    points: the cells that laws are of, with columns of measures.
+    points: cells with columns of measures. Laws are of those that saw the most tokens among the measured ones.
     compared: the same at equal L0, where there are several families.
     bootstrap: resamples behind intervals.
   """
@@ -140,16 +142,17 @@ def analyse(ledger: str, points: pd.DataFrame, compared: Compared | None, bootst
   out = []
   for measure in dict.fromkeys(column.partition('/')[0] for column in units):
     columns = [column for column in units if column.startswith(f'{measure}/') and points[column].notna().any()]
+    cells = sparsity.longest(points[points[columns].notna().any(axis=1)])
     known = [f'{measure}/{name}' for name in _SHOWN.get(measure, ())]
-    vary = [column for column in columns if points[column].nunique() > 1 or len(points) == 1]
+    vary = [column for column in columns if cells[column].nunique() > 1 or len(cells) == 1]
     shown = [column for column in known if column in columns] or vary[:_MOST] or columns[:_MOST]
-    values = [_value(points, column, units[column], families.get(column), bootstrap) for column in shown]
+    values = [_value(cells, column, units[column], families.get(column), bootstrap) for column in shown]
     out += [OneMeasure(measure, values)] if values else []
   return out
 
 
-def _value(points: pd.DataFrame, column: str, units: str, families: AtL0 | None, bootstrap: int) -> OneValue:
-  cells = points[points[column].notna()].reset_index(drop=True)
+def _value(cells: pd.DataFrame, column: str, units: str, families: AtL0 | None, bootstrap: int) -> OneValue:
+  cells = cells[cells[column].notna()].reset_index(drop=True)
   found = OneValue(column, units, cells, at_l0=families)
   if units.startswith(_BOUNDED):
     return found

@@ -125,8 +125,9 @@ def test_cells_that_were_not_measured_change_nothing_at_equal_l0(families, compa
   copy = tmp_path / 'runs'
   shutil.copytree(families, copy)
   second = planted_ledger.cell(2048, 3, 0.1 * 2048**-0.5, **{'train.seed': 1})
+  longer = planted_ledger.cell(2048, 7, 0.1 * 2048**-0.5, **{'train.tokens': planted_ledger.BATCH * 4000})
   others = [planted_ledger.cell(n, k, 0.01, **{'sae.activation': 'batchtopk'}) for n in SIZES[1:] for k in KS]
-  for c in (second, *others):
+  for c in (second, longer, *others):
     cells.write(str(copy), c, nmse=0.2 + 0.1 / c.sae.k, l0=float(c.sae.k))
   rows = read_ledger.load_ledger(str(copy))
   among = equal_l0.compare(rows)
