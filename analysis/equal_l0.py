@@ -173,7 +173,7 @@ def compare(cells: pd.DataFrame) -> Compared:
   if len(families) < 2:
     raise UserError(f'cells of {", ".join(families) or "no family"} alone; families are compared where there are two')
   sizes = np.sort(rows['n_latents'].unique())
-  nodes, beaten = _curves(rows)
+  nodes, beaten = curves(rows)
   lists = {(f, n): nodes.get((name, size)) for f, name in enumerate(families) for n, size in enumerate(sizes)}
   asked = rows['k'].dropna().unique() if 'k' in rows else np.array([])
   if not len(asked):
@@ -183,7 +183,7 @@ def compare(cells: pd.DataFrame) -> Compared:
   weight_FNLC = np.full((len(families), len(sizes), len(l0_L), len(rows)), np.nan)
   for (f, n), curve in lists.items():
     for i, l0 in enumerate(l0_L):
-      if curve is not None and (weight_C := _weights(*curve, np.log(l0))) is not None:
+      if curve is not None and (weight_C := weights(*curve, np.log(l0))) is not None:
         weight_FNLC[f, n, i] = weight_C
   reached_FNL = np.isfinite(weight_FNLC[..., 0])
   pairs_L = (reached_FNL.sum(axis=0) * (reached_FNL.sum(axis=0) > 1)).sum(axis=0)
@@ -220,7 +220,7 @@ def compare(cells: pd.DataFrame) -> Compared:
   )
 
 
-def _curves(rows: pd.DataFrame) -> tuple[dict[tuple[str, float], tuple[Array, Array]], list[dict[str, str]]]:
+def curves(rows: pd.DataFrame) -> tuple[dict[tuple[str, float], tuple[Array, Array]], list[dict[str, str]]]:
   """By family and size: ln L0 [S] of the settings on its frontier, rising, and the weights [S, C] of the cells in each.
 
   Also a warning that names the settings which others beat.
@@ -243,7 +243,7 @@ def _curves(rows: pd.DataFrame) -> tuple[dict[tuple[str, float], tuple[Array, Ar
   return found, [table.warning('beaten', f'{len(beaten)} {text}: {"; ".join(beaten[:_NAMED])}{more}')]
 
 
-def _weights(u_S: Array, weight_SC: Array, at: float) -> Array | None:
+def weights(u_S: Array, weight_SC: Array, at: float) -> Array | None:
   """Weights [C] of the cells in the log NMSE at a log L0; None where they do not reach it."""
   if len(u_S) < 2:
     return None
@@ -289,7 +289,7 @@ def _beside(
   for row in others.to_dict('records'):
     for column, name in (('over', row['activation']), ('over_reference', reference)):
       curve = nodes.get((name, row['n_latents']))
-      weight_C = curve and _weights(*curve, np.log(row['l0']))
+      weight_C = curve and weights(*curve, np.log(row['l0']))
       row[column] = np.nan if weight_C is None else row['nmse'] / np.exp(weight_C @ v_C)
     rows.append(row)
   return pd.DataFrame(rows, columns=pd.Index([*others.columns, 'over', 'over_reference']))

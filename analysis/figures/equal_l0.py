@@ -1,5 +1,7 @@
 """Figures of families at equal L0: their frontiers at every size, and how each scales with n."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -83,8 +85,10 @@ def scaling(found: Compared) -> Figure:
 
 def of_families(found: Compared) -> dict[str, tuple[str, str]]:
   """Colour and marker of every family, the reference first."""
-  others = [name for name in found.ranked if name != found.reference]
-  named = {found.reference: ('#000000', 'o')}
-  return named | {
-    name: (_COLORS[i % len(_COLORS)], style.look(i + 1, len(found.families))[1]) for i, name in enumerate(others)
-  }
+  return looks([found.reference, *(name for name in found.ranked if name != found.reference)])
+
+
+def looks(families: Sequence[str]) -> dict[str, tuple[str, str]]:
+  """Colour and marker of families, of which the first is black."""
+  colors = ['#000000', *(_COLORS[i % len(_COLORS)] for i in range(len(families) - 1))]
+  return {name: (colors[i], style.look(i, len(families))[1]) for i, name in enumerate(families)}

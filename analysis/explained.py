@@ -1,0 +1,201 @@
+"""How well patterns of tokens explain latents: families at equal n and L0, beside what the paper found.
+
+    python -m analysis.explained --ledger=DIR --out=DIR
+
+Writes figures (PNG and PDF), tables.md for a page, and points.csv. A claim of Gao et al. 2024 is reproduced or not
+reproduced only where a 90 % interval says so; else it is undecided.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from analysis import explained_cells, read_ledger
+from analysis.activations import Verdict, markdown
+from analysis.explained_cells import F1, OF, OVER, PRECISION, RECALL, Explained, Place
+from analysis.family_tables import Table
+from analysis.figures import explained as figures
+from analysis.figures import style
+from analysis.fitting.uncertainty import Estimate
+from analysis.measure_laws import with_error
+from sae_jax import files
+from sae_jax.errors import one_line_errors
+
+_SIMULATED, _BIGRAM = 'simulate/kl', 'simulate/bigram_kl'
+_ABLATED, _CHANNELS = 'ablation/latent_once', 'ablation/channel_once'
+_MAIN = {
+  'precision': PRECISION,
+  'recall': RECALL,
+  'F1': F1,
+  'ablation sparsity': _ABLATED,
+  'KL of simulated latents': _SIMULATED,
+}
+_PAPER = {RECALL: 'more than 1.5', PRECISION: 'about 0.9', F1: 'above 1'}
+_BASELINES = {
+  'explained': 'n2g/eligible',
+  'START patterns': 'n2g/start_share',
+  'balanced precision': 'n2g/precision_balanced',
+  'F1': F1,
+  'F1 of the last token seen': 'n2g/last_token_f1',
+  'F1 of all tokens seen': 'n2g/token_max_f1',
+}
+_SIMULATION = {
+  'KL, simulated': _SIMULATED,
+  'true latents': 'simulate/true_kl',
+  'bigram model': _BIGRAM,
+  'ΔCE, simulated': 'simulate/delta_ce',
+  'true latents, ΔCE': 'simulate/true_delta_ce',
+  'bigram model, ΔCE': 'simulate/bigram_delta_ce',
+}
+_ABLATION = {
+  f'{what}, {where}': f'ablation/{what}_{how}'
+  for how, where in (('once', 'one position'), ('all', 'all positions'))
+  for what in ('latent', 'channel', 'random')
+}
+
+
+def verdicts(found: Explained) -> list[Verdict]:
+  """One a claim of the paper."""
+  return [
+    Verdict(claim, where, _judged(number, bound), number, f'{what}: {number if number.known else "not known"}')
+    for claim, where, number, bound, what in _claims(found)
+  ]
+
+
+def _claims(found: Explained) -> Iterator[tuple[str, str, Estimate, float, str]]:
+  """Each claim, where it stands, a number, what that is above where the claim holds, and what the number is."""
+  both = found.pairs(OF, OVER, RECALL)
+  over = f'{OF} over {OVER}, {_mean(both)}' if both else f'no n and L0 has cells of {OF} and {OVER}'
+  for name, column, bound in (('recall', RECALL, 1.5), ('precision', PRECISION, 0.9), ('F1', F1, 1.0)):
+    than = f'more than {bound:g} times that' if bound != 1 else 'above that'
+    yield f'{name} of {OF} is {than} of {OVER}', 'Figure 24', found.ratio(both, column, column), bound, over
+  own = found.pairs(OF, OF, _BIGRAM)
+  ratio = found.ratio(own, _BIGRAM, _SIMULATED)
+  what = f'KL of a bigram model over that of simulated latents of {OF}, {_mean(own)}'
+  yield 'simulated latents predict better than a bigram model', 'Figure 7', ratio, 1.0, what
+  own = found.pairs(OF, OF, _CHANNELS)
+  ratio = found.ratio(own, _CHANNELS, _ABLATED)
+  what = f'ablation sparsity of channels over that of latents of {OF}, edited at one position, {_mean(own)}'
+  yield 'a latent touches fewer predictions than a channel', 'section 4.5', ratio, 1.0, what
+  for claim, where, column, sign in (
+    ('are easier to explain', 'section 4.3', F1, 1),
+    ('predict better when simulated', 'Figure 7', _SIMULATED, -1),
+  ):
+    for which, x, along in (('larger', 'n_latents', 'n'), ('sparser', 'l0', 'L0')):
+      way = sign if x == 'n_latents' else -sign
+      power = found.slope(column, x)
+      number = Estimate(way * power.value, *sorted((way * power.low, way * power.high)))
+      of = 'F1' if column == F1 else 'KL'
+      yield (
+        f'{which} autoencoders {claim}',
+        where,
+        number,
+        0.0,
+        f'power of {"1/" if way < 0 else ""}{along} in {of} of {OF}',
+      )
+
+
+def _judged(number: Estimate, bound: float) -> str:
+  return 'reproduced' if number.low > bound else 'not reproduced' if number.high < bound else 'undecided'
+
+
+def _mean(pairs: Sequence[tuple[Place, Place]]) -> str:
+  sizes, l0s = (sorted({getattr(one, name) for one, _ in pairs}) for name in ('n', 'l0'))
+  said = f'n = {", ".join(f"{n:,.0f}" for n in sizes)} and L0 = {", ".join(f"{value:g}" for value in l0s)}'
+  return f'mean over {said}' if pairs else 'of no n and L0'
+
+
+def tables(found: Explained) -> list[Table]:
+  """The verdicts, the families at equal n and L0, the same over one of them, and the baselines."""
+  rows = [[one.claim, one.where, one.verdict, one.why] for one in verdicts(found)]
+  errors = 'Standard errors are over latents, windows or places; over seeds where these scatter more.'
+  made = [
+    Table('Claims of the paper', ['claim', 'where', 'verdict', 'numbers, 90 % intervals'], rows),
+    _values(found, 'Families at equal n and L0', _MAIN, f'Ablation at one position. KL in nats a token. {errors}'),
+    _over(found),
+    _values(found, 'Beside simpler explanations', _BASELINES, 'Balanced: as if half of all tokens were positive.'),
+    _values(found, 'Simulated latents in the place of true ones', _SIMULATION, 'In nats a token.'),
+    _values(
+      found,
+      'Ablation sparsity',
+      _ABLATION,
+      'About the share of predictions at 16 positions that change; a Gaussian change of all has 0.64.',
+    ),
+  ]
+  return [one for one in made if one.rows]
+
+
+def _values(found: Explained, title: str, columns: Mapping[str, str], note: str) -> Table:
+  """A row a family, size and L0, and a column a value that some of them have."""
+  places = [
+    (
+      place,
+      {
+        head: with_error(*pair)
+        for head, column in columns.items()
+        if np.isfinite((pair := found.value(place, column))[0])
+      },
+    )
+    for place in found.places
+  ]
+  heads = [head for head in columns if any(head in shown for _, shown in places)]
+  rows = [
+    [place.family, f'{place.n:,.0f}', f'{place.reached:.3g}', *(shown.get(head, '') for head in heads)]
+    for place, shown in places
+    if shown
+  ]
+  return Table(title, ['family', 'n', 'L0', *heads], rows, note)
+
+
+def _over(found: Explained) -> Table:
+  """A row a family, size and L0, one for their mean, and at the end what the paper has."""
+  rows = []
+  for name in found.families:
+    pairs = found.pairs(name, OVER, RECALL) if name != OVER else []
+    for pair in pairs:
+      rows.append([name, f'{pair[0].n:,.0f}', f'{pair[0].l0:g}', *_ratios(found, [pair])])
+    if len(pairs) > 1:
+      rows.append([name, 'mean', '', *_ratios(found, pairs)])
+  if rows:
+    rows.append([f'{OF} in the paper', '', '', *(_PAPER.get(column, '') for column in _MAIN.values())])
+  note = f'Values over those of {OVER} at the same n and L0, with 90 % intervals by propagation of the errors.'
+  return Table(f'Over {OVER}', ['family', 'n', 'L0', *_MAIN], rows, note)
+
+
+def _ratios(found: Explained, pairs: Sequence[tuple[Place, Place]]) -> list[str]:
+  """Of every value of the main table; '' where it is not known at all of these."""
+  numbers = [found.ratio(pairs, column, column) for column in _MAIN.values()]
+  return [str(number) if np.isfinite(number.value) else '' for number in numbers]
+
+
+def write(found: Explained, ledger: str, out: str) -> list[str]:
+  """Writes figures, tables.md and points.csv into a folder; returns their paths."""
+  made = {
+    f'{name}.{kind}': data
+    for name, fig in figures.drawn(found, ledger).items()
+    for kind, data in style.saved(fig).items()
+  }
+  made['tables.md'] = markdown(tables(found)).encode()
+  made['points.csv'] = found.points().to_csv(index=False).encode()
+  for name, data in made.items():
+    files.write_output(files.join(out, name), data, '--out')
+  return [files.join(out, name) for name in made]
+
+
+@one_line_errors
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser(prog='python -m analysis.explained', description=__doc__.splitlines()[0])
+  parser.add_argument('--ledger', required=True, metavar='DIR', help='the folder a sweep wrote, with n2g measured')
+  parser.add_argument('--out', required=True, metavar='DIR', help='where figures, tables.md and points.csv go')
+  args = parser.parse_args(argv)
+  found = explained_cells.find(read_ledger.load_ledger(args.ledger))
+  paths = write(found, args.ledger, args.out)
+  for one in verdicts(found):
+    print(f'{one.claim} ({one.where}): {one.verdict}; {one.why}')
+  print(f'written: {", ".join(paths)}')
+  return 0
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,211 @@
+"""Cells whose latents were explained by patterns of tokens, and their values at equal n and L0.
+
+A family is read off between its cells, as the NMSE is at equal L0. Where it has only a cell near that L0, the cell itself
+counts. Errors of what is of latents are over latents, which are each autoencoder's own, so they add in squares. Windows
+and places are the same for all autoencoders, so errors over them add as they are, which is too much rather than too
+little. Where settings have several seeds, an error is at least the scatter between these.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import safetensors.numpy
+from scipy import special
+
+from analysis import equal_l0, family_cells, sparsity
+from analysis.fitting.uncertainty import TAILS, Estimate
+from analysis.law import Array
+from analysis.measured import SE
+from sae_jax import files, schema
+from sae_jax.errors import UserError
+from sae_jax.measures import results
+
+OF = 'topk'  # of which the paper's claims are
+OVER = 'relu'  # against which they are
+_NEAR = 1.25  # factor within which the L0 of a single cell stands for another one
+_OWN = 'n2g/'  # begins the columns of what is sampled anew in every autoencoder
+PRECISION, RECALL, F1 = (f'{_OWN}{name}' for name in ('precision', 'recall', 'f1'))
+
+
+class Place(NamedTuple):
+  """A family at a size and an L0.
+
+  Attributes:
+    family, n, l0: which.
+    reached: the L0 of what is shown.
+    weight_C: of the cells in it.
+  """
+
+  family: str
+  n: float
+  l0: float
+  reached: float
+  weight_C: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Explained:
+  """The cells of a ledger whose latents were explained, and where their families can be compared.
+
+  Attributes:
+    cells: a row an autoencoder, with columns of measures.
+    places: by size, L0 and family.
+  """
+
+  cells: pd.DataFrame
+  places: list[Place]
+
+  def value(self, place: Place, column: str) -> tuple[float, float]:
+    """A value and its standard error; NaN where a cell lacks it."""
+    parts_C = _parts(place.weight_C, self._errors(column))
+    return _value(place, self._values(column)), _added(parts_C, column.startswith(_OWN))
+
+  def ratio(self, pairs: Sequence[tuple[Place, Place]], above: str, below: str) -> Estimate:
+    """One value at the first of each pair over another at the second: the geometric mean over pairs, and its interval."""
+    logs, slopes = [], {column: np.zeros(len(self.cells)) for column in (above, below)}
+    for one, other in pairs:
+      for place, column, sign in ((one, above, 1), (other, below, -1)):
+        value = _value(place, self._values(column))
+        slopes[column] += sign * place.weight_C / (value * len(pairs))
+        logs.append(sign * np.log(value) / len(pairs))
+    parts_X = np.concatenate([_parts(slope_C, self._errors(column)) for column, slope_C in slopes.items()])
+    middle = float(np.sum(logs)) if pairs else np.nan
+    reach = float(special.ndtri(TAILS[1])) * _added(parts_X, above == below and above.startswith(_OWN))
+    return Estimate(*np.exp([middle, middle - reach, middle + reach]).tolist())
+
+  def pairs(self, one: str, other: str, column: str) -> list[tuple[Place, Place]]:
+    """Both families, wherever both have a value at the same size and L0."""
+    known = [place for place in self.places if np.isfinite(self.value(place, column)[0])]
+    there = {(place.n, place.l0): place for place in known if place.family == other}
+    return [(p, there[p.n, p.l0]) for p in known if p.family == one and (p.n, p.l0) in there]
+
+  @functools.cached_property
+  def families(self) -> list[str]:
+    """Those with places, the paper's own and the one it is compared with first."""
+    return sorted({place.family for place in self.places}, key=lambda name: (name != OF, name != OVER, name))
+
+  @functools.cached_property
+  def shown(self) -> list[tuple[str, pd.Series]]:
+    """Two cells whose latents are drawn, with their titles: of two families at equal n and L0, or of two sparsities."""
+    two = self.pairs(*self.families[:2], RECALL) if len(self.families) > 1 else []
+    if two:
+      largest = [pair for pair in two if pair[0].n == two[-1][0].n]
+      chosen = [place.weight_C for place in largest[len(largest) // 2]]
+    else:
+      mine = [place for place in self.places if place.family == self.families[0]]
+      ends = [place.weight_C for place in mine if place.n == mine[-1].n]
+      chosen = [ends[0], ends[-1]] if len(ends) > 1 else ends
+    rows = [self.cells.iloc[int(np.argmax(weight_C))] for weight_C in chosen]
+    return [(f'{row["activation"]}, n = {row["n_latents"]:,.0f}, L0 = {row["l0"]:.3g}', row) for row in rows]
+
+  def slope(self, column: str, x: str) -> Estimate:
+    """By what power of n or of L0 a value goes in the paper's own family, the other one held; NaN where cells are few."""
+    rows = self.cells[(self.cells['activation'] == OF) & (self.cells.get(column, np.nan) > 0)]
+    moving = [name for name in ('n_latents', 'l0') if (rows[name].max() / rows[name].min() if len(rows) else 1) > _NEAR]
+    freedom = len(rows) - 1 - len(moving)
+    if x not in moving or freedom < 1:
+      return Estimate(np.nan, np.nan, np.nan)
+    design = np.stack([np.ones(len(rows)), *(np.log(rows[name].to_numpy(float)) for name in moving)], axis=1)
+    y = np.log(rows[column].to_numpy(float))
+    theta = np.linalg.lstsq(design, y, rcond=None)[0]
+    variance = ((y - design @ theta) ** 2).sum() / freedom * np.linalg.inv(design.T @ design).diagonal()
+    at = 1 + moving.index(x)
+    reach = special.stdtrit(freedom, TAILS[1]) * np.sqrt(variance[at])
+    return Estimate(float(theta[at]), float(theta[at] - reach), float(theta[at] + reach))
+
+  def points(self) -> pd.DataFrame:
+    """One row a place, with every value and its error."""
+    names = [name for name in self.cells if name + SE in self.cells]
+    rows = []
+    for place in self.places:
+      said = {'activation': place.family, 'n_latents': int(place.n), 'l0': place.l0, 'reached_l0': place.reached}
+      pairs = {name: self.value(place, name) for name in names}
+      rows.append(
+        said | {key: v for name, pair in pairs.items() for key, v in zip((name, name + SE), pair, strict=True)}
+      )
+    return pd.DataFrame(rows)
+
+  def _values(self, column: str) -> Array:
+    return self.cells.get(column, pd.Series(np.nan, self.cells.index)).to_numpy(float)
+
+  def _errors(self, column: str) -> Array:
+    """Of every cell: as measured or, where that is larger, as seeds of one setting scatter."""
+    value_C = self._values(column)
+    groups = [value_C[at] for at in self.cells.groupby('setting').indices.values() if np.isfinite(value_C[at]).all()]
+    squares = sum(float(((v / v.mean() - 1) ** 2).sum()) for v in groups if len(v) > 1)
+    freedom = sum(len(v) - 1 for v in groups)
+    seeds_C = np.abs(value_C) * (np.sqrt(squares / freedom) if freedom else np.nan)
+    return np.fmax(self._values(column + SE), seeds_C)
+
+
+def find(table: pd.DataFrame) -> Explained:
+  """What a ledger's finished cells say. Raises `UserError` where no latents were explained."""
+  if RECALL not in table or table[RECALL].isna().all():
+    raise UserError(
+      f'no finished cell has {RECALL}; python -m sweeps.measure --ledger=DIR --measures=n2g,simulate,ablation measures it'
+    )
+  cells, _ = family_cells.readable(table[table[RECALL].notna()])
+  cells, _ = family_cells.budget(cells)
+  curves, _ = equal_l0.curves(cells)
+  asked = cells['k'].dropna().unique() if 'k' in cells else []
+  usual = str(cells['activation'].value_counts().index[0])
+  l0s = sorted(asked) if len(asked) else sorted(sparsity.at(cells, {'activation': usual})['l0'].round().unique())
+  places = [
+    Place(family, n, float(l0), *found)
+    for (family, n), (u_S, weight_SC) in curves.items()
+    for l0 in l0s
+    if (found := _at(u_S, weight_SC, float(l0))) is not None
+  ]
+  return Explained(cells, sorted(places, key=lambda p: (p.n, p.l0, p.family != OF, p.family != OVER, p.family)))
+
+
+def _at(u_S: Array, weight_SC: Array, l0: float) -> tuple[float, Array] | None:
+  """The L0 that a family reaches there, and the weights of its cells."""
+  weight_C = equal_l0.weights(u_S, weight_SC, np.log(l0))
+  if weight_C is not None:
+    return l0, weight_C
+  away_S = np.abs(u_S - np.log(l0))
+  nearest = int(np.argmin(away_S))
+  return (float(np.exp(u_S[nearest])), weight_SC[nearest]) if away_S[nearest] <= np.log(_NEAR) else None
+
+
+def scores(ledger: str, cell: str) -> tuple[Array, Array]:
+  """Precision and recall of every explained latent of a cell; NaN where one is undefined.
+
+  Raises `UserError` for arrays that are not there, or not those of its measure.
+  """
+  folder = files.join(ledger, schema.CELLS, cell)
+  counts: dict[str, list[Array]] = {'true_E': [], 'predicted_E': [], 'hits_E': []}
+  try:
+    for unit, record in enumerate(results.records(folder, results.read(folder, cell)['n2g'])):
+      if 'arrays_sha256' in record:
+        data = files.read(results.path(folder, f'n2g.{unit}.safetensors'), results.LARGEST)
+        if hashlib.sha256(data).hexdigest() != record['arrays_sha256']:
+          raise schema.Broken(f'n2g.{unit}.safetensors does not fit its digest')
+        found = safetensors.numpy.load(data)
+        for name, parts in counts.items():
+          parts.append(found[name].astype(float))
+  except (schema.Broken, OSError, KeyError) as error:
+    raise UserError(f'the explained latents of cell {cell} cannot be read ({error}); measure its n2g again') from None
+  true_E, predicted_E, hits_E = (np.concatenate([np.zeros(0), *parts]) for parts in counts.values())
+  with np.errstate(invalid='ignore', divide='ignore'):
+    return hits_E / predicted_E, hits_E / true_E
+
+
+def _value(place: Place, value_C: Array) -> float:
+  return float(_parts(place.weight_C, value_C).sum())
+
+
+def _parts(weight_C: Array, value_C: Array) -> Array:
+  """A cell without weight may lack its value."""
+  return np.where(weight_C == 0, 0.0, weight_C * value_C)
+
+
+def _added(error_X: Array, own: bool) -> float:
+  """The error of a sum of parts with these errors. Those with samples of their own add in squares."""
+  return float(np.sqrt((error_X**2).sum()) if own else np.abs(error_X).sum())

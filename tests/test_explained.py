@@ -1,0 +1,165 @@
+"""Explained latents: planted ratios are found within their errors, verdicts follow from intervals, and figures are drawn."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from analysis import explained, explained_cells, read_ledger
+from analysis.explained_cells import PRECISION, RECALL
+from analysis.figures import explained as figures
+from analysis.figures import style
+from sae_jax.errors import UserError
+from sae_jax.measures.names import VERSIONS
+from tests import cells, planted_ledger, planted_measures
+
+SIZES, KS = (1024, 2048, 4096), (3, 7)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def versions():
+  with pytest.MonkeyPatch.context() as patched:
+    for name in ('n2g', 'simulate', 'ablation'):
+      patched.setitem(VERSIONS, name, 1)
+    yield
+
+
+@pytest.fixture(scope='module')
+def ledger(tmp_path_factory, versions):
+  """Two families, of which topk has twice the recall of relu and 0.9 times its precision."""
+  path = planted_ledger.write(tmp_path_factory.mktemp('two') / 'runs', sizes=SIZES, ks=KS)
+  planted_ledger.write_penalised(path, sizes=SIZES[1:], coefficients=(0.01, 0.03))
+  return planted_measures.explain(path)
+
+
+def found_in(ledger):
+  return explained_cells.find(read_ledger.load_ledger(str(ledger)))
+
+
+@pytest.fixture(scope='module')
+def found(ledger):
+  return found_in(ledger)
+
+
+def test_planted_values_are_read_off_at_equal_l0(found):
+  places = {(p.family, p.n, p.l0): p for p in found.places}
+  assert {key for key in places if key[0] == 'topk'} == {('topk', n, k) for n in SIZES for k in KS}
+  assert ('relu', 2048, 7.0) in places and all(n != 1024 for name, n, _ in places if name == 'relu')
+  for n in SIZES[1:]:
+    for name in ('topk', 'relu'):
+      value, se = found.value(places[name, n, 7.0], RECALL)
+      expected = planted_measures.RECALL[name] * (n / 1024) ** planted_measures.RECALL_N
+      assert 0 < se < 0.05 * expected and abs(value - expected) < 4 * se + 0.01 * expected
+
+
+def test_planted_ratios_lie_in_their_intervals_and_verdicts_follow(found):
+  both = found.pairs('topk', 'relu', RECALL)
+  for column, ratio in ((RECALL, 2.0), (PRECISION, 0.9)):
+    number = found.ratio(both, column, column)
+    assert number.low < ratio < number.high < 1.1 * number.low
+  said = {one.claim: one.verdict for one in explained.verdicts(found)}
+  assert said.pop('precision of topk is more than 0.9 times that of relu') == 'undecided'
+  assert {*said.values()} == {'reproduced'} and len(said) == 8
+
+
+def test_what_does_not_hold_is_not_reproduced(ledger, tmp_path):
+  copy = shutil.copytree(ledger, tmp_path / 'runs')
+  planted_measures.explain(copy, recall={'topk': 0.13}, precision={'topk': 0.5})
+  said = {one.claim: one for one in explained.verdicts(found_in(copy))}
+  for claim in ('recall of topk is more than 1.5', 'precision of topk is more than 0.9', 'F1 of topk is above'):
+    (one,) = (one for name, one in said.items() if name.startswith(claim))
+    assert one.verdict == 'not reproduced' and 'mean over n = 2,048, 4,096' in one.why
+
+
+def test_errors_add_in_squares_over_latents_and_as_they_are_over_windows(found):
+  weight_C = np.zeros(len(found.cells))
+  weight_C[:2] = 0.5
+  between = explained_cells.Place('topk', 1024, 5.0, 5.0, weight_C)
+  for column, norm in ((RECALL, np.hypot), ('simulate/kl', np.add)):
+    one, two = found.cells[f'{column}_se'].to_numpy()[:2] / 2
+    assert found.value(between, column) == pytest.approx((found.cells[column][:2].mean(), norm(one, two)))
+  ratio = found.ratio([(between, between)], RECALL, RECALL)
+  assert ratio == pytest.approx((1, 1, 1))  # of a place with itself nothing is unknown
+
+
+def test_seeds_that_scatter_more_than_latents_make_the_error(ledger, tmp_path):
+  copy = shutil.copytree(ledger, tmp_path / 'runs')
+  c = planted_ledger.cell(2048, 7, 0.1 * 2048**-0.5, **{'train.seed': 1})
+  folder = cells.write(str(copy), c, nmse=0.2, l0=7.0)
+  said = {'recall': (0.9, 0.001), 'precision': (0.7, 0.001), 'f1': (0.5, 0.001)}
+  planted_measures.finished(folder, 'n2g', said, [{'x': 1}])
+  found = found_in(copy)
+  (place,) = (p for p in found.places if (p.family, p.n, p.l0) == ('topk', 2048, 7.0))
+  twice = found.cells[RECALL][place.weight_C > 0].to_numpy()
+  value, se = found.value(place, RECALL)
+  assert len(twice) == 2 and value == pytest.approx(twice.mean())
+  assert se == pytest.approx(np.std(twice, ddof=1) / twice.mean() * np.hypot(*twice) / 2)
+
+
+def test_a_single_cell_near_an_l0_stands_for_it_and_its_own_l0_is_shown(ledger, tmp_path):
+  copy = shutil.copytree(ledger, tmp_path / 'runs')
+  relu = found_in(copy).cells.query('activation == "relu"')
+  near = relu.iloc[(np.log(relu['l0'] / 7)).abs().argsort()[:1]]
+  for cell in set(relu['id']) - set(near['id']):
+    shutil.rmtree(copy / 'cells' / cell)
+  found = found_in(copy)
+  (place,) = (p for p in found.places if p.family == 'relu')
+  assert place.l0 == 7 and place.reached == pytest.approx(near['l0'].item()) and place.weight_C.max() == 1
+  main = explained.tables(found)[1]
+  assert [row[2] for row in main.rows if row[0] == 'relu'] == [f'{place.reached:.3g}']
+  assert next(row[:3] for row in explained.tables(found)[2].rows) == ['topk', f'{place.n:,.0f}', '7']
+
+
+def test_command_draws_and_writes_everything(ledger, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(style, 'saved', lambda fig: {'png': b'x', 'pdf': b'y'})  # rendering takes most of the time
+  with pytest.raises(SystemExit) as code:
+    explained.main([f'--ledger={ledger}', f'--out={tmp_path}'])
+  assert code.value.code == 0
+  assert 'recall of topk is more than 1.5 times that of relu (Figure 24): reproduced' in capsys.readouterr().out
+  drawn = {f'{name}.{kind}' for name in ('latents', 'by_n', 'by_l0') for kind in ('png', 'pdf')}
+  assert {p.name for p in tmp_path.iterdir()} == drawn | {'tables.md', 'points.csv'}
+  text = (tmp_path / 'tables.md').read_text()
+  assert (
+    'nan' not in text and text.count('###') == 6 and '| topk in the paper |  |  | about 0.9 | more than 1.5 |' in text
+  )
+  assert len((tmp_path / 'points.csv').read_text().splitlines()) == 1 + len(found_in(ledger).places)
+
+
+def test_latents_of_both_families_are_drawn_with_their_means(found, ledger):
+  (title, row), (other, _) = found.shown
+  assert title.startswith('topk, n = 4,096') and other.startswith('relu, n = 4,096')
+  precision_E, recall_E = explained_cells.scores(ledger, row['id'])
+  assert np.nanmean(precision_E) == pytest.approx(row[PRECISION]) and np.nanmean(recall_E) == pytest.approx(row[RECALL])
+  shown = [('a', np.array([0.1, 0.9, np.nan, 0.2]), np.array([0.8, 0.9, 0.0, 0.2]))]
+  left, means = figures.latents(found, shown).axes
+  assert left.get_title() == 'a\n3 of 4 latents are ever predicted' and left.texts[0].get_text().endswith(
+    'precision:\n25 %'
+  )
+  assert [text.get_text() for text in means.get_yticklabels()] == ['topk', 'relu']
+
+
+def test_one_family_is_drawn_by_its_sparsities(ledger, tmp_path):
+  copy = shutil.copytree(ledger, tmp_path / 'runs')
+  for cell in found_in(copy).cells.query('activation == "relu"')['id']:
+    shutil.rmtree(copy / 'cells' / cell)
+  found = found_in(copy)
+  assert [title for title, _ in found.shown] == ['topk, n = 4,096, L0 = 3', 'topk, n = 4,096, L0 = 7']
+  drawn = figures.drawn(found, str(copy))
+  assert {*drawn} == {'latents', 'by_n', 'by_l0'}
+  assert [t.get_text() for t in drawn['by_n'].legends[0].get_texts()][:2] == ['L0 = 3', 'L0 = 7']
+  said = {one.claim: one for one in explained.verdicts(found)}
+  assert said['F1 of topk is above that of relu'].verdict == 'undecided'
+  assert 'no n and L0 has cells of topk and relu: not known' in said['F1 of topk is above that of relu'].why
+
+
+def test_arrays_of_another_digest_and_ledgers_without_explanations_are_refused(ledger, tmp_path, capsys):
+  copy = shutil.copytree(ledger, tmp_path / 'runs')
+  cell = found_in(copy).shown[0][1]['id']
+  (copy / 'cells' / cell / 'measures' / 'n2g.2.safetensors').write_bytes(b'x')
+  with pytest.raises(UserError, match=r'n2g\.2\.safetensors does not fit its digest\); measure its n2g again'):
+    explained_cells.scores(str(copy), cell)
+  for folder in copy.glob('cells/*/measures'):
+    shutil.rmtree(folder)
+  with pytest.raises(SystemExit) as code:
+    explained.main([f'--ledger={copy}', f'--out={tmp_path / "out"}'])
+  assert code.value.code == 2 and '--measures=n2g,simulate,ablation' in capsys.readouterr().err
