@@ -62,21 +62,25 @@ class Explained:
 
   def value(self, place: Place, column: str) -> tuple[float, float]:
     """A value and its standard error; NaN where a cell lacks it."""
-    parts_C = _parts(place.weight_C, self._errors(column))
-    return _value(place, self._values(column)), _added(parts_C, column.startswith(_OWN))
+    value = float(_parts(place.weight_C, self._values(column)).sum())
+    return value, self._error(place.weight_C, column)
 
-  def ratio(self, pairs: Sequence[tuple[Place, Place]], above: str, below: str) -> Estimate:
-    """One value at the first of each pair over another at the second: the geometric mean over pairs, and its interval."""
-    logs, slopes = [], {column: np.zeros(len(self.cells)) for column in (above, below)}
-    for one, other in pairs:
-      for place, column, sign in ((one, above, 1), (other, below, -1)):
-        value = _value(place, self._values(column))
-        slopes[column] += sign * place.weight_C / (value * len(pairs))
+  def mean(self, places: Sequence[Place], column: str) -> Estimate:
+    """The mean of a value over places, and its interval."""
+    weight_C = sum((place.weight_C for place in places), np.zeros(len(self.cells))) / max(len(places), 1)
+    middle = float(_parts(weight_C, self._values(column)).sum()) if places else np.nan
+    return Estimate(middle, *(middle + self._reach(weight_C, column)).tolist())
+
+  def ratio(self, pairs: Sequence[tuple[Place, Place]], column: str) -> Estimate:
+    """A value at the first of each pair over that at the second: the geometric mean over pairs, and its interval."""
+    logs, slope_C = [], np.zeros(len(self.cells))
+    for pair in pairs:
+      for place, sign in zip(pair, (1, -1), strict=True):
+        value = self.value(place, column)[0]
+        slope_C += sign * place.weight_C / (value * len(pairs))
         logs.append(sign * np.log(value) / len(pairs))
-    parts_X = np.concatenate([_parts(slope_C, self._errors(column)) for column, slope_C in slopes.items()])
     middle = float(np.sum(logs)) if pairs else np.nan
-    reach = float(special.ndtri(TAILS[1])) * _added(parts_X, above == below and above.startswith(_OWN))
-    return Estimate(*np.exp([middle, middle - reach, middle + reach]).tolist())
+    return Estimate(float(np.exp(middle)), *np.exp(middle + self._reach(slope_C, column)).tolist())
 
   def pairs(self, one: str, other: str, column: str) -> list[tuple[Place, Place]]:
     """Both families, wherever both have a value at the same size and L0."""
@@ -129,6 +133,15 @@ class Explained:
         said | {key: v for name, pair in pairs.items() for key, v in zip((name, name + SE), pair, strict=True)}
       )
     return pd.DataFrame(rows)
+
+  def _error(self, weight_C: Array, column: str) -> float:
+    """Of a weighted sum of cells."""
+    error_C = np.abs(_parts(weight_C, self._errors(column)))
+    return float(np.sqrt((error_C**2).sum()) if column.startswith(_OWN) else error_C.sum())
+
+  def _reach(self, weight_C: Array, column: str) -> Array:
+    """The ends of the interval of a weighted sum, from its middle."""
+    return special.ndtri(TAILS) * self._error(weight_C, column)
 
   def _values(self, column: str) -> Array:
     return self.cells.get(column, pd.Series(np.nan, self.cells.index)).to_numpy(float)
@@ -197,15 +210,6 @@ def scores(ledger: str, cell: str) -> tuple[Array, Array]:
     return hits_E / predicted_E, hits_E / true_E
 
 
-def _value(place: Place, value_C: Array) -> float:
-  return float(_parts(place.weight_C, value_C).sum())
-
-
 def _parts(weight_C: Array, value_C: Array) -> Array:
   """A cell without weight may lack its value."""
   return np.where(weight_C == 0, 0.0, weight_C * value_C)
-
-
-def _added(error_X: Array, own: bool) -> float:
-  """The error of a sum of parts with these errors. Those with samples of their own add in squares."""
-  return float(np.sqrt((error_X**2).sum()) if own else np.abs(error_X).sum())

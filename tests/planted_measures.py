@@ -69,10 +69,16 @@ def explain(ledger, latents=300, units=3, precision=None, recall=None):
     _explained(str(path.parent), of, units)
     simulated = SIMULATED * size**-0.1 * sparse**0.2
     for name, said in (
-      ('simulate', {'kl': simulated, 'true_kl': simulated / 3, 'bigram_kl': BIGRAM}),
-      ('ablation', {'latent_once': LATENT, 'channel_once': CHANNEL}),
+      (
+        'simulate',
+        {'kl': simulated, 'true_kl': simulated / 3, 'bigram_kl': BIGRAM, 'kl_over_bigram': simulated - BIGRAM},
+      ),
+      (
+        'ablation',
+        {'latent_once': LATENT, 'latent_over_channel_once': LATENT / CHANNEL, 'latent_over_channel_all': 1.0},
+      ),
     ):
-      finished(str(path.parent), name, {key: (value, 0.02 * value) for key, value in said.items()}, [{'x': 1}])
+      finished(str(path.parent), name, {key: (value, abs(0.02 * value)) for key, value in said.items()}, [{'x': 1}])
   return str(ledger)
 
 
