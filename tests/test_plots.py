@@ -258,3 +258,10 @@ def test_a_joint_law_that_is_not_determined_keeps_its_points_apart():
   low, high = ax.get_ylim()
   lines = np.concatenate([line.get_ydata() for line in ax.lines])
   assert lines.min() / 3.1 < low < lines.min() and lines.max() < high < 3.1 * lines.max()
+
+
+def test_points_of_a_single_size_are_drawn_beside_that_size():
+  _, (ax,) = style.axes(1)
+  ax.plot([1024.0, 1024.0], [0.1, 0.2], 'o')
+  style.ticks(ax, 'n_latents', [1024.0, 1024.0])
+  assert ax.get_xlim() == (512, 2048) and ax.get_xticks().tolist() == [1024]

@@ -144,10 +144,12 @@ def ticks(ax: Axes, x: str = '', sizes: Sequence[float] | Array = (), *, narrow:
   """Round numbers on both axes; on an axis of sizes, those that were trained and their continuation."""
   _round_ticks(ax.yaxis, *ax.get_ylim(), most=200)
   known = np.unique(np.asarray(sizes, float))
-  if x not in ('n_latents', 'k') or not 1 < len(known) <= 24:
+  if x not in ('n_latents', 'k') or not 0 < len(known) <= 24:
     _round_ticks(ax.xaxis, *ax.get_xlim(), most=40 if narrow else 120)
     return
-  ratio = known[-1] / known[-2]
+  if len(known) == 1:  # points above each other: of their own, limits have no width, and the axes vanish
+    ax.set_xlim(known[0] / 2, known[0] * 2)
+  ratio = known[-1] / known[-2] if len(known) > 1 else np.inf
   further = known[-1] * ratio ** np.arange(1, 1 + math.floor(np.log(ax.get_xlim()[1] / known[-1]) / np.log(ratio)))
   shown = np.concatenate([known, further])
   letters = sum(len(f'{value:.10g}') for value in shown)
