@@ -36,6 +36,7 @@ _SHOWN = {
   'progressive': ('nmse_at_8', 'nmse_at_32', 'threshold_nmse_at_32'),
   'n2g': ('recall', 'precision', 'f1'),
   'simulate': ('kl', 'delta_ce'),
+  'ablation': ('latent_once', 'latent_all', 'latent_over_channel_all'),
 }
 _MOST = 3
 _BOUNDED = ('share', 'cosine', 'ratio', 'log10')  # begin the units of what has an end, so that no power law goes on

@@ -39,6 +39,8 @@ def by_name(name: str, given: Given = Given()) -> 'Measure':
       from sae_jax.measures.progressive import Progressive as made
     case 'refine':
       from sae_jax.measures.refine import Refine as made
+    case 'ablation':
+      from sae_jax.measures.ablation import Ablation as made
     case 'probes':
       from sae_jax.measures.probes import Probes
 

@@ -12,6 +12,7 @@ VERSIONS = {
   'probes': 1,
   'n2g': 1,
   'simulate': 1,
+  'ablation': 1,
 }
 # What is measured where none is named. The others take hours for a ledger.
 USUAL = ('reconstruction', 'latents', 'progressive', 'refine', 'downstream', 'probes')
