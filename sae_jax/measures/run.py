@@ -4,9 +4,10 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from sae_jax import artifact, cell_state, config, files, form, lease, product, schema
@@ -136,6 +137,35 @@ def run(
       held.check(fresh=True)
     results.write(of.folder, of.id, _read(of) | {measure.NAME: results.Result(this, values)})
   return True
+
+
+class Finished(NamedTuple):
+  """A measure that was taken: its units in order, and a digest of all that decides them."""
+
+  units: list[Unit]
+  digest: str
+
+
+def finished(of: Target, name: str, inputs: Inputs) -> Finished | None:
+  """What a measure found; None where it was not taken.
+
+  Raises `UserError` for what is of another autoencoder, another version or other inputs, and for broken files.
+  """
+  if (result := _read(of).get(name)) is None:
+    return None
+  again = f'python -m sae_jax.measure --cell={cell_state.printable(of.folder)} --measures={name}'
+  why = result.stale(of.tensors)
+  if not why and result.key.inputs != inputs.identity:
+    why = 'of other windows; give --windows and --train_windows as they were'
+  if why:
+    raise UserError(f'{name} of {of.id} is {why}; or take it again: {again}')
+  try:
+    records = results.records(of.folder, result)
+    return Finished([Unit(record, _arrays(of, name, i, record)) for i, record in enumerate(records)], result.key.digest)
+  except (schema.Broken, OSError, safetensors.SafetensorError) as error:
+    raise UserError(
+      f'{name} of {of.id} cannot be believed ({cell_state.printable(str(error))[:120]}); delete measures.json and take it again: {again}'
+    ) from None
 
 
 def inputs_of(of: Target, scope: Scope, folder: str) -> Inputs:
