@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import files, subjects
+from sae_jax import files, pages, subjects
+from sae_jax.latent_pages import contexts, effects, graph, words, write
 from sae_jax.measures import names, results, run
 from sae_jax.measures.latents import Latents
-from sae_jax.pages import __main__ as pages
-from sae_jax.pages import contexts, effects, graph, words, write
 from sae_jax.subjects import text
 from tests import judging, measured
 from tests.test_harvest import toy_subject, toy_text

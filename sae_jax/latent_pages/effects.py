@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sae_jax.latent_pages.contexts import Places
 from sae_jax.measures.inputs import BLOCK_WINDOWS, Inputs
 from sae_jax.measures.measure import Judged
-from sae_jax.pages.contexts import Places
 from sae_jax.subjects.site import parse
 
 MOST = 10  # tokens each way
@@ -112,7 +112,8 @@ def ablated(
       x_RD = np.concatenate([x_TD[at_P], x_TD[at_P][clean_R] - written_RD])
       found_RV = run(cache, x_RD, np.concatenate([at_P, at_P[clean_R]]))
       clean_PV, without_RV = found_RV[: len(at_P)], found_RV[len(at_P) :]
-      np.add.at(change_GV, row_F[some.latent_R[rows]], clean_PV[clean_R] - without_RV)
+      for i, r in enumerate(rows.tolist()):
+        change_GV[row_F[some.latent_R[r]]] += clean_PV[clean_R[i]] - without_RV[i]
       done += len(rows)
       update(done)
   change_GV /= np.maximum(np.bincount(row_F[some.latent_R], minlength=len(latents)), 1)[:, None]

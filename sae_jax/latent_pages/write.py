@@ -14,11 +14,11 @@ import numpy as np
 
 from sae_jax import files, schema
 from sae_jax.errors import UserError
+from sae_jax.latent_pages import contexts, effects, graph
+from sae_jax.latent_pages.words import Words
 from sae_jax.measure import Shown
 from sae_jax.measures import run
 from sae_jax.measures.inputs import Inputs
-from sae_jax.pages import contexts, effects, graph
-from sae_jax.pages.words import Words
 
 _VERSION = 1  # of the pages; a page of another is written again
 _NUMBERS = 2**28  # logits that are gathered at once
@@ -121,7 +121,7 @@ class Site:
           latent,
           lists=lists,
           contexts=[
-            {'title': f'{kind.capitalize()} contexts', 'rows': self._contexts(text[kind][1], text[kind][0][g])}
+            {'title': f'{kind.capitalize()} contexts', 'rows': self._contexts(latent, text[kind][1], text[kind][0][g])}
             for kind in contexts.KINDS
           ],
           nearest=[
@@ -157,10 +157,10 @@ class Site:
       for side, ids_N, values_N in sides
     ]
 
-  def _contexts(self, some: contexts.Contexts, rows: range) -> list[dict[str, Any]]:
+  def _contexts(self, latent: int, some: contexts.Contexts, rows: range) -> list[dict[str, Any]]:
     """Contexts as runs of text: each has a level of shade from 0 to 5, a value, and whether it is the token itself."""
     shown = []
-    top = max((float(some.value_RW[r, contexts.MIDDLE]) for r in rows), default=1.0)
+    top = float(self._arrays['max'][latent])
     for r in rows:
       runs: list[dict[str, Any]] = []
 

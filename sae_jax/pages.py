@@ -14,10 +14,10 @@ import numpy as np
 
 from sae_jax import flags
 from sae_jax.errors import UserError, one_line_errors
+from sae_jax.latent_pages import write
 from sae_jax.measure import Shown
 from sae_jax.measures import run
 from sae_jax.measures.inputs import Scope
-from sae_jax.pages import write
 
 
 def chosen(text: str, n_latents: int) -> np.ndarray:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_jax.latent_pages.words import Words
 from sae_jax.measures.measure import Unit
-from sae_jax.pages.words import Words
 
 ANY, START = -1, -2
 _LEAVES = 24  # of a picture
