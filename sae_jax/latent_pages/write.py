@@ -19,6 +19,7 @@ from sae_jax.latent_pages.words import Words
 from sae_jax.measure import Shown
 from sae_jax.measures import run
 from sae_jax.measures.inputs import Inputs
+from sae_jax.measures.measure import Judged
 
 _VERSION = 1  # of the pages; a page of another is written again
 _NUMBERS = 2**28  # logits that are gathered at once
@@ -92,48 +93,48 @@ class Site:
     """Writes the pages that are missing, then the list; the bytes of the folder."""
     judged = run.judged(self._of)
     direct = effects.direct(judged, self._inputs, self._latents)
-    row = {latent: i for i, latent in enumerate(self._latents.tolist())}
     missing = self.missing()
     at_once = max(1, _NUMBERS // self._inputs.subject.arch.vocabulary)
     for first in range(0, len(missing), at_once):
-      some = missing[first : first + at_once]
-      text = {}
-      for kind in contexts.KINDS:
-        places = contexts.places(self._arrays, kind, some, self._arrays[f'{kind}_value'].shape[1])
-        around = contexts.around(places, judged, self._inputs)
-        ends = np.searchsorted(places.latent_R, some, side='right')
-        starts = np.searchsorted(places.latent_R, some)
-        text[kind] = [range(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)], around
-      ablated = None
-      if self._ablate:
-        places = contexts.places(self._arrays, 'top', some, self._ablate)
-        progress.restart(f'{self._of.id} ablation', max(1, len(places.latent_R)))
-        ablated = effects.ablated(
-          places, judged, self._inputs, some, lambda done: progress.update(done, 'latents taken away')
-        )
-      nearest_GN, cosine_GN = nearest(np.asarray(judged.params['w_dec_FD']), some)
-      progress.restart(f'{self._of.id} pages', len(some))
-      for g, latent in enumerate(some.tolist()):
-        lists = [('By its decoder row', None if direct is None else self._effect(direct, row[latent]))]
-        if ablated is not None and len(text['top'][0][g]):
-          lists.append(('Measured, by taking it away', self._effect(ablated, g)))
-        page = self._page(
-          latent,
-          lists=lists,
-          contexts=[
-            {'title': f'{kind.capitalize()} contexts', 'rows': self._contexts(latent, text[kind][1], text[kind][0][g])}
-            for kind in contexts.KINDS
-          ],
-          nearest=[
-            {'latent': int(f), 'cosine': f'{c:.2f}', 'link': self._link(int(f)) if int(f) in row else ''}
-            for f, c in zip(nearest_GN[g], cosine_GN[g], strict=True)
-          ],
-        )
-        files.write_output(self._path(latent), page.encode(), '--out')
-        progress.update(g + 1, 'pages written')
-    index = self._index(direct).encode()
-    files.write_output(files.join(self._out, 'index.html'), index, '--out')
+      self._write_some(missing[first : first + at_once], judged, direct, progress)
+    files.write_output(files.join(self._out, 'index.html'), self._index(direct).encode(), '--out')
     return files.size(self._out)
+
+  def _write_some(self, some: np.ndarray, judged: Judged, direct: effects.Effects | None, progress: Shown) -> None:
+    """The pages of some latents, for which logits are in memory at once."""
+    text = {}
+    for kind in contexts.KINDS:
+      places = contexts.places(self._arrays, kind, some, self._arrays[f'{kind}_value'].shape[1])
+      first_G, last_G = (np.searchsorted(places.latent_R, some, side=side).tolist() for side in ('left', 'right'))
+      text[kind] = contexts.around(places, judged, self._inputs), list(map(range, first_G, last_G))
+    ablated = None
+    if self._ablate:
+      places = contexts.places(self._arrays, 'top', some, self._ablate)
+      progress.restart(f'{self._of.id} ablation', max(1, len(places.latent_R)))
+      ablated = effects.ablated(
+        places, judged, self._inputs, some, lambda done: progress.update(done, 'latents taken away')
+      )
+    nearest_GN, cosine_GN = nearest(np.asarray(judged.params['w_dec_FD']), some)
+    progress.restart(f'{self._of.id} pages', len(some))
+    for g, latent in enumerate(some.tolist()):
+      row = int(np.searchsorted(self._latents, latent))
+      lists = [('By its decoder row', None if direct is None else self._effect(direct, row))]
+      if ablated is not None and text['top'][1][g]:
+        lists.append(('Measured, by taking it away', self._effect(ablated, g)))
+      page = self._page(
+        latent,
+        lists=lists,
+        contexts=[
+          {'title': f'{kind.capitalize()} contexts', 'rows': self._contexts(latent, around, rows_G[g])}
+          for kind, (around, rows_G) in text.items()
+        ],
+        nearest=[
+          {'latent': f, 'cosine': f'{c:.2f}', 'link': self._link(f) if f in self._latents else ''}
+          for f, c in zip(nearest_GN[g].tolist(), cosine_GN[g], strict=True)
+        ],
+      )
+      files.write_output(self._path(latent), page.encode(), '--out')
+      progress.update(g + 1, 'pages written')
 
   def _link(self, latent: int) -> str:
     return self._name(latent).rpartition('/')[2]
