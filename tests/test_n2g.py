@@ -1,11 +1,16 @@
 """Explanations by tokens: the bank against the model itself, tries against the algorithm spelled out, planted latents."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 
-from sae_jax.measures import explain, explained, n2g, original, tries
-from sae_jax.measures.bank import Asked, Bank
-from sae_jax.measures.measure import Judged
+from sae_jax.errors import UserError
+from sae_jax.measures import by_latent, explain, explained, n2g, original, simulate, tries
+from sae_jax.measures.bank import EXAMPLES, Asked, Bank, rank
+from sae_jax.measures.bigram import bigram
+from sae_jax.measures.measure import Judged, Unit
 from tests import measured
 from tests.test_harvest import toy  # noqa: F401
 
@@ -209,3 +214,151 @@ def test_the_original_graph_merges_what_follows_under_any_token():
   deep.insert([3], 0.4)
   deep.insert([3, 2], 0.9)
   assert original.active(deep, text([2, 3], [1, 3])).tolist() == [1]
+
+
+def test_a_bank_is_filled_by_parts_and_grows_without_changing(shared, judged, tmp_path):
+  """Tokens that are added later leave the others as they are, bit for bit, whatever they are kept beside."""
+  apart = Bank(measured.inputs(tmp_path / 'apart'), ASKED)
+  place_N = np.unique(apart.examples(judged).place_EX)
+  latent_N = np.full(len(place_N), apart.examples(judged).latent_E[0])
+  for some in (place_N[::3], place_N[1::2], place_N):
+    apart.extend(some)
+  for part in (1, 0):
+    apart.fill(place_N, part, 2)
+  together = Bank(shared, ASKED)
+  together.extend(place_N)
+  found = [bank.activations(judged, place_N, latent_N) for bank in (apart, together)]
+  np.testing.assert_array_equal(*found)
+  assert found[0].any()
+
+
+def test_a_bank_of_another_text_subject_or_cap_is_another(shared, monkeypatch):
+  names = {Bank(shared, ASKED).identity}
+  names.add(Bank(shared, dataclasses.replace(ASKED, suffix=3)).identity)
+  names.add(Bank(shared, dataclasses.replace(ASKED, windows=20)).identity)
+  names.add(Bank(shared, dataclasses.replace(ASKED, pad='q')).identity)
+  monkeypatch.setitem(shared.subject.provenance, 'subject_sha256', 'other')
+  names.add(Bank(shared, ASKED).identity)
+  assert len(names) == 5
+
+
+def test_a_bank_that_was_changed_is_refused(shared, tmp_path):
+  bank = Bank(shared, ASKED)
+  bank.extend(np.array([9, 10, 11]))
+  (plan,) = tmp_path.rglob('plans/000.json')
+  plan.write_bytes(plan.read_bytes().replace(b'11', b'12'))
+  with pytest.raises(UserError, match='delete the folder of this bank'):
+    bank.extend(np.array([9]))
+
+
+def test_a_pad_that_is_not_one_token_is_refused(shared):
+  for pad in ('ab', ''):
+    with pytest.raises(UserError, match=r'--pad'):
+      Bank(shared, dataclasses.replace(ASKED, pad=pad))
+
+
+def test_examples_are_where_a_latent_is_active_and_those_that_come_first(shared, judged):
+  bank = Bank(shared, ASKED)
+  examples = bank.examples(judged)
+  assert (np.diff(examples.firings_E) <= 0).all() and (examples.firings_E >= EXAMPLES).all()
+  for e, latent in enumerate(examples.latent_E[:3]):
+    fires = {
+      window * shared.window_tokens + position: value
+      for window in range(len(bank.windows))
+      for position in range(1, shared.window_tokens)
+      if (value := direct(shared, judged, bank.windows.ids_WT[window, 1 : position + 1].tolist())[latent]) > 0
+    }
+    assert len(fires) == examples.firings_E[e]
+    first = sorted(fires, key=lambda place: rank(np.array([place]))[0])[:EXAMPLES]
+    assert examples.place_EX[e].tolist() == first
+    np.testing.assert_allclose(examples.value_EX[e], [fires[place] for place in first], rtol=1e-3)
+    np.testing.assert_allclose(examples.max_E[e], max(fires.values()), rtol=1e-3)
+    seen = {int(bank.windows.ids_WT[divmod(place, shared.window_tokens)]) for place in fires}
+    assert set(examples.seen(e).tolist()) == seen
+
+
+def measure(one, judged: Judged, shared) -> tuple[list[Unit], dict]:
+  units = [one.run(unit, judged, shared) for unit in range(one.units(shared))]
+  return units, {name: value.value for name, value in one.values(units).items()}
+
+
+def test_scores_are_those_of_counting_token_by_token(shared, judged):
+  settings = {'windows': ASKED.windows, 'suffix': ASKED.suffix, 'firings': ASKED.firings}
+  units, found = measure(n2g.N2G(**settings), judged, shared)
+  shares = [unit for unit in units if unit.arrays]
+  tables = [tries.Table(*(unit.arrays[name] for name in tries.Table._fields)) for unit in shares]
+  made = [trie for table in tables for trie in tries.read(table)]
+  latents = np.concatenate([unit.arrays['latent_E'] for unit in shares])
+  ids = np.concatenate([shared.block('held_out', i).windows.ids_WT for i in range(shared.blocks('held_out'))])
+  recalls, precisions = [], []
+  for latent, trie in zip(latents, made, strict=True):
+    true = [
+      direct(shared, judged, row[1 : position + 1].tolist())[latent] > 0
+      for row in ids
+      for position in range(1, len(row))
+    ]
+    said = np.array(says(trie, text(*ids[:, 1:].tolist()))) > 0
+    hits = (said & np.array(true)).sum()
+    recalls += [hits / sum(true)] if any(true) else []
+    precisions += [hits / said.sum()] if said.any() else []
+  assert found['recall'] == pytest.approx(np.mean(recalls))
+  assert found['precision'] == pytest.approx(np.mean(precisions))
+  assert found['eligible'] == len(latents) / measured.F and 0 < found['recall'] < 1
+  assert found['token_max_recall'] >= found['last_token_recall'] > 0
+  # The other rule gives other tries, and values of their own.
+  original_units, other = measure(n2g.N2G(**settings, rule='original'), judged, shared)
+  assert other['recall'] != found['recall'] and original_units[-1].record['tokens'] == shares[-1].record['tokens']
+
+
+def test_an_autoencoder_with_nothing_to_explain_has_no_scores(shared, judged):
+  _, found = measure(n2g.N2G(windows=24, suffix=4, firings=1000), judged, shared)
+  assert found == {'eligible': 0.0}
+  _, found = measure(simulate.Simulate(windows=24, suffix=4, firings=1000), judged, shared)
+  assert found['kl'] > found['true_kl'] > 0
+
+
+def test_latents_simulated_by_their_own_values_are_exact(shared, judged, monkeypatch):
+  def own(self, judged, inputs):
+    codes = by_latent.codes('held_out', judged, inputs)
+    latent_A = np.repeat(np.arange(judged.form.size.n_latents), np.diff(codes.first_F1))
+    order_A = np.argsort(codes.where_A, kind='stable')
+    columns = {'token_A': codes.where_A, 'latent_A': latent_A, 'value_A': codes.value_A}
+    return {name: a_A[order_A] for name, a_A in columns.items()}
+
+  monkeypatch.setattr(simulate.Simulate, '_simulate', own)
+  _, found = measure(simulate.Simulate(windows=24, suffix=4, firings=16, bigram_windows=9), judged, shared)
+  assert found['kl'] == pytest.approx(found['true_kl'], rel=1e-4) and found['true_kl'] > 0.01
+  assert found['ce_over_true'] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_scale_of_simulated_values_is_the_best_in_least_squares():
+  where_A, said_A = np.array([1, 4, 6]), np.array([1.0, 2.0, 1.0], np.float32)
+  true_A, value_A = np.array([0, 4, 6]), np.array([9.0, 3.0, 1.0], np.float32)
+  said, true = np.zeros(8), np.zeros(8)
+  said[where_A], true[true_A] = said_A, value_A
+  best = np.linalg.lstsq(said[:, None], true, rcond=None)[0][0]
+  assert simulate.scale(where_A, said_A, true_A, value_A) == pytest.approx(best)
+  assert simulate.scale(where_A, said_A, where_A, said_A) == 1.0
+  assert simulate.scale(np.zeros(0, int), np.zeros(0, np.float32), true_A, value_A) == 1.0
+
+
+def test_a_bigram_model_equals_one_spelled_out(shared):
+  windows = 9
+  pairs = [(int(a), int(b)) for row in shared.text_windows.ids_WT[:windows] for a, b in itertools.pairwise(row[1:])]
+  single = np.bincount(shared.text_windows.ids_WT[:windows, 1:].reshape(-1), minlength=27) + 1.0
+  single /= single.sum()
+  block = shared.block('held_out', 0)
+  found = bigram(0, shared, windows)
+  logits_WTV = np.asarray(shared.subject.logits(block.windows.ids_WT), np.float64)
+  clean_WTV = np.exp(logits_WTV - logits_WTV.max(-1, keepdims=True))
+  clean_WTV /= clean_WTV.sum(-1, keepdims=True)
+  for w, row in enumerate(block.windows.ids_WT):
+    for t in range(len(row) - 1):
+      after = [b for a, b in pairs if a == row[t]]
+      counts = np.bincount(after, minlength=27)
+      kinds = (counts > 0).sum()
+      p_V = (counts + kinds * single) / (len(after) + kinds) if after else single
+      assert p_V.sum() == pytest.approx(1)
+      assert found['ce_WT'][w, t] == pytest.approx(-np.log(p_V[row[t + 1]]), rel=1e-4)
+      kl = (clean_WTV[w, t] * np.log(clean_WTV[w, t] / p_V)).sum()
+      assert found['kl_WT'][w, t] == pytest.approx(kl, rel=1e-3, abs=1e-5)
