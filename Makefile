@@ -15,7 +15,7 @@ CALIBRATION := runs/calibration
 export RUNS ?= runs/activations
 ACTIVATIONS := analysis/data/smollm2_activations.csv
 
-.PHONY: install demo measures calibrate activations activations-runs test test-tpu test-slurm test-chaos chaos lint
+.PHONY: install demo measures n2g n2g-activations calibrate activations activations-runs test test-tpu test-slurm test-chaos chaos lint
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,17 @@ demo: install $(VENV)/.subject-$(SUBJECT)
 measures: install $(VENV)/.subject-$(SUBJECT)
 	$(BIN)/python -m sweeps.measure --ledger=$(RUN)/ledger
 	$(BIN)/python -m analysis.report --ledger=$(RUN)/ledger --out=$(RUN)/report
+
+# Explains every latent of the demo's cells, and compares; started again, it goes on.
+N2G := n2g,simulate,ablation
+n2g: install $(VENV)/.subject-$(SUBJECT)
+	$(BIN)/python -m sweeps.measure --ledger=$(RUN)/ledger --measures=$(N2G)
+	$(BIN)/python -m analysis.explained --ledger=$(RUN)/ledger --out=$(RUN)/explained
+
+# The same for the families of make activations-runs, at one size: hours.
+n2g-activations: install
+	$(BIN)/python -m sweeps.measure --ledger=$(RUNS)/ledger --measures=$(N2G) --where=sae.n_latents=1024,train.tokens=520192
+	$(BIN)/python -m analysis.explained --ledger=$(RUNS)/ledger --out=$(RUNS)/explained
 
 # Predicts 12 autoencoders from 16 smaller ones, then trains them and counts how many fell inside their band.
 calibrate: install

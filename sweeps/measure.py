@@ -7,7 +7,8 @@ already is not measured again, and a worker that was killed loses at most the un
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -31,10 +32,19 @@ class Measuring:
     scope: how much text.
     weights: 'raw', 'ema', or None for the better ones.
     only: ids of cells; all finished ones when empty.
+    where: values of their config, such as {'sae.n_latents': '1024'}: cells with others are left out.
+
+  Raises `UserError` for unknown ids, and where no cell has these values.
   """
 
   def __init__(
-    self, store: ledger.Ledger, wanted: list[Measure], scope: Scope, weights: str | None, only: Sequence[str] = ()
+    self,
+    store: ledger.Ledger,
+    wanted: list[Measure],
+    scope: Scope,
+    weights: str | None,
+    only: Sequence[str] = (),
+    where: Mapping[str, str] = types.MappingProxyType({}),
   ):
     store.check_known(only)
     self.wanted, self.scope, self.refused = wanted, scope, dict[str, str]()
@@ -52,6 +62,10 @@ class Measuring:
       elif only or state.state not in schema.UNFINISHED:
         reason = f' ({state.reason})' if state.reason else ''
         self.refused[state.entry.id] = f'it is {state.state}{reason}; measures need a finished cell'
+    targets = [of for of in targets if all(_value(of, key) == value for key, value in where.items())]
+    if where and not targets:
+      asked = ','.join(f'{key}={value}' for key, value in where.items())
+      raise UserError(f'--where={asked} leaves no finished cell; keys and values are those of config.json')
     # Cells that share their inputs in a row: one subject is in memory at a time.
     self.targets = sorted(targets, key=lambda of: (repr(run.group(of, scope)), of.id))
 
@@ -133,6 +147,13 @@ def preview(measuring: Measuring) -> list[str]:
   return lines or [f'nothing to measure: {len(measuring.targets)} cells are done']
 
 
+def _value(of: run.Target, key: str) -> str | None:
+  """A value of a cell's config as it is written on a command line; None where there is none."""
+  section, _, name = key.partition('.')
+  value = getattr(getattr(of.config, section, None), name, None)
+  return None if value is None else str(value)
+
+
 def _flops_per_s() -> float:
   """Of a matrix product on this machine."""
   a = jax.numpy.ones((_MATRIX, _MATRIX))
@@ -148,14 +169,18 @@ def main(argv: list[str]) -> int:
   made = measure.parser('python -m sweeps.measure', 'Measure the finished cells of a ledger; the same on every host.')
   made.add_argument('--ledger', type=ledger.Ledger, required=True, help='folder or fsspec URL of the sweep')
   made.add_argument('--cell', metavar='ID[,ID...]', default='', help='these cells only')
+  made.add_argument(
+    '--where', metavar='KEY=VALUE[,...]', default='', help='cells with these values only, as sae.n_latents=1024'
+  )
   args = made.parse_args(argv)
   stop = signals.Signalled()
   wanted = measure.asked(args)
   only = [cell_id for cell_id in args.cell.split(',') if cell_id]
+  where = dict(pair.partition('=')[::2] for pair in args.where.split(',') if pair)
   cache = files.join(args.ledger.path, schema.MEASURES, 'compile_cache')
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update('jax_compilation_cache_dir', str(files.local(cache)) if files.is_local(cache) else cache)
-  measuring = Measuring(args.ledger, wanted, Scope(args.windows, args.train_windows), args.weights, only)
+  measuring = Measuring(args.ledger, wanted, Scope(args.windows, args.train_windows), args.weights, only, where)
   for cell_id, why in measuring.refused.items():
     print(f'{cell_id}: {cell_state.printable(why)}', file=sys.stderr)
   if args.dry_run:

@@ -349,6 +349,17 @@ def measuring(store, *wanted):
   return sweep_measure.Measuring(ledger.Ledger(store.path), some(wanted), measured.SCOPE, None)
 
 
+def test_cells_are_chosen_by_what_their_config_says(small_ledger):
+  store, made = small_ledger
+  settings = (store, some(['latents']), measured.SCOPE, None)
+  chosen = sweep_measure.Measuring(*settings, where={'train.seed': '1', 'sae.activation': 'topk'})
+  assert [of.id for of in chosen.targets] == [made[1].id]
+  assert len(sweep_measure.Measuring(*settings, where={'sae.k': '3'}).targets) == 3
+  for where in ({'train.seed': '9'}, {'train.sed': '1'}, {'sae': '1'}, {'': ''}):
+    with pytest.raises(UserError, match='leaves no finished cell'):
+      sweep_measure.Measuring(*settings, where=where)
+
+
 def test_two_workers_share_a_ledger_and_do_no_unit_twice(small_ledger, monkeypatch):
   """The second starts while the first is at its first unit. It takes the other cells, then waits for what the first has."""
   store, made = small_ledger
