@@ -400,6 +400,6 @@ def test_pages_fit_a_narrow_screen(sites, tmp_path):
     narrow = page.with_name('narrow.html')
     # The window of a browser has a least width, which a body may go below.
     narrow.write_text(page.read_text().replace('<body>', '<body style="width: 360px; margin: 0">'))
-    seen = browse(narrow, tmp_path, script)
+    seen = browse(narrow, tmp_path, script, width=500)
     narrow.unlink()
     assert 300 < seen['right'] <= 400 and seen['images'] == 0 and seen['keys'], (name, seen)
