@@ -45,7 +45,6 @@ def use(patch, texts):
 
   patch.setattr(subjects, 'load', toy_subject)
   patch.setattr(text, 'load', toy_text)
-  patch.setitem(names.VERSIONS, 'n2g', 1)
   if texts is not None:
     patch.setattr(write, 'Words', lambda tokenizer: words.Words(Decoding(tokenizer, texts)))
 
@@ -71,7 +70,8 @@ def plant(folder, explained=(3, 5, 9)):
     'hits_E': np.array([2, 0, 0]),
   }
   lines = results.Lines(of.folder, key)
-  lines.add({'explained': 3} | run._saved(of, 'n2g', 0, arrays))
+  lines.add({'tokens_of_examples': 7})  # what makes the bank has no arrays
+  lines.add({'explained': 3} | run._saved(of, 'n2g', 1, arrays))
   results.write(of.folder, of.id, results.read(of.folder, of.id) | {'n2g': results.Result(key, {})})
   return arrays
 
@@ -328,7 +328,7 @@ def test_missing_stale_and_broken_measures_are_refused(tmp_path, toy, capsys, mo
   with monkeypatch.context() as patch:
     patch.setitem(names.VERSIONS, 'n2g', 2)
     assert 'n2g of' in error() and error().count('version 1 of the measure, which now has 2') == 1
-  path = folder / 'measures' / 'n2g.0.safetensors'
+  path = folder / 'measures' / 'n2g.1.safetensors'
   data = path.read_bytes()
   path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
   assert 'does not fit its digest' in error()
