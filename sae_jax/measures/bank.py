@@ -115,6 +115,11 @@ class Bank:
     """Prompts of a token."""
     return self.row(self.suffix + 1) + 1
 
+  @property
+  def size(self) -> int:
+    """Tokens that belong to the bank."""
+    return sum(len(places) for places in self._plans())
+
   def row(self, length: int) -> int:
     """Where the prompts of a length begin. The first is the text itself, the others have a token replaced, in order."""
     return sum(1 + shorter for shorter in range(1, length))
@@ -157,7 +162,7 @@ class Bank:
     """Makes a part of the segments that hold some tokens, as far as no other worker is at it."""
     segments = self._segments(place_N)
     for name in list(segments)[part::parts]:
-      self._kept.make(name, functools.partial(self._residuals, segments[name][0]))
+      self._kept.make(name, functools.partial(self.computed, segments[name][0]))
 
   def activations(self, judged: Judged, place_N: np.ndarray, latent_N: np.ndarray) -> np.ndarray:
     """What some latents make of the prompts of some tokens, all of which belong to the bank: [N, rows]."""
@@ -186,7 +191,7 @@ class Bank:
     places, first = np.unique(place_N[order_N], return_index=True)
     by_place = dict(zip(places.tolist(), np.split(order_N, first[1:]), strict=True))
     for name, (all_P, wanted) in self._segments(places).items():
-      x_PRD = self._kept.get(name, functools.partial(self._residuals, all_P))['x_PRD']
+      x_PRD = self._kept.get(name, functools.partial(self.computed, all_P))['x_PRD']
       for p in wanted:
         held.append((int(all_P[p]), x_PRD[p]))
         if len(held) == _AT_ONCE:
@@ -229,8 +234,8 @@ class Bank:
       'seen_token_S': np.concatenate([*parts, np.zeros(0, np.int64)]).astype(np.int32),
     }
 
-  def _residuals(self, place_P: np.ndarray) -> Arrays:
-    """The model's activations at the last token of every prompt of a segment."""
+  def computed(self, place_P: np.ndarray) -> Arrays:
+    """The model's activations at the last token of every prompt of some tokens, as a segment keeps them."""
     padded_P = np.concatenate([place_P, np.repeat(place_P[-1:], -len(place_P) % _AT_ONCE)])
     x_PRD = np.concatenate([self._residuals_of(padded_P[i : i + _AT_ONCE]) for i in range(0, len(padded_P), _AT_ONCE)])
     return {'x_PRD': x_PRD[: len(place_P)]}
