@@ -42,17 +42,22 @@ def share(i: int, judged: Judged, inputs: Inputs, asked: Asked, rule: str) -> Sh
   of = [bank.identity, *dataclasses.asdict(asked).values(), rule, judged.cell, judged.tensors, judged.weights]
   name = f'tries.{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}.{i}'
   which = range(n * i // SHARES, n * (i + 1) // SHARES)
-  arrays = dict(inputs.kept(name, lambda: _explain(which, judged, bank, rule)))
+  arrays = dict(inputs.kept(name, lambda: _explain(which, judged, inputs, bank, rule)))
   starts_E = arrays.pop('starts_E')
   return Share(which, list(tries.read(tries.Table(**arrays))), starts_E)
 
 
-def _explain(which: range, judged: Judged, bank: Bank, rule: str) -> Arrays:
-  examples, some = bank.examples(judged), slice(which.start, which.stop)
-  place_N, value_N = examples.place_EX[some].reshape(-1), examples.value_EX[some].reshape(-1)
-  bank.extend(place_N)
-  found_NR = bank.activations(judged, place_N, np.repeat(examples.latent_E[some], EXAMPLES))
-  all_N = explain.pieces(bank, place_N, value_N, found_NR)
+def _explain(which: range, judged: Judged, inputs: Inputs, bank: Bank, rule: str) -> Arrays:
+  examples, some = bank.examples(judged), slice(which.start * EXAMPLES, which.stop * EXAMPLES)
+  place_N = examples.place_EX.reshape(-1)
+
+  def activations() -> np.ndarray:
+    bank.extend(place_N)
+    return bank.activations(judged, place_N, np.repeat(examples.latent_E, EXAMPLES))
+
+  # Shares have tokens in common, so all are encoded at once.
+  found_NR = inputs.once('activations on prompts', (judged, bank), activations)
+  all_N = explain.pieces(bank, place_N[some], examples.value_EX.reshape(-1)[some], found_NR[some])
   made = []
   for e, i in enumerate(which):
     of = explain.Pieces(*(a[e * EXAMPLES : (e + 1) * EXAMPLES] for a in all_N))

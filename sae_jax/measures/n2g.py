@@ -71,8 +71,9 @@ class N2G:
     is_original = self.rule == 'original'
     for e, (i, trie) in enumerate(zip(share.range, share.tries, strict=True)):
       where_A, value_A = truth.of(examples.latent_E[i])
-      true_A = where_A[value_A > (original.LEAST * examples.max_E[i] if is_original else 0)]
-      found['true_E'][e] = len(true_A)
+      true_B = np.zeros(len(truth.text), bool)
+      true_B[where_A[value_A > (original.LEAST * examples.max_E[i] if is_original else 0)]] = True
+      found['true_E'][e] = true_B.sum()
       tests = {
         '': original.active(trie, truth.text) if is_original else tries.predict(trie, truth.text)[0],
         'last_token_': truth.text.where_any(bank.tokens_before(examples.place_EX[i])[:, 0]),
@@ -80,7 +81,7 @@ class N2G:
       }
       for test, predicted_A in tests.items():
         found[f'{test}predicted_E'][e] = len(predicted_A)
-        found[f'{test}hits_E'][e] = len(np.intersect1d(predicted_A, true_A, assume_unique=True))
+        found[f'{test}hits_E'][e] = true_B[predicted_A].sum()
     return found
 
   def values(self, units: list[Unit]) -> dict[str, Value]:

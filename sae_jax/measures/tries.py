@@ -61,8 +61,10 @@ class Text:
     return self._order_B[first:last]
 
   def where_any(self, tokens: np.ndarray) -> np.ndarray:
-    """Which of the tokens are among these."""
-    return np.concatenate([self.where(int(token)) for token in np.unique(tokens)] + [np.zeros(0, np.int64)])
+    """Which of the tokens are among these, in order."""
+    among = np.zeros(max(int(self.token_B.max(initial=0)), int(tokens.max(initial=0))) + 1, bool)
+    among[tokens] = True
+    return np.flatnonzero(among[self.token_B])
 
   def before(self, where_A: np.ndarray, back: int) -> tuple[np.ndarray, np.ndarray]:
     """Of some of the tokens: the token so many before each, and whether the text has one there."""
