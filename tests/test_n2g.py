@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
+from sae_jax.codes import Sparse
 from sae_jax.errors import UserError
 from sae_jax.measures import by_latent, explain, explained, n2g, original, simulate, tries
 from sae_jax.measures.bank import EXAMPLES, Asked, Bank, rank
@@ -29,9 +30,15 @@ def judged() -> Judged:
 
 def direct(shared, judged: Judged, prompt: list[int]) -> np.ndarray:
   """All latents at the last token of a prompt, one call of the model."""
+  return shared.once(f'latents of {prompt}', judged, lambda: called(shared, judged, prompt))
+
+
+def called(shared, judged: Judged, prompt: list[int]) -> np.ndarray:
   subject, form = shared.subject, judged.form
   x_D = np.asarray(subject.residual(np.array([[subject.start_token, *prompt]], np.int32), shared.site))[0, -1]
   codes = form.codes(judged.params, form.unit(x_D[None])[0])
+  if not isinstance(codes, Sparse):
+    return np.asarray(codes.z_BF)[0]
   z_F = np.zeros(form.size.n_latents, np.float32)
   z_F[np.asarray(codes.idx_BK)[0]] = np.asarray(codes.z_BK)[0]
   return z_F
@@ -60,10 +67,12 @@ def spelled_out(
   return path, float(a)
 
 
-def test_tries_from_the_bank_are_those_of_direct_calls_token_for_token(shared, judged):
+@pytest.mark.parametrize('family, least', [('topk', 8), ('relu', 12)])
+def test_tries_from_the_bank_are_those_of_direct_calls_token_for_token(shared, family, least):
+  judged = measured.judged(measured.of_family(family))
   bank = Bank(shared, ASKED)
   examples = bank.examples(judged)
-  assert len(examples.latent_E) >= 8
+  assert len(examples.latent_E) >= least
   shares = [explained.share(i, judged, shared, ASKED, 'simplified') for i in range(explained.SHARES)]
   made, starts_E = [trie for one in shares for trie in one.tries], np.concatenate([one.starts_E for one in shares])
   (pad,) = shared.subject.encode([' _'])[0].tolist()
