@@ -150,6 +150,7 @@ class Explained:
     """Of every cell: as measured or, where that is larger, as seeds of one setting scatter."""
     value_C = self._values(column)
     groups = [value_C[at] for at in self.cells.groupby('setting').indices.values() if np.isfinite(value_C[at]).all()]
+    groups = [v for v in groups if v.mean()]  # a count of nothing, always 0, has no relative scatter
     squares = sum(float(((v / v.mean() - 1) ** 2).sum()) for v in groups if len(v) > 1)
     freedom = sum(len(v) - 1 for v in groups)
     seeds_C = np.abs(value_C) * (np.sqrt(squares / freedom) if freedom else np.nan)

@@ -75,7 +75,12 @@ def explain(ledger, latents=300, units=3, precision=None, recall=None):
       ),
       (
         'ablation',
-        {'latent_once': LATENT, 'latent_over_channel_once': LATENT / CHANNEL, 'latent_over_channel_all': 1.0},
+        {
+          'latent_once': LATENT,
+          'latent_over_channel_once': LATENT / CHANNEL,
+          'latent_over_channel_all': 1.0,
+          'left_out': 0.0,
+        },
       ),
     ):
       finished(str(path.parent), name, {key: (value, abs(0.02 * value)) for key, value in said.items()}, [{'x': 1}])

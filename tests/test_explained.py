@@ -89,12 +89,14 @@ def test_seeds_that_scatter_more_than_latents_make_the_error(ledger, tmp_path):
   folder = cells.write(str(copy), c, nmse=0.2, l0=7.0)
   said = {'recall': (0.9, 0.001), 'precision': (0.7, 0.001), 'f1': (0.5, 0.001)}
   planted_measures.finished(folder, 'n2g', said, [{'x': 1}])
+  planted_measures.finished(folder, 'ablation', {'left_out': (0.0, 0.0)}, [{'x': 1}])
   found = found_in(copy)
   (place,) = (p for p in found.places if (p.family, p.n, p.l0) == ('topk', 2048, 7.0))
   twice = found.cells[RECALL][place.weight_C > 0].to_numpy()
   value, se = found.value(place, RECALL)
   assert len(twice) == 2 and value == pytest.approx(twice.mean())
   assert se == pytest.approx(np.std(twice, ddof=1) / twice.mean() * np.hypot(*twice) / 2)
+  assert found.value(place, 'ablation/left_out') == (0.0, 0.0)
 
 
 def test_a_single_cell_near_an_l0_stands_for_it_and_its_own_l0_is_shown(ledger, tmp_path):
