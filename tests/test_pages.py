@@ -53,7 +53,7 @@ def shared(folder):
   return run.inputs_of(run.target(str(folder)), measured.SCOPE, run.inputs_folder(str(folder)))
 
 
-def plant(folder, explained=(3, 5, 9)):
+def plant(folder, explained=(3, 5, 9), **changes):
   """A result of n2g: two latents with patterns, and one with an empty trie."""
   of, on = run.target(str(folder)), shared(folder)
   key = results.Key('n2g', 1, {}, of.tensors, of.weights, on.identity)
@@ -68,7 +68,7 @@ def plant(folder, explained=(3, 5, 9)):
     'true_E': np.array([8, 5, 0]),
     'predicted_E': np.array([4, 0, 0]),
     'hits_E': np.array([2, 0, 0]),
-  }
+  } | changes
   lines = results.Lines(of.folder, key)
   lines.add({'tokens_of_examples': 7})  # what makes the bank has no arrays
   lines.add({'explained': 3} | run._saved(of, 'n2g', 1, arrays))
@@ -334,6 +334,15 @@ def test_missing_stale_and_broken_measures_are_refused(tmp_path, toy, capsys, mo
   assert 'does not fit its digest' in error()
   path.unlink()
   assert 'cannot be believed' in error()
+  # A digest that fits does not make a table of it: a node that hangs from itself would be walked for ever.
+  for broken in (
+    {'parent_N': np.arange(6, dtype=np.int32)},
+    {'first_E1': np.zeros(0, np.int64)},
+    {'true_E': np.zeros(1)},
+  ):
+    (folder / 'measures' / 'n2g.jsonl').unlink()
+    plant(folder, **broken)
+    assert f'n2g of {measured.cell().id} cannot be believed' in error()
 
 
 def browse(page: pathlib.Path, folder: pathlib.Path, script: str, width: int = 1000) -> dict:

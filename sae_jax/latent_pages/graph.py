@@ -10,7 +10,7 @@ import numpy as np
 
 from sae_jax.latent_pages.words import Words
 from sae_jax.measures.measure import Unit
-from sae_jax.measures.tries import ANY, START
+from sae_jax.measures.tries import ANY, START, Table, check
 
 _LEAVES = 24  # of a picture
 _ROW, _GAP, _LETTER, _LONGEST = 26, 34, 7.6, 16  # heights and widths in pixels, and letters of a node
@@ -48,11 +48,11 @@ class Trie(NamedTuple):
 
 
 def tries(units: list[Unit]) -> dict[int, Trie]:
-  """By latent, from the arrays of the measure `n2g`."""
+  """By latent, from the arrays of the measure `n2g`. Raises ValueError and LookupError for others."""
   found = {}
-  for unit in units:
-    a = unit.arrays  # the first units make the bank and have none
-    for e, latent in enumerate(a['latent_E'].tolist() if a else []):
+  for a in (unit.arrays for unit in units if unit.arrays):  # the first units make the bank and have none
+    check(Table(*(a[name] for name in Table._fields)))
+    for e, latent in enumerate(a['latent_E'].tolist()):
       first, last = a['first_E1'][e : e + 2].tolist()
       parent_N = a['parent_N'][first:last]
       true, predicted, hits = (int(a[f'{name}_E'][e]) for name in ('true', 'predicted', 'hits'))

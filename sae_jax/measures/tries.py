@@ -144,16 +144,24 @@ def table(tries: list[Trie]) -> Table:
 
 def read(of: Table) -> Iterator[Trie]:
   """The tries of a table, one after another. Raises ValueError for arrays that are no such table."""
-  sizes = {len(of.token_N), len(of.parent_N), len(of.value_N), int(of.first_E1[-1])}
-  if len(sizes) != 1 or of.first_E1[0] != 0 or (np.diff(of.first_E1) < 0).any():
-    raise ValueError('the tables of nodes do not fit each other')
+  check(of)
   for first, last in zip(of.first_E1[:-1], of.first_E1[1:], strict=True):
     root, nodes = Trie(), dict[int, Trie]()
     for i in range(first, last):
-      parent = int(of.parent_N[i])
-      if parent != -1 and parent not in nodes:
-        raise ValueError(f'node {i} hangs from {parent}, which is no earlier node of its trie')
-      value = float(of.value_N[i])
+      parent, value = int(of.parent_N[i]), float(of.value_N[i])
       nodes[i] = Trie(None if np.isnan(value) else value)
       (nodes[parent] if parent != -1 else root).children[int(of.token_N[i])] = nodes[i]
     yield root
+
+
+def check(of: Table) -> None:
+  """Raises ValueError for arrays that are no table. In one that is, every way up ends at a root."""
+  sizes = {len(of.token_N), len(of.parent_N), len(of.value_N), *of.first_E1[-1:].tolist()}
+  steps_E = np.diff(of.first_E1)
+  if len(sizes) != 1 or not len(of.first_E1) or of.first_E1[0] != 0 or (steps_E < 0).any():
+    raise ValueError('the tables of nodes do not fit each other')
+  first_N = np.repeat(of.first_E1[:-1], steps_E)
+  fits_N = (of.parent_N == -1) | ((first_N <= of.parent_N) & (of.parent_N < np.arange(len(of.parent_N))))
+  if not fits_N.all():
+    i = int(np.argmin(fits_N))
+    raise ValueError(f'node {i} hangs from {of.parent_N[i]}, which is no earlier node of its trie')
