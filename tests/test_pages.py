@@ -163,6 +163,15 @@ def test_without_n2g_pages_say_so(tmp_path, toy):
     assert 'the measure n2g was not taken of this autoencoder' in path.read_text()
 
 
+def test_a_latent_of_no_sum_is_not_taken_away(tmp_path, toy):
+  folder = tmp_path / 'cell'
+  measured.finished(folder, measured.of_family('cs294a'))
+  assert run.run(run.target(str(folder)), [Latents(contexts=2)], shared(folder), None)
+  pages_of(folder, tmp_path / 'out', '--ablate=2', '--latents=3')
+  (page,) = (tmp_path / 'out' / 'latents').iterdir()
+  assert 'not\nmeasured by taking it away' in page.read_text() and 'Measured, by' not in page.read_text()
+
+
 def test_contexts_have_every_activation_of_the_latent(tmp_path):
   on = judging.inputs(tmp_path)
   of = judging.judged('topk')

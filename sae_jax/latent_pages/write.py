@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from sae_jax import files, schema
+from sae_jax import files, sae, schema
 from sae_jax.errors import UserError
 from sae_jax.latent_pages import contexts, effects, graph
 from sae_jax.latent_pages.words import Words
@@ -51,6 +51,8 @@ class Site:
   """
 
   def __init__(self, of: run.Target, inputs: Inputs, latents: np.ndarray, ablate: int, out: str):
+    # What no sum of latents makes cannot have one taken off.
+    ablate = ablate if sae.has_linear_decoder(of.config.sae) else 0
     self._of, self._inputs, self._latents, self._ablate, self._out = of, inputs, latents, ablate, out
     found = run.finished(of, 'latents', inputs)
     if found is None:
