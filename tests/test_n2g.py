@@ -266,6 +266,15 @@ def test_a_pad_that_is_not_one_token_is_refused(shared):
       Bank(shared, dataclasses.replace(ASKED, pad=pad))
 
 
+def test_pieces_that_are_too_long_and_windows_that_are_too_short_are_refused(shared, judged):
+  with pytest.raises(UserError, match='lower --suffix'):
+    Bank(shared, Asked(suffix=21))
+  shared.window_tokens = 2
+  for one in (n2g.N2G(), simulate.Simulate()):
+    with pytest.raises(UserError, match=r'data\.window_tokens=2 leaves no room'):
+      one.run(0, judged, shared)
+
+
 def test_examples_are_where_a_latent_is_active_and_those_that_come_first(shared, judged):
   bank = Bank(shared, ASKED)
   examples = bank.examples(judged)

@@ -37,6 +37,7 @@ SEGMENT = 64  # tokens of the bank that are kept together
 _AT_ONCE = 16  # of these, in one call of the model
 _VERSION = 1
 _LARGEST = 2**28  # bytes of a list of tokens
+_LONGEST = 20  # tokens of a piece of text: the scores of attention grow with the sixth power of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +90,18 @@ class Bank:
     inputs: names these.
     asked: what is in it.
 
-  Raises `UserError` for a pad that is not one token, and for windows that have no token before their last.
+  Raises `UserError` for a pad that is not one token, for pieces of text that are too long, and for windows of one token.
   """
 
   def __init__(self, inputs: Inputs, asked: Asked):
+    if asked.suffix > _LONGEST:
+      raise UserError(
+        f'suffix={asked.suffix} is above {_LONGEST}: the prompts would not fit into memory; lower --suffix'
+      )
+    if inputs.window_tokens < 3:
+      raise UserError(
+        f'data.window_tokens={inputs.window_tokens} leaves no room for a pad; explain latents of 3 or more'
+      )
     (pad_N,) = inputs.subject.encode([asked.pad])
     if len(pad_N) != 1:
       raise UserError(f'pad={asked.pad!r} is {len(pad_N)} tokens of this model; name a text that is one with --pad')
