@@ -5,6 +5,7 @@ already is not measured again, and a worker that was killed loses at most the un
 """
 
 import contextlib
+import json
 import sys
 import time
 import types
@@ -148,10 +149,10 @@ def preview(measuring: Measuring) -> list[str]:
 
 
 def _value(of: run.Target, key: str) -> str | None:
-  """A value of a cell's config as it is written on a command line; None where there is none."""
+  """A value of a cell's config as config.json has it, strings without quotes; None where there is none."""
   section, _, name = key.partition('.')
-  value = getattr(getattr(of.config, section, None), name, None)
-  return None if value is None else str(value)
+  value = getattr(getattr(of.config, section, None), name, ...)
+  return None if value is ... else value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _flops_per_s() -> float:

@@ -354,7 +354,8 @@ def test_cells_are_chosen_by_what_their_config_says(small_ledger):
   settings = (store, some(['latents']), measured.SCOPE, None)
   chosen = sweep_measure.Measuring(*settings, where={'train.seed': '1', 'sae.activation': 'topk'})
   assert [of.id for of in chosen.targets] == [made[1].id]
-  assert len(sweep_measure.Measuring(*settings, where={'sae.k': '3'}).targets) == 3
+  as_written = {'sae.k': '3', 'sae.latent_bias': 'true', 'optim.eps': '6.25e-10', 'loss.dead_share': '0.0'}
+  assert len(sweep_measure.Measuring(*settings, where=as_written).targets) == 3
   for where in ({'train.seed': '9'}, {'train.sed': '1'}, {'sae': '1'}, {'': ''}):
     with pytest.raises(UserError, match='leaves no finished cell'):
       sweep_measure.Measuring(*settings, where=where)
