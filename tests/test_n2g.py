@@ -326,6 +326,49 @@ def test_scores_are_those_of_counting_token_by_token(shared, judged):
   # The other rule gives other tries, and values of their own.
   original_units, other = measure(n2g.N2G(**settings, rule='original'), judged, shared)
   assert other['recall'] != found['recall'] and original_units[-1].record['tokens'] == shares[-1].record['tokens']
+  # By that rule a latent is active above half of its largest value in the training text.
+  examples, truth = Bank(shared, ASKED).examples(judged), by_latent.codes('held_out', judged, shared)
+  strong_E = [(truth.of(latent)[1] > most / 2).sum() for latent, most in zip(latents, examples.max_E, strict=True)]
+  np.testing.assert_array_equal(np.concatenate([u.arrays['true_E'] for u in original_units if u.arrays]), strong_E)
+  # Other settings are never answered by what is kept of these.
+  assert measure(n2g.N2G(**settings | {'firings': 1000}), judged, shared)[1] == {'eligible': 0.0}
+
+
+def test_shares_of_explained_latents_by_hand():
+  """Of four: one like a word, one illusory, one silent, one that is seldom right and seldom there."""
+  counts = {'true_E': [9, 9, 9, 9], 'predicted_E': [8, 90, 0, 90], 'hits_E': [7, 8, 0, 2], 'starts_E': [0, 4, 16, 0]}
+  baseline = {f'{test}_{name}_E': [1] * 4 for test in ('last_token', 'token_max') for name in ('predicted', 'hits')}
+  unit = Unit({'latents': 16, 'tokens': 1000}, {name: np.array(a) for name, a in (counts | baseline).items()})
+  found = {name: value.value for name, value in n2g.N2G().values([Unit({'tokens_of_examples': 3}), unit]).items()}
+  wanted = {'eligible': 0.25, 'start_share': 20 / 64, 'silent': 0.25, 'illusory': 0.25}
+  assert {name: found[name] for name in wanted} == wanted
+  assert found['precision'] == pytest.approx(np.mean([7 / 8, 8 / 90, 2 / 90]))  # nothing is said of the silent one
+  assert found['last_token_recall'] == pytest.approx(1 / 9)
+
+
+def test_simulated_latents_are_what_tries_say_times_the_scale_of_the_training_text(shared, judged):
+  one, streams = simulate.Simulate(windows=24, suffix=4, firings=16), ('train', 'held_out')
+  made = one._simulate(judged, shared)
+  train, held_out = (by_latent.codes(stream, judged, shared) for stream in streams)
+  latents, scales = Bank(shared, ASKED).examples(judged).latent_E.tolist(), []
+  shares = [explained.share(i, judged, shared, ASKED, 'simplified') for i in range(explained.SHARES)]
+  for latent, trie in zip(latents, (trie for share in shares for trie in share.tries), strict=True):
+    said, true = np.array(says(trie, train.text)), np.zeros(len(train.text))
+    where_A, value_A = train.of(latent)
+    true[where_A] = value_A
+    scales.append((said * true).sum() / (said**2).sum())
+    found = np.zeros(len(held_out.text))
+    mine_A = made['latent_A'] == latent
+    found[made['token_A'][mine_A]] = made['value_A'][mine_A]
+    np.testing.assert_allclose(found, scales[-1] * np.array(says(trie, held_out.text)), rtol=1e-5)
+  assert set(made['latent_A'].tolist()) <= set(latents) and min(scales) < 0.9
+  # In the windows they stand where their tokens are. Other settings are never answered by what is kept of these.
+  places = [shared.block('held_out', i).places_WT for i in range(shared.blocks('held_out'))]
+  rows = [np.take_along_axis(one._simulated(i, judged, shared), p[..., None], axis=1) for i, p in enumerate(places)]
+  whole_BF = np.concatenate([row_WTF.reshape(-1, measured.F) for row_WTF in rows])
+  np.testing.assert_array_equal(whole_BF[made['token_A'], made['latent_A']], made['value_A'])
+  assert (whole_BF != 0).sum() == (made['value_A'] != 0).sum() > 0
+  assert not dataclasses.replace(one, firings=1000)._simulated(0, judged, shared).any()
 
 
 def test_an_autoencoder_with_nothing_to_explain_has_no_scores(shared, judged):
