@@ -115,6 +115,8 @@ class Explained:
     if x not in moving or freedom < 1:
       return Estimate(np.nan, np.nan, np.nan)
     design = np.stack([np.ones(len(rows)), *(np.log(rows[name].to_numpy(float)) for name in moving)], axis=1)
+    if np.linalg.matrix_rank(design) < design.shape[1]:  # both move together, and neither power is known
+      return Estimate(np.nan, np.nan, np.nan)
     y = np.log(rows[column].to_numpy(float))
     theta = np.linalg.lstsq(design, y, rcond=None)[0]
     variance = ((y - design @ theta) ** 2).sum() / freedom * np.linalg.inv(design.T @ design).diagonal()

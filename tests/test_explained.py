@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis import explained, explained_cells, read_ledger
@@ -61,6 +62,17 @@ def test_planted_ratios_lie_in_their_intervals_and_verdicts_follow(found):
   assert said.pop('precision of topk is more than 0.9 times that of relu') == 'undecided'
   assert said.pop('a latent touches less than a channel, edited at all positions') == 'undecided'
   assert {*said.values()} == {'reproduced'} and len(said) == 8
+
+
+def test_powers_of_what_moves_together_are_not_known():
+  n = np.array([512.0, 1024, 2048, 4096, 1024])
+  rows = {'activation': 'topk', 'n_latents': n, 'l0': n / 128, RECALL: n**0.25}
+  for last, known in ((8.0, False), (16.0, True)):
+    rows['l0'][-1] = last
+    some = explained_cells.Explained(pd.DataFrame(rows), [])
+    slopes = [some.slope(RECALL, x) for x in ('n_latents', 'l0')]
+    assert [slope.known for slope in slopes] == [known] * 2
+  assert slopes[0].value == pytest.approx(0.25)
 
 
 def test_what_does_not_hold_is_not_reproduced(ledger, tmp_path):

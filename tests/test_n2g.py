@@ -194,8 +194,10 @@ def test_a_table_holds_tries_and_is_refused_where_it_contradicts_itself():
     table._replace(parent_N=table.parent_N + 5),
     table._replace(token_N=table.token_N[:-1]),
     table._replace(first_E1=table.first_E1[::-1]),
+    table._replace(first_E1=table.first_E1[:0]),
+    table._replace(token_N=table.token_N - 2),
   ):
-    with pytest.raises(ValueError, match=r'fit each other|hangs from'):
+    with pytest.raises(ValueError, match=r'fit each other|hangs from|no token'):
       list(tries.read(broken))
 
 

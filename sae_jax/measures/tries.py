@@ -160,6 +160,8 @@ def check(of: Table) -> None:
   steps_E = np.diff(of.first_E1)
   if len(sizes) != 1 or not len(of.first_E1) or of.first_E1[0] != 0 or (steps_E < 0).any():
     raise ValueError('the tables of nodes do not fit each other')
+  if (of.token_N < START).any():
+    raise ValueError(f'a node stands for {of.token_N.min()}, which is no token')
   first_N = np.repeat(of.first_E1[:-1], steps_E)
   fits_N = (of.parent_N == -1) | ((first_N <= of.parent_N) & (of.parent_N < np.arange(len(of.parent_N))))
   if not fits_N.all():
