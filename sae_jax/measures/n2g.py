@@ -72,7 +72,7 @@ class N2G:
     for e, (i, trie) in enumerate(zip(share.range, share.tries, strict=True)):
       where_A, value_A = truth.of(examples.latent_E[i])
       true_B = np.zeros(len(truth.text), bool)
-      true_B[where_A[value_A > (original.LEAST * examples.max_E[i] if is_original else 0)]] = True
+      true_B[where_A[value_A >= (original.LEAST * examples.max_E[i] if is_original else 0)]] = True
       found['true_E'][e] = true_B.sum()
       tests = {
         '': original.active(trie, truth.text) if is_original else tries.predict(trie, truth.text)[0],
@@ -97,7 +97,8 @@ class N2G:
     found = {'eligible': Value(n / latents, None, 'share of latents')}
     if not n:
       return found
-    found['start_share'] = Value(float(of['starts_E'].mean() / EXAMPLES), None, 'share of examples')
+    if self.rule == 'simplified':  # the other one has no patterns of a beginning
+      found['start_share'] = Value(float(of['starts_E'].mean() / EXAMPLES), None, 'share of examples')
     found['silent'] = Value(float((of['predicted_E'] == 0).mean()), None, 'share of explained latents')
     for test in _TESTS:
       scores = scored(of['true_E'], of[f'{test}predicted_E'], of[f'{test}hits_E'], tokens)
