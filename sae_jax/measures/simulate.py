@@ -18,7 +18,7 @@ from sae_jax.measures import by_latent, estimate, explained, tries
 from sae_jax.measures.bank import Asked
 from sae_jax.measures.bigram import bigram
 from sae_jax.measures.downstream import predicting
-from sae_jax.measures.inputs import Inputs
+from sae_jax.measures.inputs import BLOCK_WINDOWS, Inputs
 from sae_jax.measures.kept import Arrays
 from sae_jax.measures.measure import Judged, Unit, Value
 
@@ -95,7 +95,7 @@ class Simulate:
     name = f'simulated.{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}'
     made = inputs.kept(name, lambda: self._simulate(judged, inputs))
     block = inputs.block('held_out', unit)
-    first = sum(inputs.block('held_out', i).places_WT.size for i in range(unit))
+    first = unit * BLOCK_WINDOWS * block.places_WT.shape[1]
     some = slice(*np.searchsorted(made['token_A'], [first, first + block.places_WT.size]))
     token_A, latent_A = made['token_A'][some] - first, made['latent_A'][some]
     window_A = token_A // block.places_WT.shape[1]
