@@ -12,6 +12,7 @@ from sae_jax.measures.bank import EXAMPLES, Asked, Bank
 from sae_jax.measures.inputs import Inputs
 from sae_jax.measures.kept import Arrays
 from sae_jax.measures.measure import Judged
+from sae_jax.measures.names import VERSIONS
 
 SHARES = 8  # in which the latents of an autoencoder are explained
 
@@ -39,7 +40,15 @@ def share(i: int, judged: Judged, inputs: Inputs, asked: Asked, rule: str) -> Sh
   """One of `SHARES` parts of the latents of an autoencoder, explained by a rule of `n2g.N2G`."""
   bank = bank_of(inputs, asked)
   n = len(bank.examples(judged).latent_E)
-  of = [bank.identity, *dataclasses.asdict(asked).values(), rule, judged.cell, judged.tensors, judged.weights]
+  of = [
+    VERSIONS['n2g'],
+    bank.identity,
+    *dataclasses.asdict(asked).values(),
+    rule,
+    judged.cell,
+    judged.tensors,
+    judged.weights,
+  ]
   name = f'tries.{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}.{i}'
   which = range(n * i // SHARES, n * (i + 1) // SHARES)
   arrays = dict(inputs.kept(name, lambda: _explain(which, judged, inputs, bank, rule)))

@@ -21,6 +21,7 @@ from sae_jax.measures.downstream import predicting
 from sae_jax.measures.inputs import BLOCK_WINDOWS, Inputs
 from sae_jax.measures.kept import Arrays
 from sae_jax.measures.measure import Judged, Unit, Value
+from sae_jax.measures.names import VERSIONS
 
 _NATS = 'nats a token'
 
@@ -91,7 +92,14 @@ class Simulate:
 
   def _simulated(self, unit: int, judged: Judged, inputs: Inputs) -> np.ndarray:
     """Simulated latents [W, T, F] of a held-out block; 0 at positions that do not count."""
-    of = [*dataclasses.asdict(self.asked).values(), judged.cell, judged.tensors, judged.weights]
+    of = [
+      VERSIONS['n2g'],
+      VERSIONS['simulate'],
+      *dataclasses.asdict(self.asked).values(),
+      judged.cell,
+      judged.tensors,
+      judged.weights,
+    ]
     name = f'simulated.{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}'
     made = inputs.kept(name, lambda: self._simulate(judged, inputs))
     block = inputs.block('held_out', unit)
