@@ -426,3 +426,15 @@ def test_a_bigram_model_equals_one_spelled_out(shared):
       assert found['ce_WT'][w, t] == pytest.approx(-np.log(p_V[row[t + 1]]), rel=1e-4)
       kl = (clean_WTV[w, t] * np.log(clean_WTV[w, t] / p_V)).sum()
       assert found['kl_WT'][w, t] == pytest.approx(kl, rel=1e-3, abs=1e-5)
+
+
+def test_in_training_explanations_are_of_the_weights_at_each_step(shared, tmp_path):
+  """Weights of one cell at two steps have no digest, and nothing of theirs is kept."""
+  settings = {'windows': ASKED.windows, 'suffix': ASKED.suffix, 'firings': ASKED.firings}
+  early, late = (dataclasses.replace(measured.judged(measured.cell(), seed), tensors='') for seed in (0, 5))
+  for one in (n2g.N2G(**settings), simulate.Simulate(**settings, bigram_windows=9)):
+    found = [measure(one, judged, shared)[1] for judged in (early, late)]
+    apart = measured.inputs(tmp_path / f'apart from {one.NAME}')
+    assert found[0] != found[1] == measure(one, late, apart)[1]
+  kept = {path.parent.name.partition('.')[0] for path in tmp_path.rglob('arrays.json')}
+  assert not kept & {'examples', 'tries', 'simulated'} and 'windows' in kept

@@ -140,7 +140,8 @@ class Bank:
   def examples(self, judged: Judged) -> Examples:
     """What an autoencoder wants explained, from its codes of the training text. Kept beside the bank."""
     of = hashlib.sha256(json.dumps([judged.cell, judged.tensors, judged.weights]).encode()).hexdigest()[:16]
-    found = self._kept.get(f'examples.{self._asked.firings}.{of}', lambda: self._examples(judged))
+    name = f'examples.{self._asked.firings}.{of}'
+    found = self._inputs.kept_of(judged, name, lambda: self._examples(judged), self._kept)
     return Examples(**found)
 
   def tokens_before(self, place_N: np.ndarray) -> np.ndarray:

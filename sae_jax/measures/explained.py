@@ -51,7 +51,7 @@ def share(i: int, judged: Judged, inputs: Inputs, asked: Asked, rule: str) -> Sh
   ]
   name = f'tries.{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}.{i}'
   which = range(n * i // SHARES, n * (i + 1) // SHARES)
-  arrays = dict(inputs.kept(name, lambda: _explain(which, judged, inputs, bank, rule)))
+  arrays = dict(inputs.kept_of(judged, name, lambda: _explain(which, judged, inputs, bank, rule)))
   starts_E = arrays.pop('starts_E')
   return Share(which, list(tries.read(tries.Table(**arrays))), starts_E)
 

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from sae_jax.data import windows
 from sae_jax.data.reading import Reading
 from sae_jax.errors import UserError
 from sae_jax.measures.kept import Arrays, Kept
+
+if TYPE_CHECKING:  # which names this module
+  from sae_jax.measures.measure import Judged
 
 BLOCK_WINDOWS = 8  # windows of a unit of work; lines of measures depend on it
 _VERSION = 1  # of what is kept
@@ -187,6 +190,13 @@ class Inputs:
   def kept(self, name: str, make: Callable[[], Arrays]) -> Arrays:
     """Arrays that are made once for the ledger. Of several workers one makes them, and the others wait."""
     return self._kept.get(name, make)
+
+  def kept_of(self, judged: 'Judged', name: str, make: Callable[[], Arrays], where: Kept | None = None) -> Arrays:
+    """`kept` for what is of one autoencoder, in `where` if that is given.
+
+    In training nothing tells its weights at one step from those at another. Then it stays in memory.
+    """
+    return (where or self._kept).get(name, make) if judged.tensors else self.once(name, judged, make)
 
   def once(self, name: str, of: Any, make: Callable[[], Any]) -> Any:
     """What `make` gives, in memory until the name is asked for with another `of`."""

@@ -101,7 +101,7 @@ class Simulate:
       judged.weights,
     ]
     name = f'simulated.{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}'
-    made = inputs.kept(name, lambda: self._simulate(judged, inputs))
+    made = inputs.kept_of(judged, name, lambda: self._simulate(judged, inputs))
     block = inputs.block('held_out', unit)
     first = unit * BLOCK_WINDOWS * block.places_WT.shape[1]
     some = slice(*np.searchsorted(made['token_A'], [first, first + block.places_WT.size]))
