@@ -250,7 +250,7 @@ def test_every_measure_runs_on_other_families(shared, tmp_path, name):
   folder = measured.finished(tmp_path / name, cell)
   assert run.run(run.target(folder), some(list(names.VERSIONS)), shared, None)
   found = results.read(folder, cell.id)
-  assert list(found) == sorted(names.USUAL)
+  assert list(found) == sorted(names.VERSIONS)
   assert all(found[one].values for one in ('downstream',))
 
 
