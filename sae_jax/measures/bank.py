@@ -139,9 +139,8 @@ class Bank:
 
   def examples(self, judged: Judged) -> Examples:
     """What an autoencoder wants explained, from its codes of the training text. Kept beside the bank."""
-    of = hashlib.sha256(json.dumps([judged.cell, judged.tensors, judged.weights]).encode()).hexdigest()[:16]
-    name = f'examples.{self._asked.firings}.{of}'
-    found = self._inputs.kept_of(judged, name, lambda: self._examples(judged), self._kept)
+    settings = [self.identity, self._asked.firings]
+    found = self._inputs.kept_of(judged, 'examples', settings, lambda: self._examples(judged), self._kept)
     return Examples(**found)
 
   def tokens_before(self, place_N: np.ndarray) -> np.ndarray:
@@ -292,7 +291,7 @@ class Bank:
         found.append(np.array(record['places'], np.int64))
       except FileNotFoundError:
         return found
-      except (schema.Broken, OSError, KeyError) as error:
+      except (schema.Broken, OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(
           f'{path} cannot be believed ({error}); delete the folder of this bank to make it anew'
         ) from None

@@ -1,8 +1,6 @@
 """The tries of an autoencoder, made once for all that asks for them."""
 
 import dataclasses
-import hashlib
-import json
 from typing import NamedTuple
 
 import numpy as np
@@ -40,18 +38,9 @@ def share(i: int, judged: Judged, inputs: Inputs, asked: Asked, rule: str) -> Sh
   """One of `SHARES` parts of the latents of an autoencoder, explained by a rule of `n2g.N2G`."""
   bank = bank_of(inputs, asked)
   n = len(bank.examples(judged).latent_E)
-  of = [
-    VERSIONS['n2g'],
-    bank.identity,
-    *dataclasses.asdict(asked).values(),
-    rule,
-    judged.cell,
-    judged.tensors,
-    judged.weights,
-  ]
-  name = f'tries.{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}.{i}'
+  settings = [VERSIONS['n2g'], bank.identity, *dataclasses.astuple(asked), rule]
   which = range(n * i // SHARES, n * (i + 1) // SHARES)
-  arrays = dict(inputs.kept_of(judged, name, lambda: _explain(which, judged, inputs, bank, rule)))
+  arrays = dict(inputs.kept_of(judged, f'tries.{i}', settings, lambda: _explain(which, judged, inputs, bank, rule)))
   starts_E = arrays.pop('starts_E')
   return Share(which, list(tries.read(tries.Table(**arrays))), starts_E)
 

@@ -191,12 +191,24 @@ class Inputs:
     """Arrays that are made once for the ledger. Of several workers one makes them, and the others wait."""
     return self._kept.get(name, make)
 
-  def kept_of(self, judged: 'Judged', name: str, make: Callable[[], Arrays], where: Kept | None = None) -> Arrays:
-    """`kept` for what is of one autoencoder, in `where` if that is given.
+  def kept_of(
+    self, judged: 'Judged', kind: str, settings: list[Any], make: Callable[[], Arrays], where: Kept | None = None
+  ) -> Arrays:
+    """`kept` for what is of one autoencoder and some settings.
 
-    In training nothing tells its weights at one step from those at another. Then it stays in memory.
+    In training nothing tells its weights at one step from those at another. Then the last ones stay in memory.
+
+    Args:
+      judged: the autoencoder.
+      kind: what it is.
+      settings: all that decides it beside the autoencoder and these inputs, as JSON has it.
+      make: gives it.
+      where: in place of where inputs are kept.
     """
-    return (where or self._kept).get(name, make) if judged.tensors else self.once(name, judged, make)
+    if not judged.tensors:
+      return self.once(kind, (judged, settings), make)
+    of = _digest([*settings, judged.cell, judged.tensors, judged.weights])
+    return (where or self._kept).get(f'{kind}.{of[:16]}', make)
 
   def once(self, name: str, of: Any, make: Callable[[], Any]) -> Any:
     """What `make` gives, in memory until the name is asked for with another `of`."""
@@ -259,5 +271,5 @@ def _check_same(who: str, facts: dict[str, Any], reading: Reading) -> None:
       )
 
 
-def _digest(record: dict[str, Any]) -> str:
+def _digest(record: Any) -> str:
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

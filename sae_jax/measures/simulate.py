@@ -6,8 +6,6 @@ the model goes on with them. Beside that stand the true latents, and a bigram mo
 """
 
 import dataclasses
-import hashlib
-import json
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +15,7 @@ from sae_jax.codes import Dense
 from sae_jax.measures import by_latent, estimate, explained, tries
 from sae_jax.measures.bank import Asked
 from sae_jax.measures.bigram import bigram
-from sae_jax.measures.downstream import predicting
+from sae_jax.measures.downstream import Downstream, predicting
 from sae_jax.measures.inputs import BLOCK_WINDOWS, Inputs
 from sae_jax.measures.kept import Arrays
 from sae_jax.measures.measure import Judged, Unit, Value
@@ -86,22 +84,13 @@ class Simulate:
 
   def flops(self, judged: Judged, inputs: Inputs) -> float:
     """Twice that of the downstream loss, beside the explanations."""
-    from sae_jax.measures.downstream import Downstream
-
     return 2 * Downstream().flops(judged, inputs)
 
   def _simulated(self, unit: int, judged: Judged, inputs: Inputs) -> np.ndarray:
     """Simulated latents [W, T, F] of a held-out block; 0 at positions that do not count."""
-    of = [
-      VERSIONS['n2g'],
-      VERSIONS['simulate'],
-      *dataclasses.asdict(self.asked).values(),
-      judged.cell,
-      judged.tensors,
-      judged.weights,
-    ]
-    name = f'simulated.{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}'
-    made = inputs.kept_of(judged, name, lambda: self._simulate(judged, inputs))
+    bank = explained.bank_of(inputs, self.asked)
+    settings = [VERSIONS['n2g'], VERSIONS['simulate'], bank.identity, *dataclasses.astuple(self.asked)]
+    made = inputs.kept_of(judged, 'simulated', settings, lambda: self._simulate(judged, inputs))
     block = inputs.block('held_out', unit)
     first = unit * BLOCK_WINDOWS * block.places_WT.shape[1]
     some = slice(*np.searchsorted(made['token_A'], [first, first + block.places_WT.size]))
