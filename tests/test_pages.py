@@ -239,6 +239,18 @@ def check(found, g, wanted_V):
   np.testing.assert_allclose(wanted_V[found.down_GN[g]], found.down_value_GN[g], rtol=1e-3, atol=1e-4)
 
 
+def test_patterns_that_no_walk_reaches_are_not_shown(cell, toy):
+  """The first value on the way ends a walk, but for the original rule."""
+  (unit,) = (unit for unit in run.finished(run.target(str(cell)), 'n2g', shared(cell)).units if unit.arrays)
+  # Below 1 after ANY stands 2, and below that nothing new.
+  value_N = np.array([np.nan, 0.25, 0.5, 0.75, np.nan, 0.2], np.float32)
+  units = [unit._replace(arrays=dict(unit.arrays) | {'value_N': value_N})]
+  assert graph.tries(units)[3].leaves() == [3, 1] and graph.tries(units, deepest=True)[3].leaves() == [3, 2, 1]
+  value_N[0] = 0.1
+  assert graph.tries(units)[3].leaves() == [0]
+  assert value_N[2] == 0.5  # what was measured stays as it was
+
+
 def test_a_trie_is_read_from_the_last_token_and_drawn_leftwards(cell, toy):
   units = run.finished(run.target(str(cell)), 'n2g', shared(cell)).units
   made = graph.tries(units)

@@ -47,8 +47,12 @@ class Trie(NamedTuple):
     return ends[np.argsort(-self.value_N[ends], kind='stable')].tolist()
 
 
-def tries(units: list[Unit]) -> dict[int, Trie]:
-  """By latent, from the arrays of the measure `n2g`. Raises ValueError and LookupError for others."""
+def tries(units: list[Unit], deepest: bool = False) -> dict[int, Trie]:
+  """By latent, from the arrays of the measure `n2g`. Raises ValueError and LookupError for others.
+
+  `deepest`: walks go on below values, as by the original rule. Otherwise what is below one is never reached, and no
+  pattern.
+  """
   found = {}
   for a in (unit.arrays for unit in units if unit.arrays):  # the first units make the bank and have none
     check(Table(*(a[name] for name in Table._fields)))
@@ -61,7 +65,13 @@ def tries(units: list[Unit]) -> dict[int, Trie]:
         'recall': hits / true if true else None,
         'f1': 2 * hits / (true + predicted) if true + predicted else None,
       }
-      nodes = a['token_N'][first:last], np.where(parent_N < 0, -1, parent_N - first), a['value_N'][first:last]
+      parent_N, value_N = np.where(parent_N < 0, -1, parent_N - first), a['value_N'][first:last].copy()
+      ended_N = np.zeros(len(value_N) + 1, bool)  # the last is that of the root, which -1 names
+      for node, parent in enumerate(parent_N.tolist() if not deepest else []):
+        if ended_N[parent]:
+          value_N[node] = np.nan
+        ended_N[node] = ended_N[parent] or np.isfinite(value_N[node])
+      nodes = a['token_N'][first:last], parent_N, value_N
       found[latent] = Trie(*nodes, scores, true, predicted, hits)
   return found
 

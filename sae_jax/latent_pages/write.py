@@ -21,7 +21,7 @@ from sae_jax.measures import run
 from sae_jax.measures.inputs import Inputs
 from sae_jax.measures.measure import Judged
 
-_VERSION = 1  # of the pages; a page of another is written again
+_VERSION = 2  # of the pages; a page of another is written again
 _NUMBERS = 2**28  # logits that are gathered at once
 _NEAREST, _ROWS = 8, 512
 _LETTERS = 90  # of an explanation in the list
@@ -64,7 +64,11 @@ class Site:
     (unit,) = found.units
     self._arrays = unit.arrays
     try:
-      self._tries = None if explained is None else graph.tries(explained.units)
+      self._tries = (
+        None
+        if explained is None
+        else graph.tries(explained.units, deepest=explained.settings.get('rule') == 'original')
+      )
     except (LookupError, ValueError) as error:
       raise UserError(
         f'n2g of {of.id} cannot be believed ({error}); delete its n2g.jsonl and measures.json and take it again'

@@ -140,9 +140,10 @@ def run(
 
 
 class Finished(NamedTuple):
-  """A measure that was taken: its units in order, and a digest of all that decides them."""
+  """A measure that was taken: its units in order, its settings, and a digest of all that decides them."""
 
   units: list[Unit]
+  settings: dict[str, Any]
   digest: str
 
 
@@ -161,7 +162,8 @@ def finished(of: Target, name: str, inputs: Inputs) -> Finished | None:
     raise UserError(f'{name} of {of.id} is {why}; or take it again: {again}')
   try:
     records = results.records(of.folder, result)
-    return Finished([Unit(record, _arrays(of, name, i, record)) for i, record in enumerate(records)], result.key.digest)
+    units = [Unit(record, _arrays(of, name, i, record)) for i, record in enumerate(records)]
+    return Finished(units, result.key.settings, result.key.digest)
   except (schema.Broken, OSError, safetensors.SafetensorError) as error:
     raise UserError(
       f'{name} of {of.id} cannot be believed ({cell_state.printable(str(error))[:120]}); delete measures.json and take it again: {again}'
