@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 
@@ -21,16 +20,9 @@ from analysis.findings import Findings, OneFamily
 from analysis.fit_result import Fit, nothing_is_zero, warning_lines
 from analysis.laws import SYMBOLS
 from analysis.measure_laws import MEASURE, OneMeasure
+from sae_jax import templates
 
-# A name that a template uses and is not given raises.
-TEMPLATES = jinja2.Environment(
-  loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / 'templates'),
-  autoescape=True,
-  undefined=jinja2.StrictUndefined,
-  trim_blocks=True,
-  lstrip_blocks=True,
-  keep_trailing_newline=True,
-)
+TEMPLATES = templates.environment(pathlib.Path(__file__).parent / 'templates')
 
 _COLUMNS = {
   'id': 'cell',

@@ -9,10 +9,9 @@ import json
 import pathlib
 from typing import Any
 
-import jinja2
 import numpy as np
 
-from sae_jax import files, sae, schema
+from sae_jax import files, sae, schema, templates
 from sae_jax.errors import UserError
 from sae_jax.latent_pages import contexts, effects, graph
 from sae_jax.latent_pages.words import Words
@@ -27,14 +26,7 @@ _NEAREST, _ROWS = 8, 512
 _LETTERS = 90  # of an explanation in the list
 _SENTENCES = 12  # on a page
 
-# A name that a template uses and is not given raises.
-TEMPLATES = jinja2.Environment(
-  loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / 'templates'),
-  autoescape=True,
-  undefined=jinja2.StrictUndefined,
-  trim_blocks=True,
-  lstrip_blocks=True,
-)
+TEMPLATES = templates.environment(pathlib.Path(__file__).parent / 'templates')
 
 
 class Site:
