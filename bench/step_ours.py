@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import worker
-from sae_jax import distributed, metrics, optim, sae, sharding
+from sae_jax import distributed, heap, metrics, optim, sae, sharding
 from sae_jax import step as stepping
 from sae_jax.axes import Shard
 from sae_jax.bench import paper_cell
@@ -74,6 +74,7 @@ def begin(
     if devices.size == 1:
       x_hat_BD, _ = jax.jit(sae.reconstruct, static_argnums=(2, 3))(state.params, pool[0], conf.sae, Shard())
       facts['error'] = float(jnp.sum((pool[0] - x_hat_BD) ** 2) / jnp.sum(pool[0] ** 2))
+    heap.keep()  # as training does
     state, values = step(state, pool[0])  # compiles, with the average as asked
   if not ema and any(jnp.any(a) for a in jax.tree.leaves(state.ema)):
     raise RuntimeError('the average of the weights moved: optim.ema_update is no longer what updates it')
@@ -108,6 +109,7 @@ def main() -> None:
   shape, mesh = (tuple(int(v) for v in text.split(',')) for text in (args.shape, args.mesh))
 
   def prepare():
+    heap.one_arena()
     jax.config.update('jax_platforms', 'cpu')  # the peers are put there too
     if mesh != (1, 1):
       jax.config.update('jax_num_cpu_devices', mesh[0] * mesh[1])

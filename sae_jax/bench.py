@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from sae_jax import config, files, flags, flops, metrics, optim, sharding, sparse, topk
+from sae_jax import config, files, flags, flops, heap, metrics, optim, sharding, sparse, topk
 from sae_jax.errors import one_line_errors
 from sae_jax.sae import SAMPLE, Params
 from sae_jax.step import TrainState, make_step
@@ -43,6 +43,7 @@ def measure(shape: tuple[int, int, int, int], repeats: int) -> dict[str, Any]:
   copy, held = jax.jit(lambda a: a + 1, donate_argnums=0), jnp.ones(_COPY_FLOATS)
 
   times: dict[str, list[float]] = {name: [] for name in ('step', 'copy', *parts)}
+  heap.keep()  # as training does
   for i in range(repeats + 1):
     began = time.perf_counter()
     state, values = step(state, x_BD)
@@ -175,6 +176,7 @@ def main(argv: list[str]) -> int:
   )
   parser.add_argument('--repeats', type=int, default=7, help='rounds a median is taken over (default 7)')
   args = parser.parse_args(argv)
+  heap.one_arena()
   rows = []
   for shape in tqdm(args.shape or SHAPES, unit='shape', disable=not sys.stderr.isatty()):
     row = measure(shape, args.repeats) | {'machine': machine()}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import Mesh
 
-from sae_jax import checkpoint, distributed, files, flags, flops, schema, sharding, single_run, sparse
+from sae_jax import checkpoint, distributed, files, flags, flops, heap, schema, sharding, single_run, sparse
 from sae_jax.config import Cell, resolve
 from sae_jax.data import feed
 from sae_jax.data.source import Source, open_source
@@ -149,7 +149,7 @@ def _train_together(
       member.finish()
 
   progress = Progress(label, steps * batch, start * batch, visible=jax.process_index() == 0)
-  with contextlib.closing(progress):
+  with contextlib.closing(progress), heap.kept():
     if not family(config.sae.activation).penalised:
       progress.say(_products(config, mesh))
     for member in members:
@@ -196,6 +196,7 @@ def main(argv: list[str]) -> int:
   args, config_dict = flags.parse(parser, argv)
   logging.getLogger('absl').setLevel(logging.CRITICAL)  # orbax logs the traceback of what it also raises
   config = resolve(config_dict)
+  heap.one_arena()
   distributed.initialize()
   workdir = os.path.abspath(args.workdir) if files.is_local(args.workdir) else args.workdir
   files.check_exclusive_create(workdir)

@@ -210,7 +210,7 @@ def main(argv: list[str]) -> int:
 
   import jax
 
-  from sae_jax import distributed
+  from sae_jax import distributed, heap
   from sae_jax import train as training
   from sweeps import gang
 
@@ -219,6 +219,7 @@ def main(argv: list[str]) -> int:
     cache = files.join(store.path, 'compile_cache')
     jax.config.update('jax_compilation_cache_dir', str(files.local(cache)) if files.is_local(cache) else cache)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  heap.one_arena()
   distributed.initialize(args.coordinator, args.num_processes, args.process_id)
   leader, asked = None, stop
   if jax.process_count() > 1:
