@@ -1,6 +1,6 @@
 """One training step of another library's TopK autoencoder, as that library takes it.
 
-python -m bench.step_peer --library=sparsify --shape=512,8192,2048,32     (in the peers' environment)
+python -m bench.step_peer --library=sparsify --shape=512,8192,2048,32 [--device=cuda]     (in the peers' environment)
 Every library gets the same decoder rows as weights of encoder and decoder, the same batches, Adam, and AuxK armed with
 no latent dead. What else its step does is its own choice and stays: see bench/peers.md.
 """
@@ -9,9 +9,12 @@ import argparse
 import importlib.metadata
 import itertools
 import os
+import sys
 
-# Triton kernels need a GPU; nothing may ask the network for anything.
-os.environ |= {'SPARSIFY_DISABLE_TRITON': '1', 'WANDB_MODE': 'disabled', 'HF_HUB_OFFLINE': '1'}
+# Nothing may ask the network for anything.
+os.environ |= {'WANDB_MODE': 'disabled', 'HF_HUB_OFFLINE': '1'}
+if '--device=cuda' not in sys.argv:
+  os.environ['SPARSIFY_DISABLE_TRITON'] = '1'  # its kernels need a GPU
 
 import torch  # pyrefly: ignore[missing-import]  (in the peers' environment only)
 
@@ -27,13 +30,13 @@ def _sparsify():
 
   def build(d, n, batch, k, w_FD):
     torch.set_float32_matmul_precision('high')  # as fit() does
-    sae = SparseCoder(d, SparseCoderConfig(num_latents=n, k=k), dtype=torch.float32)
+    sae = SparseCoder(d, SparseCoderConfig(num_latents=n, k=k), device=w_FD.device, dtype=torch.float32)
     sae.encoder.weight.data.copy_(w_FD)
     sae.W_dec.data.copy_(w_FD)
     adam = torch.optim.Adam(sae.parameters(), lr=_RATE)
     schedule = get_linear_schedule_with_warmup(adam, 1000, 100_000)
-    idle_F = torch.zeros(n, dtype=torch.long)
-    fired_F = torch.zeros(n, dtype=torch.bool)
+    idle_F = torch.zeros(n, dtype=torch.long, device=w_FD.device)
+    fired_F = torch.zeros(n, dtype=torch.bool, device=w_FD.device)
 
     def step(x_BD):
       sae.set_decoder_norm_to_unit_norm()
@@ -112,12 +115,13 @@ def main() -> None:
   parser = argparse.ArgumentParser(prog='python -m bench.step_peer', description=__doc__.splitlines()[0])
   parser.add_argument('--library', choices=_LIBRARIES, required=True)
   parser.add_argument('--shape', metavar='D,N,B,K', required=True)
+  parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='cuda is for sparsify alone')
   args = parser.parse_args()
   d, n, batch, k = (int(v) for v in args.shape.split(','))
 
   def prepare():
     build, package = _LIBRARIES[args.library]()
-    pool_PBD, w_FD = (torch.from_numpy(a) for a in worker.inputs(d, n, batch))
+    pool_PBD, w_FD = (torch.from_numpy(a).to(args.device) for a in worker.inputs(d, n, batch))
 
     def begin():
       step, reconstruct = build(d, n, batch, k, w_FD)
@@ -126,8 +130,14 @@ def main() -> None:
         error = float((x_BD - reconstruct(x_BD)).pow(2).sum() / x_BD.pow(2).sum())
       batches = itertools.cycle(pool_PBD)
       versions = {name: importlib.metadata.version(name) for name in (package, 'torch')}
+
+      def one_step():
+        step(next(batches))
+        if args.device == 'cuda':
+          torch.cuda.synchronize()
+
       return (
-        {'step': lambda: step(next(batches)), 'matmul': lambda: torch.nn.functional.linear(x_BD, w_FD)},
+        {'step': one_step, 'matmul': lambda: torch.nn.functional.linear(x_BD, w_FD)},
         {'error': error, 'threads': torch.get_num_threads(), 'versions': versions},
       )
 
