@@ -20,6 +20,7 @@ from bench.numerics import WAYS, Shape, interpreted
 from bench.parts import Measured, Row, Skipped
 from sae_jax import bench, config, flops, metrics, sharding, sparse, subjects, topk
 from sae_jax.ahead import compile
+from sae_jax.kernels.loops import Slots
 from sae_jax.plan import CHIPS, Chip
 from sae_jax.sae import SAMPLE
 from sae_jax.step import make_step
@@ -125,13 +126,14 @@ def _product_row(name: str, path: str, shape: Shape, seconds: float, interpret: 
   idx_BK = jax.random.randint(jax.random.key(2), (batch, k), 0, n)
   w_FD = jax.random.normal(jax.random.key(3), (n, d))
   counted = flops.step_parts(n, k, d, batch)
+  slots = jnp.int32(k) if path == 'loops' else None  # so that they go over slots, as off a CPU
   match name:
     case 'decode':
-      call, args, moved = sparse.decode, (z_BK, idx_BK, w_FD), [counted[name]]
+      call, args, moved = sparse.decode, (z_BK, idx_BK, w_FD, slots), [counted[name]]
     case 'code_gradient':
-      call, args, moved = sparse.code_gradient, (idx_BK, w_FD, x_BD), [counted[name]]
+      call, args, moved = sparse.code_gradient, (idx_BK, w_FD, x_BD, slots), [counted[name]]
     case _:
-      call, args = _weight_gradients, (w_FD, idx_BK, z_BK, x_BD)
+      call, args = _weight_gradients, (w_FD, idx_BK, z_BK, x_BD, slots)
       moved = [counted['encoder_gradient'], counted['decoder_gradient']]
   options = sharding.compiler_options(sharding.make_mesh(config.MeshConfig(1, 1)))
   with interpreted(interpret), sparse.forced(path):
@@ -139,9 +141,9 @@ def _product_row(name: str, path: str, shape: Shape, seconds: float, interpret: 
     return _moved(timed(lambda: compiled(*args), seconds), *moved)
 
 
-def _weight_gradients(w_FD: jax.Array, idx_BK: jax.Array, z_BK: jax.Array, x_BD: jax.Array) -> Any:
+def _weight_gradients(w_FD: jax.Array, idx_BK: jax.Array, z_BK: jax.Array, x_BD: jax.Array, slots: Slots) -> Any:
   zeros_FD = jnp.zeros_like(w_FD)
-  return sparse.add_weight_gradients(zeros_FD, zeros_FD, idx_BK, z_BK, x_BD, z_BK, x_BD)
+  return sparse.add_weight_gradients(zeros_FD, zeros_FD, idx_BK, z_BK, x_BD, z_BK, x_BD, slots)
 
 
 def _moved(times: Row, *parts: dict[str, float]) -> Row:
