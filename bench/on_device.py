@@ -19,7 +19,6 @@ from bench.alternate import Worker, started
 from bench.numerics import WAYS, Shape, interpreted
 from bench.parts import Measured, Row, Skipped
 from sae_jax import bench, config, flops, metrics, sharding, sparse, subjects, topk
-from sae_jax.ahead import compile
 from sae_jax.kernels.loops import Slots
 from sae_jax.plan import CHIPS, Chip
 from sae_jax.sae import SAMPLE
@@ -164,14 +163,15 @@ def _step_row(shape: Shape, dtype: str, seconds: float) -> Row:
   flat = bench.paper_cell(shape).flat() | {'train.compute_dtype': dtype, 'mesh.row_chunks': row_chunks(n, batch)}
   cell = config.resolve_flat(flat)
   mesh, device = sharding.make_mesh(cell.mesh), jax.devices()[0]
-  memory = compile.compile_step(cell, mesh).memory
   init, step = make_step(cell, mesh)
   x_BD = jax.random.normal(jax.random.key(1), (batch, d))
   x_BD = x_BD / jnp.linalg.norm(x_BD, axis=1, keepdims=True)
-  held = [init(jnp.zeros(d), jnp.float32(d), x_BD[: min(SAMPLE, batch)])]
+  held = [init(jnp.zeros(d), jnp.float32(d), jnp.resize(x_BD, (SAMPLE, d)))]
+  compiled = step.lower(held[0], x_BD).compile()
+  memory = compiled.memory_analysis()
 
   def call() -> Any:
-    held[0], values = step(held[0], x_BD)
+    held[0], values = compiled(held[0], x_BD)
     return held[0], values
 
   times = timed(call, seconds)
@@ -185,7 +185,10 @@ def _step_row(shape: Shape, dtype: str, seconds: float) -> Row:
     'dead_fraction': dead,
     'tokens_per_s': 1e3 * batch / times['ms'],
     'tflops': executed / times['ms'] / 1e9,
-    'predicted_bytes': memory['arguments'] + memory['temporaries'] + memory['outputs'] - memory['aliased'],
+    'predicted_bytes': memory.argument_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes,
     'peak_bytes': (device.memory_stats() or {}).get('peak_bytes_in_use'),
   }
   if chip := chip_of(device.device_kind):

@@ -223,3 +223,29 @@ def test_an_h200_is_an_h100_with_another_memory():
 def test_pre_activations_of_large_steps_come_in_chunks():
   chunks = [on_device.row_chunks(shape[1], shape[2]) for shape in accelerator.REAL.steps]
   assert chunks == [1, 1, 2, 8]
+
+
+LIBRARY = """
+import sys, time
+from bench import worker
+
+worker.serve(lambda: lambda: ({'step': lambda: time.sleep(0.05)}, {'error': 0.5, 'versions': {'torch': '2'}}))
+"""
+
+
+def test_sparsify_is_timed_in_turns_where_a_python_has_it(tmp_path, monkeypatch):
+  monkeypatch.setenv('XLA_PYTHON_CLIENT_PREALLOCATE', '')  # put back afterwards
+  (tmp_path / 'library.py').write_text(LIBRARY)
+  without, has = tmp_path / 'without', tmp_path / 'python'
+  without.write_text('#!/bin/sh\nexit 1\n')
+  # Says that it can import what is asked for, and is the library whenever it is to be one.
+  served = f'PYTHONPATH={ROOT} exec {sys.executable} {tmp_path}/library.py'
+  has.write_text(f'#!/bin/sh\ncase "$1" in -c) exit 0;; esac\necho "$@" > {tmp_path}/asked\n{served}\n')
+  for path in (without, has):
+    path.chmod(0o755)
+  begun = ({'step': lambda: time.sleep(0.002)}, {'error': 0.5})
+  with mock.patch.object(on_device.step_ours, 'begin', lambda *args: begun):
+    ((_, measure),) = on_device.sparsify((8, 96, 12, 3), [str(without), '/nowhere', str(has)], 0.1)
+    row = measure()
+  assert 1 < row['times_ours_low'] <= row['times_ours'] <= row['times_ours_high'] and row['sparsify_ms'] >= 50
+  assert '--library=sparsify --device=cuda' in (tmp_path / 'asked').read_text()
