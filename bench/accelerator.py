@@ -116,13 +116,14 @@ def main(argv: list[str]) -> int:
   command.add_peers_python(parser)
   args = parser.parse_args(argv)
   sizes = TOY if args.dry_run else REAL
-  named = jax.config.jax_platforms
   if args.dry_run:
     jax.config.update('jax_platforms', 'cpu')
-    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'  # compiles sooner
-  elif named and 'cpu' not in named.split(','):
-    jax.config.update('jax_platforms', f'{named},cpu')  # the reference is computed there
-  if not args.dry_run:
+    # Compiles in half the time.
+    quick = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {quick}'
+  else:
+    if (named := jax.config.jax_platforms) and 'cpu' not in named.split(','):
+      jax.config.update('jax_platforms', f'{named},cpu')  # the reference is computed there
     # In a process that ends: this one must use no device, for the parts are forked from it.
     with multiprocessing.get_context('fork').Pool(1) as pool:
       if pool.apply(jax.default_backend) == 'cpu':
