@@ -73,6 +73,13 @@ def top_k(product_BF: jax.Array, bias_F: jax.Array, k: int) -> tuple[jax.Array, 
   return jax.lax.platform_dependent(product_BF, bias_F, cpu=by_kernel, default=by_xla)
 
 
+def describe(platform: str, width: int) -> str:
+  """What slows `top_k` down on this platform, in words to add to others."""
+  if platform != 'cpu' or width < _KERNEL_FROM or selection.available():
+    return ''
+  return '; top-k on one core by XLA, as there is no C++ compiler that builds the kernel'
+
+
 def _by_xla(product_BF: jax.Array, bias_F: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   width = product_BF.shape[-1]
   if width < _TWO_STAGE_FROM or width % _GROUP or 4 * k * _GROUP > width:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import Mesh
 
-from sae_jax import checkpoint, distributed, files, flags, flops, heap, schema, sharding, single_run, sparse
+from sae_jax import checkpoint, distributed, files, flags, flops, heap, schema, sharding, single_run, sparse, topk
 from sae_jax.config import Cell, resolve
 from sae_jax.data import feed
 from sae_jax.data.source import Source, open_source
@@ -185,8 +185,9 @@ def _train_together(
 def _products(config: Cell, mesh: Mesh) -> str:
   """One line on how the sparse products are computed."""
   shard = (config.train.batch_tokens // mesh.shape['data'], config.sae.n_latents // mesh.shape['latent'])
+  platform = mesh.devices.flat[0].platform
   with sparse.forced(config.mesh.products):
-    return sparse.describe(mesh.devices.flat[0].platform, *shard, config.sae.d_model, config.sae.k)
+    return sparse.describe(platform, *shard, config.sae.d_model, config.sae.k) + topk.describe(platform, shard[1])
 
 
 @one_line_errors
