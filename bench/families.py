@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from bench import command
-from sae_jax import bench, config, flops, sae, sharding
+from sae_jax import bench, config, flops, heap, sae, sharding
 from sae_jax.codes import Elementwise, Own, Selection
 from sae_jax.errors import one_line_errors
 from sae_jax.families.family import NAMES, family
@@ -66,6 +66,7 @@ def measure(shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
   multiply = jax.jit(lambda x, w: jnp.einsum('bd,fd->bf', x, w), compiler_options=options)
   copy, copied = jax.jit(lambda a: a + 1, donate_argnums=0), jnp.ones(_COPY_FLOATS)
   times: dict[str, list[float]] = {name: [] for name in (*NAMES, 'matmul', 'copy')}
+  heap.keep()  # as training does
   for turn in tqdm(range(rounds + 1), 'turns', leave=False, disable=None):
     for name in times:
       began = time.perf_counter()
@@ -118,6 +119,7 @@ def main(argv: list[str]) -> int:
   command.add_shapes(parser)
   command.add_rounds(parser)
   args = parser.parse_args(argv)
+  heap.one_arena()
   rows = [measure(shape, args.rounds) for shape in args.shape or [SHAPE]]
   return command.report(rows, '\n\n'.join(map(lines, rows)), args.json)
 
