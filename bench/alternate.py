@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from bench.worker import cpu_time
 from sae_jax import bench
 from sae_jax.errors import UserError
 
@@ -151,13 +152,6 @@ def machine() -> dict[str, Any]:
   """What a number was measured on and when."""
   jax.config.update('jax_platforms', 'cpu')  # where every worker is put; this process has no use for an accelerator
   return bench.machine()
-
-
-def cpu_time() -> tuple[float, float]:
-  """Busy and total time of all cores since boot; time that a hypervisor gave to others counts as busy."""
-  with open('/proc/stat') as f:
-    ticks = [int(v) for v in f.readline().split()[1:9]]
-  return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
 def median(rounds: list[list[float]]) -> float:

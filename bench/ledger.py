@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from bench import command
-from bench.alternate import ROOT, cpu_time, machine
+from bench.alternate import ROOT, machine
+from bench.worker import cpu_time, share_of_others
 from sae_jax import config, flops, metrics, product, schema
 from sae_jax.cell import log_spaced
 from sae_jax.errors import UserError, one_line_errors
@@ -187,7 +188,7 @@ def _command(module: str, *flags: str) -> dict[str, float]:
   if process.returncode:
     raise UserError(f'python -m {module} ended with code {process.returncode}; its output is above')
   seconds, cpu_s = time.monotonic() - began, used.ru_utime + used.ru_stime
-  return {'cpu_s': cpu_s, 'seconds': seconds, 'load_of_others': _load_of_others(before, cpu_s)}
+  return {'cpu_s': cpu_s, 'seconds': seconds, 'load_of_others': share_of_others(before, cpu_s)}
 
 
 def _driver(folder: pathlib.Path, flags: tuple[str, ...], watched_s: float) -> dict[str, float]:
@@ -218,7 +219,7 @@ def _driver(folder: pathlib.Path, flags: tuple[str, ...], watched_s: float) -> d
     'share': cpu_s / seconds,
     'cpu_s': cpu_s,
     'seconds': seconds,
-    'load_of_others': _load_of_others(before, cpu_s),
+    'load_of_others': share_of_others(before, cpu_s),
   }
 
 
@@ -229,12 +230,6 @@ def _children(pid: int) -> list[int]:
 def _cpu_s(pid: int) -> float:
   fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
   return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
-
-
-def _load_of_others(before: tuple[int, int], own_s: float) -> float:
-  """The share of all cores that other processes kept busy since `before`."""
-  busy_s, total_s = ((b - a) / os.sysconf('SC_CLK_TCK') for a, b in zip(before, cpu_time(), strict=True))
-  return max(0.0, busy_s - own_s) / max(total_s, 1e-9)
 
 
 @one_line_errors

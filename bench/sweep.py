@@ -5,6 +5,7 @@ Two real launches of the demo's cells with a live subject, each into an empty le
 Every cell must end with the same parameters, bit for bit, in both.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -16,7 +17,8 @@ import time
 from typing import Any
 
 from bench import command
-from bench.alternate import ROOT, cpu_time, machine
+from bench.alternate import ROOT, machine
+from bench.worker import cpu_time, memory, share_of_others
 from sae_jax import schema
 from sae_jax.errors import UserError, one_line_errors
 from sae_jax.flags import whole
@@ -24,8 +26,9 @@ from sweeps import grid, ledger
 
 TOKENS = 30_720  # of each cell: 60 batches of 512
 _HELD_OUT = 2048
+_LOOK_S = 0.2  # how often memory is looked at
 _WIDTH = 576  # of SmolLM2-135M
-_APART, _TOGETHER = 'one by one', 'one group'
+APART, TOGETHER = 'one by one', 'one group'
 _GRID = """
 from experiments import demo
 from sweeps import grid
@@ -54,12 +57,17 @@ def measure(tokens: int = TOKENS, every: int = 1) -> dict[str, Any]:
   }
   with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
     folder = pathlib.Path(name)
-    path = folder / 'live.py'
-    path.write_text(_GRID.format(every=every, overrides=overrides))
-    row = compare(path, folder)
+    row = compare(grid_file(folder, every, overrides), folder)
     flags = [f'--config.{key}={value}' for key, value in data.items()]
     alone = run('sae_jax.data.harvest', '--config=experiments/demo.py', f'--out={folder / "store"}', *flags)
   return {'tokens': tokens, 'held_out_tokens': _HELD_OUT, 'subject_alone': alone} | row
+
+
+def grid_file(folder: pathlib.Path, every: int, overrides: dict[str, Any]) -> pathlib.Path:
+  """Writes a grid of every so many of the demo's cells with some keys replaced, and returns where it is."""
+  path = folder / 'cells.py'
+  path.write_text(_GRID.format(every=every, overrides=overrides))
+  return path
 
 
 def compare(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
@@ -70,11 +78,8 @@ def compare(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
   cells = grid.build(str(path)).cells
   runs: dict[str, dict[str, Any]] = {}
   digests: dict[str, dict[str, str]] = {}
-  for name, size in ((_APART, 1), (_TOGETHER, len(cells))):
-    where = folder / f'group{size}'
-    flags = (f'--sweep={path}', f'--ledger={where}', '--executor=local', '--workers=1', f'--group={size}')
-    took = run('sweeps.launch', *flags)
-    results = _results(where)
+  for name, size in ((APART, 1), (TOGETHER, len(cells))):
+    took, results = launch(path, folder / f'group{size}', size)
     passes = -(-len(cells) // size)
     runs[name] = took | {
       'training_s': sum(r['wall_s'] for r in results.values()),
@@ -83,7 +88,7 @@ def compare(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
       'flops_useful': sum(r['flops_useful'] for r in results.values()),
     }
     digests[name] = {cell_id: r['params_digest'] for cell_id, r in results.items()}
-  apart, together = digests[_APART], digests[_TOGETHER]
+  apart, together = digests[APART], digests[TOGETHER]
   if differing := [config.id for _, config in cells if apart.get(config.id) != together.get(config.id)]:
     raise UserError(
       f'{len(differing)} of {len(cells)} cells do not end with the same parameters in a group as alone '
@@ -93,29 +98,59 @@ def compare(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
     'cells': [overrides for overrides, _ in cells],
     'runs': runs,
     'params_digests': apart,
-    'share': runs[_TOGETHER]['seconds'] / runs[_APART]['seconds'],
+    'share': runs[TOGETHER]['seconds'] / runs[APART]['seconds'],
     'machine': machine(),
   }
 
 
-def run(module: str, *flags: str) -> dict[str, float]:
-  """Seconds of a command, its CPU time, and the share of the cores that others kept busy. Raises `UserError`."""
+def launch(path: pathlib.Path, where: pathlib.Path, size: int) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+  """Launches the grid file at `path` in groups of `size` into an empty ledger: what it took, and the result of each cell."""
+  flags = (f'--sweep={path}', f'--ledger={where}', '--executor=local', '--workers=1', f'--group={size}')
+  return run('sweeps.launch', *flags), _results(where)
+
+
+def run(module: str, *flags: str, python: str = sys.executable) -> dict[str, float]:
+  """Seconds of a command, its CPU time, its peak memory, and the share of the cores that others kept busy.
+
+  The peak is the sum of the peaks of its processes. Raises `UserError` when the command fails.
+  """
   began, before, own = time.monotonic(), cpu_time(), _children_s()
-  code = subprocess.run(
-    [sys.executable, '-m', module, *flags],
-    cwd=ROOT,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-    stdout=sys.stderr,
-  ).returncode
-  if code:
-    raise UserError(f'python -m {module} ended with code {code}; its output is above')
-  seconds, after, cpu_s = time.monotonic() - began, cpu_time(), _children_s() - own
-  busy_s, total_s = ((b - a) / os.sysconf('SC_CLK_TCK') for a, b in zip(before, after, strict=True))
+  try:
+    process = subprocess.Popen(
+      [python, '-m', module, *flags],
+      cwd=ROOT,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+      stdout=sys.stderr,
+    )
+  except OSError as error:
+    raise UserError(f'cannot start {python} ({error.strerror}); see bench/peers.md for its packages') from error
+  peaks: dict[int, int] = {}
+  with process:
+    while process.returncode is None:
+      peaks |= _peaks(process.pid)  # the newest one of a process is its largest
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_LOOK_S)
+  if process.returncode:
+    raise UserError(f'python -m {module} ended with code {process.returncode}; its output is above')
+  seconds, cpu_s = time.monotonic() - began, _children_s() - own
   return {
     'seconds': seconds,
     'cpu_s': cpu_s,
-    'load_of_others': max(0.0, busy_s - cpu_s) / max(total_s, 1e-9),
+    'peak_bytes': sum(peaks.values()),
+    'load_of_others': share_of_others(before, cpu_s),
   }
+
+
+def _peaks(pid: int) -> dict[int, int]:
+  """The peak memory so far of a process and of all below it, by id."""
+  try:
+    peaks = {pid: memory(pid)['VmHWM']}
+    children = [path.read_text() for path in pathlib.Path(f'/proc/{pid}/task').glob('*/children')]
+  except (OSError, KeyError):  # it has ended
+    return {}
+  for child in ' '.join(children).split():
+    peaks |= _peaks(int(child))
+  return peaks
 
 
 def lines(row: dict[str, Any]) -> str:

@@ -47,11 +47,24 @@ def serve(prepare: Callable[[], Callable[[], tuple[Work, Facts]]]) -> None:
     send({'seconds': seconds, 'peak_bytes': memory()['VmHWM'] - before})
 
 
-def memory() -> dict[str, int]:
-  """Bytes of resident memory of this process: now (VmRSS) and at most (VmHWM). Linux only."""
-  with open('/proc/self/status') as f:
+def memory(pid: int | str = 'self') -> dict[str, int]:
+  """Bytes of resident memory of a process, by default this one: now (VmRSS) and at most (VmHWM). Linux only."""
+  with open(f'/proc/{pid}/status') as f:
     lines = dict(line.split(':', 1) for line in f)
   return {key: int(lines[key].split()[0]) * 1024 for key in ('VmRSS', 'VmHWM')}
+
+
+def cpu_time() -> tuple[float, float]:
+  """Busy and total time of all cores since boot; time that a hypervisor gave to others counts as busy."""
+  with open('/proc/stat') as f:
+    ticks = [int(v) for v in f.readline().split()[1:9]]
+  return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
+def share_of_others(before: tuple[float, float], own_s: float) -> float:
+  """The share of all cores that other processes kept busy since `before`, a `cpu_time`. `own_s`: the CPU time of these."""
+  busy_s, total_s = ((b - a) / os.sysconf('SC_CLK_TCK') for a, b in zip(before, cpu_time(), strict=True))
+  return max(0.0, busy_s - own_s) / max(total_s, 1e-9)
 
 
 def inputs(d: int, n: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
