@@ -44,7 +44,9 @@ def train(cells: dict[str, Cell], build: Build, store: Stored, out: pathlib.Path
   took |= {'peak_bytes': worker.memory()['VmHWM'], 'load_of_others': worker.share_of_others(before, cpu_s)}
   for name, one in trainings.items():
     errors = {'square_error': _square_error(one.reconstruct, store, batch, tell['eval_tokens'])}
-    (out / f'{name}.json').write_text(json.dumps({'tokens': seen[name]} | took | errors | tell))
+    written = out / f'{name}.json.new'
+    written.write_text(json.dumps({'tokens': seen[name]} | took | errors | tell))
+    written.rename(out / f'{name}.json')  # whole or not at all
 
 
 def _square_error(reconstruct: Any, store: Stored, batch: int, tokens: int) -> float:

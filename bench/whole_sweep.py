@@ -1,8 +1,8 @@
 """The demo's twenty cells from one store: our sweep, and what other libraries take for the same.
 
 python -m bench.whole_sweep --store=runs/demo/store [--peers_python=runs/peers/bin/python] [--json=OUT]
-Same tokens in the same order, same batches, same rule for the learning rate, whose constant is tuned for each library on
-the middle cell. Started again, it goes on after the last finished cell. What is the same and what is not: bench/peers.md.
+Same tokens in the same order, same batches, same rule for the learning rate, whose constant is tuned for each
+library. Started again, it goes on after the last finished cell. What is the same and what is not: bench/peers.md.
 """
 
 import functools
@@ -20,7 +20,7 @@ import numpy as np
 from bench import command, sweep
 from bench.alternate import machine
 from bench.side_by_side import PEERS
-from sae_jax import sharding
+from sae_jax import files, sharding
 from sae_jax.config import Cell
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError, one_line_errors
@@ -31,6 +31,7 @@ from sweeps import grid
 TOKENS = 260_096  # of each cell: the demo's
 _SIDE_BY_SIDE = ('dictionary_learning',)  # whose own loop trains many on one stream
 _RATES = (5e-4, 1e-3, 2e-3)  # for n = 2^14; ours is the middle one
+_DEAD_TOKENS = 10_000_000  # their default, which runs as short as these never reach
 _ERRORS_AGREE = 1e-3
 _RAW, _EMA = 'sae_jax raw', 'sae_jax EMA'
 
@@ -75,20 +76,24 @@ def _ours(path: pathlib.Path, folder: pathlib.Path, size: int) -> dict[str, Any]
     shutil.rmtree(ledger, ignore_errors=True)  # half a launch cannot be timed
     took, results = sweep.launch(path, ledger, size)
     kept = ('nmse_raw', 'nmse_ema', 'params_digest')
-    done.write_text(json.dumps(took | {'results': {id: {key: r[key] for key in kept} for id, r in results.items()}}))
+    record = took | {'results': {id: {key: r[key] for key in kept} for id, r in results.items()}}
+    files.replace(str(done), json.dumps(record).encode())
   return json.loads(done.read_text())
 
 
 def _theirs(library: str, python: str, folder: pathlib.Path, cells: list[Cell]) -> dict[str, Any]:
-  """What a library took for all cells in one process, and the NMSE of each, at the rate that is best on the middle one."""
-  middle = cells[len(cells) // 2]
+  """What a library took for all cells in one process, and the NMSE of each, tuned on two of them."""
+  middle, sparsest = cells[len(cells) // 2], max(cells, key=lambda cell: cell.sae.n_latents / cell.sae.k)
 
-  def at(rate: float) -> float:
-    return _trained(library, python, folder / f'tuning-{rate:g}', [middle], rate)[0]['nmse']
+  def trained(some: list[Cell], rate: float, dead_tokens: int, kind: str = 'tuning') -> list[dict[str, Any]]:
+    return _trained(library, python, folder / f'{kind}-{rate:g}-{dead_tokens}', some, rate, dead_tokens)
 
-  tried = tuned(at, _RATES)
+  ours = middle.loss.dead_tokens
+  tried = tuned(lambda rate: trained([middle], rate, ours)[0]['nmse'], _RATES)
   rate = min(tried, key=lambda c: tried[c])
-  done = _trained(library, python, folder / f'cells-{rate:g}', cells, rate)
+  by_dead = {tokens: trained([sparsest], rate, tokens)[0]['nmse'] for tokens in (ours, _DEAD_TOKENS)}
+  dead_tokens = min(by_dead, key=lambda tokens: by_dead[tokens])
+  done = trained(cells, rate, dead_tokens, 'cells')
   return {
     'seconds': max(one['start_s'] for one in done) + sum(one['seconds'] for one in done),
     'cpu_s': max(one['start_cpu_s'] for one in done) + sum(one['cpu_s'] for one in done),
@@ -97,6 +102,8 @@ def _theirs(library: str, python: str, folder: pathlib.Path, cells: list[Cell]) 
     'nmse': [one['nmse'] for one in done],
     'rate_at_16k': rate,
     'tried': {f'{c:g}': found for c, found in sorted(tried.items())},
+    'dead_tokens': dead_tokens,
+    'tried_dead_tokens': by_dead,
     'seconds_of_cells': [one['seconds'] for one in done],
     'threads': done[0]['threads'],
     'versions': done[0]['versions'],
@@ -112,7 +119,9 @@ def tuned(nmse_at: Callable[[float], float], rates: Iterable[float]) -> dict[flo
   return tried
 
 
-def _trained(library: str, python: str, out: pathlib.Path, cells: list[Cell], rate: float) -> list[dict[str, Any]]:
+def _trained(
+  library: str, python: str, out: pathlib.Path, cells: list[Cell], rate: float, dead_tokens: int
+) -> list[dict[str, Any]]:
   """What training took of each cell, with its `nmse`. Trains those that are not done, in a process of the library's."""
   out.mkdir(parents=True, exist_ok=True)
   named = {f'n{cell.sae.n_latents}-k{cell.sae.k}': cell for cell in cells}
@@ -121,7 +130,9 @@ def _trained(library: str, python: str, out: pathlib.Path, cells: list[Cell], ra
   missing = {name: cell for name, cell in named.items() if not done[name].exists()}
   if missing:
     todo = named if together else missing
-    (out / 'cells.todo').write_text(json.dumps({name: _fields(cell, rate) for name, cell in todo.items()}))
+    (out / 'cells.todo').write_text(
+      json.dumps({name: _fields(cell, rate) | {'dead_tokens': dead_tokens} for name, cell in todo.items()})
+    )
     flags = [f'--library={library}', f'--store={cells[0].data.path}', f'--cells={out / "cells.todo"}', f'--out={out}']
     flags += [f'--eval_tokens={cells[0].eval.tokens}', f'--began={time.monotonic()}', *['--together'] * together]
     sweep.run('bench.sweep_peer', *flags, python=python)
@@ -132,7 +143,7 @@ def _trained(library: str, python: str, out: pathlib.Path, cells: list[Cell], ra
 
 
 def _fields(cell: Cell, rate: float) -> dict[str, Any]:
-  """The fields of `bench.libraries.Cell`: those of a cell of ours, with the constant of its learning rate replaced."""
+  """Fields of `bench.libraries.Cell`: those of a cell of ours, with the constant of its learning rate replaced."""
   return {
     'd': cell.sae.d_model,
     'n': cell.sae.n_latents,
@@ -140,7 +151,6 @@ def _fields(cell: Cell, rate: float) -> dict[str, Any]:
     'k': cell.sae.k,
     'rate': cell.optim.learning_rate * rate / cell.recipe.learning_rate_at_16k,
     'steps': cell.train.steps,
-    'dead_tokens': cell.loss.dead_tokens,
   }
 
 

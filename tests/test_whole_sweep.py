@@ -100,7 +100,7 @@ def commands(monkeypatch):
 
   def judge(label, took, cell, weights):
     rate = took['fields']['rate'] * np.sqrt(cell.sae.n_latents / 2**14)
-    return took | {'nmse': 0.8 + abs(np.log2(rate / 2e-3))}
+    return took | {'nmse': 0.8 + abs(np.log2(rate / 2e-3)) + (took['fields']['dead_tokens'] == cell.loss.dead_tokens)}
 
   monkeypatch.setattr(sweep, 'run', run)
   monkeypatch.setattr(whole_sweep, 'checked', judge)
@@ -127,7 +127,9 @@ def test_whole_sweep_counts_each_library_once_and_goes_on_where_it_was_cut(comma
     return whole_sweep.measure(store, 'python', tmp_path / 'work', TOKENS, 5, libraries)
 
   row = measured('sparsify', 'dictionary_learning')
-  tuning = 4  # 5e-4, 1e-3, 2e-3, and 4e-3 since the best was at the end
+  tuning = (
+    4 + 2
+  )  # 5e-4, 1e-3, 2e-3, and 4e-3 since the best was at the end; then the two ways in which a latent is dead
   one_by_one = ['sparsify 1'] * tuning + ['sparsify 4']
   assert commands == [
     'group4',
@@ -137,6 +139,7 @@ def test_whole_sweep_counts_each_library_once_and_goes_on_where_it_was_cut(comma
     'dictionary_learning 4 together',
   ]
   assert row['runs']['sparsify']['seconds'] == 5 + 4 * 30 and row['runs']['sparsify']['rate_at_16k'] == 2e-3
+  assert row['runs']['sparsify']['dead_tokens'] == 10_000_000
   assert row['nmse_over_ours']['sparsify'] == {'sae_jax raw': [1.6] * 4, 'sae_jax EMA': [2.0] * 4}
   assert '| sparsify | 125 s | 5.00 | 1.25 | 9 s | 0.00 GB | 1.600 (1.600 to 1.600) | 2.000' in whole_sweep.table(row)
   commands.clear()
