@@ -233,3 +233,9 @@ def test_command_that_fails_is_not_timed():
     sweep.run('json.tool', '/nowhere')
   took = sweep.run('this')
   assert took['seconds'] > 0 and 0 <= took['load_of_others'] <= 1
+
+
+def test_peak_memory_of_a_command_counts_the_processes_below_it():
+  inner = 'import time; x = b"x" * 10**8; time.sleep(1)'
+  took = sweep.run('timeit', '-n1', '-r1', f'import subprocess, sys; subprocess.run([sys.executable, "-c", {inner!r}])')
+  assert 10**8 < took['peak_bytes'] < 10**9
