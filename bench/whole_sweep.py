@@ -202,9 +202,11 @@ def table(row: dict[str, Any]) -> str:
   for name, run in runs.items():
     if name in PEERS:
       tried = ', '.join(f'{rate} {found:.4f}' for rate, found in run['tried'].items())
+      dead = ', '.join(f'{tokens:,} {found:.4f}' for tokens, found in run['tried_dead_tokens'].items())
       out += [
         '',
-        f'{name}: learning rate {run["rate_at_16k"]:g} at n = 2^14. NMSE of the middle cell by rate: {tried}.',
+        f'{name}: learning rate {run["rate_at_16k"]:g} at n = 2^14. NMSE of the middle cell by rate: {tried}. A latent is '
+        f'dead after {run["dead_tokens"]:,} tokens. NMSE of the sparsest cell by these tokens: {dead}.',
       ]
   return '\n'.join(out)
 

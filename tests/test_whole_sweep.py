@@ -142,6 +142,9 @@ def test_whole_sweep_counts_each_library_once_and_goes_on_where_it_was_cut(comma
   assert row['runs']['sparsify']['dead_tokens'] == 10_000_000
   assert row['nmse_over_ours']['sparsify'] == {'sae_jax raw': [1.6] * 4, 'sae_jax EMA': [2.0] * 4}
   assert '| sparsify | 125 s | 5.00 | 1.25 | 9 s | 0.00 GB | 1.600 (1.600 to 1.600) | 2.000' in whole_sweep.table(row)
+  assert 'dead after 10,000,000 tokens. NMSE of the sparsest cell by these tokens: 512 1.8000, 10,000,000 0.8000' in (
+    whole_sweep.table(row)
+  )
   commands.clear()
   for library in ('sparsify', 'dictionary_learning'):
     (cut,) = tmp_path.glob(f'work/*/{library}/cells-*/n1024-k32.json')
