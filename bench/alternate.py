@@ -17,11 +17,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
 from bench.worker import cpu_time
-from sae_jax import bench
 from sae_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -150,6 +148,10 @@ def warn(load: float) -> None:
 
 def machine() -> dict[str, Any]:
   """What a number was measured on and when."""
+  import jax  # late, so that --help of what measures does without
+
+  from sae_jax import bench
+
   jax.config.update('jax_platforms', 'cpu')  # where every worker is put; this process has no use for an accelerator
   return bench.machine()
 

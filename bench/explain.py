@@ -14,11 +14,10 @@ from typing import Any
 from bench import command
 from sae_jax import schema
 from sae_jax.errors import one_line_errors
-from sae_jax.measures import run
+from sae_jax.measures import Scope, run
 from sae_jax.measures.ablation import Ablation
 from sae_jax.measures.bank import SEGMENT
 from sae_jax.measures.explained import bank_of
-from sae_jax.measures.inputs import Scope
 from sae_jax.measures.n2g import N2G
 
 _ALONE = ('tries.', 'simulated.', schema.CLAIMS)

@@ -17,9 +17,8 @@ import numpy as np
 from bench import command
 from sae_jax import schema
 from sae_jax.errors import one_line_errors
-from sae_jax.measures import run, some
+from sae_jax.measures import Scope, run, some
 from sae_jax.measures.downstream import Downstream
-from sae_jax.measures.inputs import Scope
 
 
 def measure(cell: str, rounds: int, scope: Scope) -> dict[str, Any]:

@@ -9,13 +9,17 @@ import argparse
 import contextlib
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from sae_jax import files, flags, lease, schema, signals
 from sae_jax.errors import PREEMPTED, UserError, one_line_errors
-from sae_jax.measures import Given, names, paired, results, run, some
-from sae_jax.measures.inputs import Inputs, Scope
-from sae_jax.measures.measure import Measure
+from sae_jax.measures import Given, Scope, names, results, some
 from sae_jax.progress import Display
+
+if TYPE_CHECKING:  # they load jax, which --help does without
+  from sae_jax.measures import run
+  from sae_jax.measures.inputs import Inputs
+  from sae_jax.measures.measure import Measure
 
 _EVERY_S = 10.0
 
@@ -78,14 +82,16 @@ def parser(prog: str, about: str) -> argparse.ArgumentParser:
   return made
 
 
-def asked(args: argparse.Namespace) -> list[Measure]:
+def asked(args: argparse.Namespace) -> 'list[Measure]':
   """The measures that are asked for. Raises `UserError` for an unknown one."""
   given = Given(args.probe_tasks, args.suffix, args.pad, args.rule)
   return some([name for name in args.measures.split(',') if name], given)
 
 
-def costs(of: run.Target, wanted: list[Measure], inputs: Inputs) -> list[str]:
+def costs(of: 'run.Target', wanted: 'list[Measure]', inputs: 'Inputs') -> list[str]:
   """A line for each measure: what is there, or how much work it is."""
+  from sae_jax.measures import run
+
   todo, the = run.missing(of, wanted, inputs), None
   lines = []
   for one in wanted:
@@ -105,6 +111,8 @@ def main(argv: list[str]) -> int:
     '--against', metavar='DIR', help='another finished cell: print the differences, paired over windows'
   )
   args = made.parse_args(argv)
+  from sae_jax.measures import paired, run
+
   stop, scope = signals.Signalled(), Scope(args.windows, args.train_windows)
   wanted = asked(args)
   targets = [run.target(cell, args.weights) for cell in (args.cell, args.against) if cell]
@@ -134,8 +142,10 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def measured(of: run.Target, wanted: list[Measure], inputs: Inputs, stop: signals.Signalled) -> bool:
+def measured(of: 'run.Target', wanted: 'list[Measure]', inputs: 'Inputs', stop: signals.Signalled) -> bool:
   """Measures a cell under the lease of its measures; False when asked to stop. Waits for another who measures it."""
+  from sae_jax.measures import run
+
   observer, held = lease.Observer(), None
   folder = files.join(of.folder, schema.MEASURES)
   while (held := observer.claim(folder)) is None:
@@ -146,7 +156,7 @@ def measured(of: run.Target, wanted: list[Measure], inputs: Inputs, stop: signal
   before: dict[str, int] = {}
   with held, contextlib.closing(Shown(of.id, total)) as progress:
 
-    def update(one: Measure, done: int, units: int) -> None:
+    def update(one: 'Measure', done: int, units: int) -> None:
       before[one.NAME] = done
       progress.update(sum(before.values()), f'{one.NAME} {done}/{units}')
 

@@ -14,10 +14,8 @@ import numpy as np
 
 from sae_jax import flags
 from sae_jax.errors import UserError, one_line_errors
-from sae_jax.latent_pages import write
 from sae_jax.measure import Shown
-from sae_jax.measures import run
-from sae_jax.measures.inputs import Scope
+from sae_jax.measures import Scope
 
 
 def chosen(text: str, n_latents: int) -> np.ndarray:
@@ -60,6 +58,10 @@ def main(argv: list[str]) -> int:
   )
   made.add_argument('--dry_run', action='store_true', help='say what would be written')
   args = made.parse_args(argv)
+  # They load jax, which --help does without.
+  from sae_jax.latent_pages import write
+  from sae_jax.measures import run
+
   began, of = time.monotonic(), run.target(args.cell, args.weights)
   latents = chosen(args.latents, of.config.sae.n_latents)
   inputs = run.inputs_of(of, Scope(args.windows, args.train_windows), run.inputs_folder(args.cell))

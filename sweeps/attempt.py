@@ -13,7 +13,7 @@ from sweeps import grid, ledger
 if TYPE_CHECKING:
   from sweeps import gang  # loads jax, which drivers and status do without
 
-TrainGroup = Callable[..., list]  # sae_jax.train.train_group
+TrainGroup = Callable[..., list]  # sae_jax.training.train_group
 Held = Sequence[tuple[ledger.Entry, lease.Lease]]
 
 

@@ -15,8 +15,8 @@ import jax
 
 from sae_jax import cell_state, files, lease, measure, schema, signals
 from sae_jax.errors import PREEMPTED, UserError, one_line_errors
-from sae_jax.measures import run
-from sae_jax.measures.inputs import Inputs, Scope
+from sae_jax.measures import Scope, run
+from sae_jax.measures.inputs import Inputs
 from sae_jax.measures.measure import Measure
 from sweeps import ledger
 

@@ -65,7 +65,7 @@ def run(
 
   Args:
     store: the ledger.
-    train_group: trains some cells together; see `sae_jax.train.train_group`.
+    train_group: trains some cells together; see `sae_jax.training.train_group`.
     stop: asked after every step and between cells.
     only: ids of the cells to train; all when empty.
     permanent: exceptions that would come again.
@@ -210,8 +210,7 @@ def main(argv: list[str]) -> int:
 
   import jax
 
-  from sae_jax import distributed, heap
-  from sae_jax import train as training
+  from sae_jax import distributed, heap, training
   from sweeps import gang
 
   # Cells of one shape compile once for all workers and restarts. A cache that the environment names is used instead.

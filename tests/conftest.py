@@ -69,7 +69,7 @@ def x64():
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """A ledger of two shared cells that differ in their seed, both trained without a disturbance."""
-  from sae_jax import train as training
+  from sae_jax import training
   from sweeps import grid, ledger
   from tests import cells
 

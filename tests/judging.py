@@ -9,7 +9,8 @@ import pytest
 
 from sae_jax import config, form, sae, subjects
 from sae_jax.config import SAEConfig
-from sae_jax.measures.inputs import Inputs, Scope
+from sae_jax.measures import Scope
+from sae_jax.measures.inputs import Inputs
 from sae_jax.measures.measure import Judged, Measure, Unit, Value
 from sae_jax.subjects import text
 from tests.test_harvest import settings, toy_subject, toy_text

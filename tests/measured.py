@@ -10,7 +10,8 @@ import numpy as np
 
 from sae_jax import artifact, config, files, form, sae, schema
 from sae_jax.axes import Shard
-from sae_jax.measures.inputs import Inputs, Scope
+from sae_jax.measures import Scope
+from sae_jax.measures.inputs import Inputs
 from sae_jax.measures.measure import Judged
 from tests import cells
 from tests.test_harvest import settings

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from analysis import activations_table
-from sae_jax import schema, train
+from sae_jax import schema, training
 from sweeps import grid
 from tests import cells, planted_measures
 
@@ -101,7 +101,7 @@ def test_a_row_trains_to_the_same_again(tmp_path, monkeypatch):
     for c in planned.values()
     if (c.sae.activation, c.sae.n_latents, c.sae.k, c.train.seed, c.train.steps * c.train.batch_tokens) == asked(row)
   ]
-  assert train.train(one, str(tmp_path / 'again')) == 'done'
+  assert training.train(one, str(tmp_path / 'again')) == 'done'
   again = json.loads((tmp_path / 'again' / schema.RESULT).read_text())
   assert again['nmse'] == pytest.approx(float(row['nmse']), rel=5e-3)
   assert again['l0'] == pytest.approx(float(row['l0']), rel=2e-2)

@@ -10,8 +10,7 @@ import time
 
 import pytest
 
-from sae_jax import metrics
-from sae_jax import train as training
+from sae_jax import metrics, training
 from sweeps import grid, ledger, work
 from tests import cells, chaos
 

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, faults, files, metrics, schema
-from sae_jax import train as training
+from sae_jax import checkpoint, faults, files, metrics, schema, training
 from sae_jax.errors import UserError
 from tests import cells
 

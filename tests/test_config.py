@@ -306,6 +306,37 @@ def test_light_modules_do_not_load_jax(module):
   subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 
+HEAVY = {'jax', 'flax', 'optax', 'orbax', 'pandas', 'scipy', 'matplotlib'}
+# Commands whose work is done in the file that starts them; the analysis is made of pandas.
+LOADED = ('sae_jax/bench', 'sweeps/measure', 'analysis/', 'bench/')
+HELPED = """
+import contextlib, io, runpy, sys
+for module in sys.argv[1:]:
+  sys.argv = [module, '--help']
+  said = io.StringIO()
+  try:
+    with contextlib.redirect_stdout(said):
+      runpy.run_module(module, run_name='__main__')
+  except SystemExit as ended:
+    assert not ended.code and said.getvalue().startswith('usage:'), module
+  loaded = HEAVY & set(sys.modules)
+  assert not loaded, f'{module} --help loads {sorted(loaded)}: import in main what loads it'
+"""
+
+
+def commands() -> list[str]:
+  """The modules that are started as commands and say what they do before they load what they do it with."""
+  found = [path for part in ('sae_jax', 'sweeps', 'analysis', 'bench') for path in (ROOT / part).rglob('*.py')]
+  started = [str(path.relative_to(ROOT)) for path in sorted(found) if "if __name__ == '__main__'" in path.read_text()]
+  return [path.removesuffix('.py').replace('/', '.') for path in started if not path.startswith(LOADED)]
+
+
+def test_help_of_a_command_loads_nothing_heavy():
+  assert {'sae_jax.train', 'sae_jax.measure', 'sae_jax.data.harvest', 'sweeps.launch'} <= set(commands())
+  ran = subprocess.run([sys.executable, '-c', f'HEAVY = {HEAVY}{HELPED}', *commands()], cwd=ROOT, capture_output=True)
+  assert not ran.returncode, ran.stderr.decode()
+
+
 def test_template_has_no_key_the_dataclasses_lack():
   flat = records.flatten(config.template().to_dict())
   assert set(flat) == set(cell().flat())

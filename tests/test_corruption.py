@@ -15,8 +15,7 @@ import pytest
 
 import sae_jax
 from analysis import read_ledger, report
-from sae_jax import files, metrics, schema
-from sae_jax import train as training
+from sae_jax import distributed, files, metrics, schema, train, training
 from sae_jax.errors import UserError
 from sweeps import launch, ledger, retry, status
 from tests import cells
@@ -386,9 +385,9 @@ def test_retry_of_a_named_cell_sets_a_damaged_autoencoder_aside_with_its_result(
 
 def test_refused_training_charges_no_attempt(place, capsys, monkeypatch):
   """Else the cell would have failed for good once its broken file is gone."""
-  monkeypatch.setattr(training.distributed, 'initialize', lambda: None)
-  monkeypatch.setattr(training, 'resolve', lambda _: cells.cell())
+  monkeypatch.setattr(distributed, 'initialize', lambda: None)
+  monkeypatch.setattr(train, 'resolve', lambda _: cells.cell())
   place.file(schema.RESULT).write_bytes(b'')
-  code, _, error = ends(training.main, '--config=experiments/tiny.py', f'--workdir={place.file("")}')
+  code, _, error = ends(train.main, '--config=experiments/tiny.py', f'--workdir={place.file("")}')
   assert code == 2 and f'{place.file(schema.RESULT)}: it is empty; move it aside' in error
   assert not place.file('').joinpath(schema.FAILURE).exists()

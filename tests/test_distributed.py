@@ -111,7 +111,7 @@ def test_half_a_gang_is_one_line(change, line):
 # The command, and after it a group of one cell a family in the same process.
 AND_FAMILIES = """
 import sys
-from sae_jax import train
+from sae_jax import training
 from sae_jax.families.family import family
 from tests import cells
 folder, *names = sys.argv[1:]
@@ -123,7 +123,7 @@ except SystemExit as end:
 few = {'mesh.data': 2, 'mesh.latent': 4, 'train.tokens': 40 * 4}
 aux = {True: {'sae.k_aux': 5, 'loss.dead_tokens': 80}, False: {}}
 group = [(cells.of_family(name, **few | aux[family(name).auxk]), f'{folder}/{name}') for name in names]
-assert train.train_group(group) == ['done'] * len(group)
+assert training.train_group(group) == ['done'] * len(group)
 """
 FEW = ('batchtopk', 'gated', 'cs294a')  # of each kind of codes
 

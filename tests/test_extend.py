@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sae_jax import cell_state, convergence, extend, recipe, schema, startup
-from sae_jax import train as training
+from sae_jax import cell_state, convergence, extend, recipe, schema, startup, training
 from sae_jax.errors import UserError
 from sweeps import extend as sweeps_extend
 from sweeps import ledger

@@ -19,8 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import sae_jax
 from experiments import tiny
-from sae_jax import config, gradients, sae, schema, sharding, topk
-from sae_jax import train as training
+from sae_jax import config, gradients, sae, schema, sharding, topk, training
 from sae_jax.axes import Shard
 from sae_jax.config import LossConfig, MeshConfig, SAEConfig
 from sae_jax.data.source import open_source

@@ -18,8 +18,7 @@ import sae_jax
 from analysis import report
 from experiments import tiny
 from sae_jax import cell as cells_schema
-from sae_jax import config, recipe, records, schema
-from sae_jax import train as training
+from sae_jax import config, distributed, recipe, records, schema, train, training
 from sae_jax.data import store as stores
 from sae_jax.errors import UserError
 from sae_jax.families import family
@@ -228,9 +227,9 @@ def test_retired_key_is_accepted_at_its_neutral_value_alone(old):
 @pytest.mark.parametrize(('value', 'code'), [('1', 0), ('2', 2)])
 def test_retired_flag_on_a_command_line(value, code, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(training, 'train', lambda *_, **__: 'preempted')
-  monkeypatch.setattr(training.distributed, 'initialize', lambda: None)
+  monkeypatch.setattr(distributed, 'initialize', lambda: None)
   with pytest.raises(SystemExit) as ended:
-    training.main(['--config=experiments/tiny.py', f'--workdir={tmp_path}', f'--config.mesh.member={value}'])
+    train.main(['--config=experiments/tiny.py', f'--workdir={tmp_path}', f'--config.mesh.member={value}'])
   assert ended.value.code == (code or 42)
   assert ('this key is gone' in capsys.readouterr().err) == bool(code)
 

@@ -11,8 +11,7 @@ import time
 
 import pytest
 
-from sae_jax import schema
-from sae_jax import train as training
+from sae_jax import schema, training
 from sweeps import cancel, grid, ledger, work
 from tests import cells
 
@@ -23,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A worker in whose 11th step something happens.
 DISTURBED = """
 import os, signal, sys, time
-from sae_jax import files, train as training
+from sae_jax import files, training
 from sweeps import ledger, work
 ledger.Ledger.__init__.__kwdefaults__['refresh_s'] = 0.1
 undisturbed = training.train_group

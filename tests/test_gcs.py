@@ -12,8 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, files, lease, metrics, schema
-from sae_jax import train as training
+from sae_jax import checkpoint, files, lease, metrics, schema, training
 from sae_jax.errors import UserError
 from sweeps import grid, ledger
 from tests import cells, fake_gcs

@@ -6,8 +6,7 @@ import pathlib
 import jax
 import pytest
 
-from sae_jax import config
-from sae_jax import train as training
+from sae_jax import config, training
 from sae_jax.errors import UserError
 from tests.cells import ON_MESH, STEPS, cell
 

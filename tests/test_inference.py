@@ -9,8 +9,7 @@ import pytest
 import scipy.optimize
 
 import sae_jax
-from sae_jax import inference, sae
-from sae_jax import train as training
+from sae_jax import inference, sae, training
 from sae_jax.artifact import Autoencoder
 from sae_jax.config import SAEConfig
 from sae_jax.data.planted import Planted

@@ -11,8 +11,7 @@ import time
 
 import pytest
 
-from sae_jax import files, lease, schema, single_run
-from sae_jax import train as training
+from sae_jax import distributed, files, lease, schema, single_run, train, training
 from sae_jax.errors import BrokenFile, UserError
 from sweeps import cancel, ledger, work
 from tests import cells
@@ -250,13 +249,13 @@ def command(folder):
 @pytest.fixture
 def alone(monkeypatch):
   """No gang is looked for, as jax has started already, and pytest keeps its signals."""
-  monkeypatch.setattr(training.distributed, 'initialize', lambda: None)
-  monkeypatch.setattr(training.distributed, 'stop_flag', cells.NeverTold)
+  monkeypatch.setattr(distributed, 'initialize', lambda: None)
+  monkeypatch.setattr(distributed, 'stop_flag', cells.NeverTold)
 
 
 def run(folder):
   with pytest.raises(SystemExit) as ended:
-    training.main(command(folder))
+    train.main(command(folder))
   return ended.value.code
 
 
@@ -294,7 +293,7 @@ def test_a_run_holds_its_lease_and_lets_go(alone, one, monkeypatch, capsys):
 
   fake(monkeypatch, fail)
   with pytest.raises(RuntimeError):
-    training.main(command(folder))
+    train.main(command(folder))
   assert (folder / schema.FAILURE).exists() and json.loads(claim_file(folder, 3).read_text())['released']
 
 
@@ -319,7 +318,7 @@ def test_a_run_hears_that_its_cell_is_cancelled(alone, one, monkeypatch, capsys)
   observer = lease.Observer
   monkeypatch.setattr(lease, 'Observer', lambda: observer(refresh_s=0.01))
   monkeypatch.setattr(signal, 'signal', lambda *_: None)
-  monkeypatch.setattr(training.distributed, 'stop_flag', training.distributed.Signalled)
+  monkeypatch.setattr(distributed, 'stop_flag', distributed.Signalled)
 
   def train(config, workdir, *, should_stop, **_):
     assert not should_stop()

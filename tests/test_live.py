@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from sae_jax import config, sharding
-from sae_jax import train as training
+from sae_jax import config, sharding, training
 from sae_jax.data import feed, harvest, live_mesh, reading
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError

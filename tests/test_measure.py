@@ -11,9 +11,8 @@ import pytest
 
 from sae_jax import files, measure, schema
 from sae_jax.errors import UserError
-from sae_jax.measures import estimate, inputs, names, paired, results, run, some
+from sae_jax.measures import Scope, estimate, inputs, names, paired, results, run, some
 from sae_jax.measures.downstream import Downstream
-from sae_jax.measures.inputs import Scope
 from sae_jax.measures.measure import Unit
 from sweeps import gc, grid, ledger, status, work
 from sweeps import measure as sweep_measure
@@ -447,18 +446,18 @@ def test_commands_say_costs_and_values(small_ledger, capsys):
 
 
 def test_measures_at_evaluation_steps_stand_in_the_metrics(toy, tmp_path):  # noqa: F811
-  from sae_jax import metrics, train
+  from sae_jax import metrics, training
 
   asked = {'eval.measures': 'downstream', 'eval.measure_windows': 4, 'train.checkpoint_every': 4}
   plain, cell = measured.cell(**{'train.checkpoint_every': 4}), measured.cell(**asked)
   assert plain.id != cell.id and 'measures' not in plain.to_record()['eval']
-  assert train.train(cell, str(tmp_path / 'a')) == 'done'
+  assert training.train(cell, str(tmp_path / 'a')) == 'done'
   lines = metrics.read_metrics(str(tmp_path / 'a'), cell.id)
   assert all(line['eval/downstream/kl'] > 0 and line['eval/downstream/kl_se'] > 0 for line in lines)
   spent = [line['eval/measure_s'] for line in lines]
   assert spent == sorted(spent) and spent[0] > 0
   # What training writes is what it is without measures.
-  assert train.train(plain, str(tmp_path / 'b')) == 'done'
+  assert training.train(plain, str(tmp_path / 'b')) == 'done'
   one, other = (json.loads((tmp_path / name / schema.RESULT).read_bytes()) for name in 'ab')
   assert one['params_digest'] == other['params_digest'] and one['nmse'] == other['nmse']
   # The last line is that of the finished autoencoder.

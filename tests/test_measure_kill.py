@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from sae_jax import config, schema, train
+from sae_jax import config, schema, training
 from sae_jax.data import harvest
 from sae_jax.measures import names
 from sweeps import grid, ledger
@@ -66,7 +66,7 @@ def trained(tmp_path_factory):
     made.append((own, config.resolve(config.override(asked, own))))
   store.register(grid.Sweep('measured', 'tiny.py', tuple(made), dropped=0))
   for _, cell in made:
-    assert train.train(cell, store.folder(cell.id)) == 'done'
+    assert training.train(cell, store.folder(cell.id)) == 'done'
   return folder / 'ledger'
 
 

@@ -82,7 +82,7 @@ CASE = """
 USE = """
 import json, sys
 import numpy as np
-from sae_jax import config, subjects, train
+from sae_jax import config, subjects, training
 from sae_jax.data import harvest
 from sae_jax.subjects import text
 from experiments import tiny
@@ -94,7 +94,7 @@ data = {'data.subject': model, 'data.site': 'mlp_out.1', 'data.text': 'letters',
 data |= {'data.block_windows': 16, 'data.store_tokens': 840, 'data.held_out_tokens': 101, 'data.dtype': 'float32'}
 asked = config.override(tiny.get_config(), data | changes)
 assert harvest.harvest(asked, f'{out}/store', progress=False)
-assert train.train(config.resolve(config.override(asked, {'data.source': 'store', 'data.path': f'{out}/store'})), f'{out}/cell')
+assert training.train(config.resolve(config.override(asked, {'data.source': 'store', 'data.path': f'{out}/store'})), f'{out}/cell')
 subject = subjects.load(model)
 ids_BT = np.arange(12).reshape(2, 6)
 x_BTD = subject.residual(ids_BT, 'mlp_out.1')

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from experiments import tiny
-from sae_jax import config, notes, train
+from sae_jax import config, distributed, notes, train, training
 from sweeps import grid, launch
 from tests import cells
 
@@ -60,9 +60,9 @@ def test_findings_of_many_cells_are_said_once():
 
 
 def test_train_and_dry_run_say_it_in_a_line(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(train.distributed, 'initialize', lambda: None)  # jax has started already
-  monkeypatch.setattr(train.distributed, 'stop_flag', cells.NeverTold)
-  monkeypatch.setattr(train, 'train', lambda config, workdir, **_: 'preempted')
+  monkeypatch.setattr(distributed, 'initialize', lambda: None)  # jax has started already
+  monkeypatch.setattr(distributed, 'stop_flag', cells.NeverTold)
+  monkeypatch.setattr(training, 'train', lambda config, workdir, **_: 'preempted')
   arguments = [f'--workdir={tmp_path / "cell"}', '--config.data.site=resid_post.3']
   with pytest.raises(SystemExit):
     train.main([f'--config={ROOT / "experiments" / "tiny.py"}', *arguments])

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import config, sae
-from sae_jax import train as training
+from sae_jax import config, sae, training
 from sae_jax.axes import Shard
 from tests import cells
 

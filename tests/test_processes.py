@@ -54,14 +54,14 @@ def test_checkpoint_on_another_mesh_goes_on_and_says_so(four, tmp_path):
 
 LIVE_GROUP = """
 import sys
-from sae_jax import distributed, subjects, train
+from sae_jax import distributed, subjects, training
 from sae_jax.subjects import text
 from tests import test_harvest, test_live
 subjects.load, text.load = test_harvest.toy_subject, test_harvest.toy_text
 distributed.initialize()
 mesh = {'mesh.data': 2, 'mesh.latent': 2, 'train.checkpoint_every': 9}
 cells = [(test_live.cell('live', '', **mesh, **{'sae.k': int(k)}), f'{sys.argv[1]}/{k}') for k in sys.argv[2:]]
-assert train.train_group(cells) == ['done'] * len(cells)
+assert training.train_group(cells) == ['done'] * len(cells)
 """
 
 

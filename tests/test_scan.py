@@ -10,8 +10,7 @@ import pytest
 import safetensors.numpy
 
 import sae_jax
-from sae_jax import config, schema
-from sae_jax import train as training
+from sae_jax import config, schema, training
 from sae_jax.data import store
 from tests import cells
 from tests.test_store import D, activations, cell

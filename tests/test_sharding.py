@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import config, evaluate, optim, sharding
-from sae_jax import train as training
+from sae_jax import config, evaluate, optim, sharding, training
 from sae_jax.ahead import hlo
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 import sae_jax
-from sae_jax import checkpoint, config, evaluate, files, metrics, schema
-from sae_jax import train as training
+from sae_jax import checkpoint, config, evaluate, files, metrics, schema, train, training
 from sae_jax.data import soundness
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError
@@ -304,7 +303,7 @@ def test_signal_saves_and_says_which_it_was(number, code, tmp_path):
 )
 def test_bad_flag_is_one_line(tmp_path, capsys, flag, message):
   with pytest.raises(SystemExit) as stopped:
-    training.main(['--config=experiments/tiny.py', f'--workdir={tmp_path}', f'--config.{flag}'])
+    train.main(['--config=experiments/tiny.py', f'--workdir={tmp_path}', f'--config.{flag}'])
   err = capsys.readouterr().err
   assert stopped.value.code == 2 and message in err and err.count('\n') == 1
 

@@ -201,7 +201,7 @@ def test_error_of_the_host_ends_the_worker_and_is_no_fault_of_the_cell(store, wr
 
 
 def test_worker_says_why_it_ends_after_an_error_of_the_host(store, monkeypatch, capsys):
-  from sae_jax import train as training
+  from sae_jax import distributed, training
 
   def exit_(code):
     raise SystemExit(code)
@@ -210,7 +210,7 @@ def test_worker_says_why_it_ends_after_an_error_of_the_host(store, monkeypatch, 
     raise of_host(wrapped=True)
 
   monkeypatch.setattr(work, 'Stop', lambda: mock.Mock(return_value=False, signum=None))
-  monkeypatch.setattr(training.distributed, 'initialize', lambda *_: None)
+  monkeypatch.setattr(distributed, 'initialize', lambda *_: None)
   monkeypatch.setattr(training, 'train_group', broken)
   monkeypatch.setattr(os, '_exit', exit_)
   with pytest.raises(SystemExit) as ended:
@@ -222,7 +222,7 @@ def test_worker_says_why_it_ends_after_an_error_of_the_host(store, monkeypatch, 
 
 
 def test_single_run_is_not_charged_for_its_host(tmp_path, monkeypatch, capsys):
-  from sae_jax import train as training
+  from sae_jax import distributed, train, training
 
   def exit_(code):
     raise SystemExit(code)
@@ -231,11 +231,11 @@ def test_single_run_is_not_charged_for_its_host(tmp_path, monkeypatch, capsys):
     raise of_host(wrapped=True)
 
   monkeypatch.setattr(training, 'train', broken)
-  monkeypatch.setattr(training.distributed, 'initialize', lambda: None)
-  monkeypatch.setattr(training.distributed, 'stop_flag', cells.NeverTold)
+  monkeypatch.setattr(distributed, 'initialize', lambda: None)
+  monkeypatch.setattr(distributed, 'stop_flag', cells.NeverTold)
   monkeypatch.setattr(os, '_exit', exit_)
   with pytest.raises(SystemExit) as ended:
-    training.main(['--config=experiments/tiny.py', f'--workdir={tmp_path}'])
+    train.main(['--config=experiments/tiny.py', f'--workdir={tmp_path}'])
   assert ended.value.code == 135 and sorted(os.listdir(tmp_path)) == ['claims', 'config.json']
   assert json.loads((tmp_path / 'claims' / '1.json').read_text())['released']
   (said,) = capsys.readouterr().err.splitlines()

@@ -10,17 +10,17 @@ import importlib.metadata
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import ml_collections
 
 from sae_jax import __version__, config, files, flags, schema
-from sae_jax.data import store_writer
-from sae_jax.data.reading import Reading
 from sae_jax.errors import one_line_errors
 from sae_jax.progress import Progress
-from sae_jax.subjects import text
+
+if TYPE_CHECKING:  # they load jax, which --help does without
+  from sae_jax.data import store_writer
+  from sae_jax.data.reading import Reading
 
 
 def harvest(config_dict: ml_collections.ConfigDict, out: str, progress: bool = True, sites: Sequence[str] = ()) -> bool:
@@ -32,6 +32,10 @@ def harvest(config_dict: ml_collections.ConfigDict, out: str, progress: bool = T
   the held-out one; the last block of each is as short as that makes it. Raises `UserError` for settings that the
   subject or the text cannot meet, and when `out` holds another store.
   """
+  from sae_jax.data import store_writer
+  from sae_jax.data.reading import Reading
+  from sae_jax.subjects import text
+
   data = config.resolve_data(config_dict)
   settings = {field.name: getattr(data, field.name) for field in schema.STORE_CONFIG}
   places = {site: files.join(out, site) for site in sites} or {data.site: out}
@@ -65,8 +69,12 @@ def harvest(config_dict: ml_collections.ConfigDict, out: str, progress: bool = T
   return True
 
 
-def _writer(reading: Reading, out: str, settings: dict[str, Any]) -> store_writer.StoreWriter:
+def _writer(reading: 'Reading', out: str, settings: dict[str, Any]) -> 'store_writer.StoreWriter':
   """Of the store of one site."""
+  import jax
+
+  from sae_jax.data import store_writer
+
   return store_writer.StoreWriter(
     out,
     d_model=reading.subject.width(settings['site']),

@@ -12,6 +12,19 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scope:
+  """How much text is looked at.
+
+  Attributes:
+    held_out: windows that nothing was trained on; fewer where the cell holds out fewer.
+    train: windows of the training text, for what is fitted.
+  """
+
+  held_out: int = 128
+  train: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
 class Given:
   """Settings of measures that commands have flags for.
 

@@ -22,6 +22,7 @@ from sae_jax.cell import DataConfig
 from sae_jax.data import windows
 from sae_jax.data.reading import Reading
 from sae_jax.errors import UserError
+from sae_jax.measures import Scope
 from sae_jax.measures.kept import Arrays, Kept
 
 if TYPE_CHECKING:  # which names this module
@@ -29,19 +30,6 @@ if TYPE_CHECKING:  # which names this module
 
 BLOCK_WINDOWS = 8  # windows of a unit of work; lines of measures depend on it
 _VERSION = 1  # of what is kept
-
-
-@dataclasses.dataclass(frozen=True)
-class Scope:
-  """How much text is looked at.
-
-  Attributes:
-    held_out: windows that nothing was trained on; fewer where the cell holds out fewer.
-    train: windows of the training text, for what is fitted.
-  """
-
-  held_out: int = 128
-  train: int = 256
 
 
 @dataclasses.dataclass(frozen=True)

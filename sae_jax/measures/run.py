@@ -12,8 +12,8 @@ import safetensors.numpy
 
 from sae_jax import artifact, cell_state, config, files, form, lease, product, schema
 from sae_jax.errors import UserError
-from sae_jax.measures import results
-from sae_jax.measures.inputs import Inputs, Scope
+from sae_jax.measures import Scope, results
+from sae_jax.measures.inputs import Inputs
 from sae_jax.measures.measure import Judged, Measure, Unit
 from sae_jax.measures.names import VERSIONS
 

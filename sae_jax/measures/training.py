@@ -8,8 +8,8 @@ import numpy as np
 
 from sae_jax import artifact, form
 from sae_jax.cell import Cell, DataConfig
-from sae_jax.measures import some
-from sae_jax.measures.inputs import Inputs, Scope
+from sae_jax.measures import Scope, some
+from sae_jax.measures.inputs import Inputs
 from sae_jax.measures.measure import Judged
 from sae_jax.measures.run import inputs_folder
 
