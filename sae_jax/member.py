@@ -24,6 +24,8 @@ from sae_jax.errors import BrokenFile, UserError
 from sae_jax.evaluate import Evaluator
 from sae_jax.sae import kept
 
+_ema_weights = jax.jit(optim.ema_weights, static_argnums=2)  # one program in place of one an operation and shape
+
 
 class Diverged(Exception):
   """The loss is no longer finite."""
@@ -267,7 +269,7 @@ class Member:
   def _weights(self) -> dict[str, Any]:
     """What an autoencoder in use needs, by the name of the weights."""
     state = self.state
-    ema = optim.ema_weights(state.ema, state.step, self.config.optim)
+    ema = _ema_weights(state.ema, state.step, self.config.optim)
     return {name: kept(params, state.carried) for name, params in (('raw', state.params), ('ema', ema))}
 
   def _wall_s(self) -> float:

@@ -11,6 +11,7 @@ from sae_jax.sae import SAMPLE
 
 SAMPLE_TOKENS = 32_768  # as in the reference code
 _LEAST_VARIANCE = 1e-30  # of a component
+_ROWS = 256  # at once, so that differences stay in the cache
 
 
 def start_up_sample(source: Source, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -38,8 +39,11 @@ def start_up_sample(source: Source, tokens: int) -> tuple[np.ndarray, np.ndarray
 def geometric_median(x_TD: np.ndarray, iterations: int = 50) -> np.ndarray:
   """The point [D] with the least sum of Euclidean distances to the rows, by Weiszfeld's iteration."""
   point_D = x_TD.mean(axis=0)
+  distance_T = np.empty(len(x_TD))
   for _ in range(iterations):
-    distance_T = np.linalg.norm(x_TD - point_D, axis=1)
+    for start in range(0, len(x_TD), _ROWS):
+      rows = slice(start, start + _ROWS)
+      distance_T[rows] = np.linalg.norm(x_TD[rows] - point_D, axis=1)
     weight_T = 1 / np.maximum(distance_T, 1e-12)
     moved_D = weight_T @ x_TD / weight_T.sum()
     if np.linalg.norm(moved_D - point_D) <= 1e-7 * np.linalg.norm(moved_D):

@@ -60,11 +60,10 @@ def make_step(config: Cell, mesh: Mesh) -> tuple[Callable, Callable]:
     config.state_is_split,
     mesh,
   )
-  # The seed goes in as a value, so that cells which differ in it share one compiled program.
-  key_data = np.asarray(jax.random.key_data(jax.random.key(train.seed)))
 
   def init(b_pre_D: jax.Array, scale: jax.Array, sample_BD: jax.Array) -> TrainState:
-    return compiled_init(key_data, b_pre_D, scale, sample_BD)
+    # The seed goes in as a value, so that cells which differ in it share one compiled program.
+    return compiled_init(np.int64(train.seed), b_pre_D, scale, sample_BD)
 
   return init, step
 
@@ -82,7 +81,7 @@ def _programs(
   scatter: bool,
   mesh: Mesh,
 ) -> tuple[Callable, Callable]:
-  """`init(key_data, b_pre_D, scale, sample_BD)` and `step`: what depends on nothing but these."""
+  """`init(seed, b_pre_D, scale, sample_BD)` and `step`: what depends on nothing but these."""
   shard = Shard(
     sharding.axes_of(mesh), jnp.bfloat16 if compute_dtype == 'bfloat16' else None, chunks, exchange, scatter
   )
@@ -102,8 +101,8 @@ def _programs(
     P(),
   )
 
-  def init(key_data: jax.Array, b_pre_D: jax.Array, scale: jax.Array, sample_BD: jax.Array) -> TrainState:
-    key, probe_key = jax.random.split(jax.random.wrap_key_data(key_data))
+  def init(seed: jax.Array, b_pre_D: jax.Array, scale: jax.Array, sample_BD: jax.Array) -> TrainState:
+    key, probe_key = jax.random.split(jax.random.key(seed))
     params = sae.init_params(key, b_pre_D, size)
     probe_BD = jax.random.normal(probe_key, (_PROBES, width), b_pre_D.dtype)
     probe_BD = probe_BD / jnp.linalg.norm(probe_BD, axis=-1, keepdims=True)
@@ -119,10 +118,9 @@ def _programs(
       carried=_start_carried(known.penalised, steered, kind.threshold, loss.steer_start),
     )
 
-  some_key = np.asarray(jax.random.key_data(jax.random.key(0)))
   abstract = jax.eval_shape(
     init,
-    some_key,
+    np.int64(0),
     *(jax.ShapeDtypeStruct(shape, np.float32) for shape in ((width,), (), (SAMPLE, width))),
   )
   state_shardings = sharding.shardings(mesh, abstract)
