@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,10 @@ from sae_jax.data.normalize import KINDS, normalize
 from sae_jax.errors import UserError
 from sae_jax.families.family import family
 from sae_jax.inference import Activation, Threshold
-from sae_jax.sae import SAE, dense, has_linear_decoder, kept_shapes
+from sae_jax.sae import dense, has_linear_decoder, kept_shapes
+
+if TYPE_CHECKING:
+  from sae_jax.autoencoder import SAE
 
 _WEIGHTS = ('raw', 'ema')
 _EARLIEST = 'topk'  # the family of records that name none
@@ -40,7 +43,7 @@ class Autoencoder:
       digests covered what was read, which those of earlier versions lack.
   """
 
-  sae: SAE
+  sae: 'SAE'
   info: dict[str, Any]
 
   def encode(self, x: Any, activation: Activation | None = None) -> tuple[jax.Array, jax.Array]:
@@ -187,6 +190,8 @@ def load(cell: str | os.PathLike[str], weights: str | None = None) -> Autoencode
     raise UserError(
       f'{cell_state.printable(folder)}: tensors {found} are not finite arrays of {expected}; train the cell again'
     )
+  from sae_jax.autoencoder import SAE  # loads flax, which training does without
+
   facts = schema.content(info) | {'weights': weights, 'verified': schema.verified(info)}
   return Autoencoder(SAE({name: jnp.asarray(t) for name, t in params.items()}, size), facts)
 

@@ -1,10 +1,10 @@
 """The compiled training step: of one autoencoder, and of a group of them on one stream."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +23,8 @@ _KEPT = 8  # compiled steps that a process keeps for later cells of the same siz
 _Spec = P | dict[str, P]
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
   step: jax.Array  # int32
   params: sae.Params
@@ -33,6 +34,10 @@ class TrainState:
   aux_steps: jax.Array  # int32, steps in which some latent was dead
   scale: jax.Array  # 1 / mean (x - mean x)^2 of the start-up sample
   carried: dict[str, jax.Array]  # what else the family goes on with, see _start_carried; empty for most
+
+  def replace(self, **changes: Any) -> 'TrainState':
+    """The same state with other values."""
+    return dataclasses.replace(self, **changes)
 
 
 _Stepped = tuple[tuple[TrainState, ...], tuple[dict[str, jax.Array], ...]]  # of a group: its states and its metrics

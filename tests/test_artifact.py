@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 import sae_jax
 from sae_jax import schema
 from sae_jax.artifact import Autoencoder, load, save
+from sae_jax.autoencoder import SAE
 from sae_jax.config import SAEConfig
 from sae_jax.data.normalize import normalize
 from sae_jax.errors import UserError
 from sae_jax.families.family import NAMES, family
-from sae_jax.sae import SAE, kept_shapes
+from sae_jax.sae import kept_shapes
 
 D, F, K = 5, 11, 2
 SIZE = SAEConfig(D, F, K, 'topk', k_aux=0, fired_threshold=0.0, latent_bias=True)

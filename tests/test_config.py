@@ -308,7 +308,7 @@ def test_light_modules_do_not_load_jax(module):
 
 HEAVY = {'jax', 'flax', 'optax', 'orbax', 'pandas', 'scipy', 'matplotlib'}
 # Commands whose work is done in the file that starts them; the analysis is made of pandas.
-LOADED = ('sae_jax/bench', 'sweeps/measure', 'analysis/', 'bench/')
+LOADED = ('sae_jax/bench', 'analysis/', 'bench/')
 HELPED = """
 import contextlib, io, runpy, sys
 for module in sys.argv[1:]:
@@ -332,9 +332,17 @@ def commands() -> list[str]:
 
 
 def test_help_of_a_command_loads_nothing_heavy():
-  assert {'sae_jax.train', 'sae_jax.measure', 'sae_jax.data.harvest', 'sweeps.launch'} <= set(commands())
+  assert {'sae_jax.train', 'sae_jax.measure', 'sae_jax.data.harvest', 'sweeps.launch', 'sweeps.measure'} <= set(
+    commands()
+  )
   ran = subprocess.run([sys.executable, '-c', f'HEAVY = {HEAVY}{HELPED}', *commands()], cwd=ROOT, capture_output=True)
   assert not ran.returncode, ran.stderr.decode()
+
+
+def test_training_loads_no_flax():
+  """Half a second of every start without a use for it: a module is made where an autoencoder is loaded."""
+  code = 'import sys, sae_jax.training; sys.exit("flax" in sys.modules)'
+  subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 
 def test_template_has_no_key_the_dataclasses_lack():

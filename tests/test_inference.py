@@ -11,6 +11,7 @@ import scipy.optimize
 import sae_jax
 from sae_jax import inference, sae, training
 from sae_jax.artifact import Autoencoder
+from sae_jax.autoencoder import SAE
 from sae_jax.config import SAEConfig
 from sae_jax.data.planted import Planted
 from sae_jax.errors import UserError
@@ -27,7 +28,7 @@ def autoencoder(name: str) -> Autoencoder:
   size = SAEConfig(D, F, None if known.penalised else K, name, k_aux=0, fired_threshold=0.0, latent_bias=True)
   params = {key: rng.standard_normal(shape) / 2 for key, shape in sae.kept_shapes(size).items()}
   params |= {'threshold': 0.7} if 'threshold' in params else {}
-  made = sae.SAE({key: jnp.asarray(value, jnp.float32) for key, value in params.items()}, size)
+  made = SAE({key: jnp.asarray(value, jnp.float32) for key, value in params.items()}, size)
   return Autoencoder(made, {'n_latents': F, 'd_model': D, 'k': size.k, 'normalize': 'none'})
 
 

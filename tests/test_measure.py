@@ -15,7 +15,7 @@ from sae_jax.measures import Scope, estimate, inputs, names, paired, results, ru
 from sae_jax.measures.downstream import Downstream
 from sae_jax.measures.measure import Unit
 from sweeps import gc, grid, ledger, status, work
-from sweeps import measure as sweep_measure
+from sweeps import measuring as sweep_measure
 from tests import cells, measured
 from tests.test_harvest import toy  # noqa: F401  the toy subject's fixture
 

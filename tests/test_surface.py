@@ -33,14 +33,14 @@ from analysis import (
   read_ledger,
   table,
 )
-from sae_jax import artifact, checks, sae
+from sae_jax import artifact, autoencoder, checks
 from sae_jax.errors import UserError
 from tests import planted_ledger
 from tests.surface import BAD, CALLS, LEDGER, OTHER, SLOW, Table
 
 # What notebooks call beside the package itself. Classes stand for their methods.
 MODULES = (allocation, convergence, family, frontier, isoflop, learning_rate, plots, predict, read_ledger, table)
-CLASSES = (artifact.Autoencoder, sae.SAE, fit_result.Fit)
+CLASSES = (artifact.Autoencoder, autoencoder.SAE, fit_result.Fit)
 # Given by code of this project alone, from its own arrays and words.
 NOT_INPUT = ('table.warning', 'Fit.derived', 'Fit.redrawn', 'Fit.warned', 'Fit.words')
 
