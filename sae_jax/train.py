@@ -6,6 +6,7 @@ Killed at any moment, the same command goes on from the newest checkpoint.
 import argparse
 import logging
 import os
+from typing import TYPE_CHECKING, Any
 
 from sae_jax import files, flags
 from sae_jax.config import resolve
@@ -29,6 +30,17 @@ def main(argv: list[str]) -> int:
   files.check_exclusive_create(workdir)
   claim_folder(config, workdir)
   return single_run.run(config, workdir, training.train)
+
+
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one of these
+
+  def __getattr__(name: str) -> Any:
+    """`train` and `train_group` by the names that they had before the loop had a file of its own."""
+    if name in ('train', 'train_group'):
+      from sae_jax import training  # loads jax, which --help does without
+
+      return getattr(training, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 if __name__ == '__main__':

@@ -339,6 +339,14 @@ def test_help_of_a_command_loads_nothing_heavy():
   assert not ran.returncode, ran.stderr.decode()
 
 
+def test_the_loop_has_its_old_name_in_the_command():
+  from sae_jax import train, training
+
+  assert (train.train, train.train_group) == (training.train, training.train_group)
+  with pytest.raises(AttributeError, match='trian'):
+    _ = train.trian
+
+
 def test_training_loads_no_flax():
   """Half a second of every start without a use for it: a module is made where an autoencoder is loaded."""
   code = 'import sys, sae_jax.training; sys.exit("flax" in sys.modules)'
