@@ -111,7 +111,7 @@ def test_half_a_gang_is_one_line(change, line):
 # The command, and after it a group of one cell a family in the same process.
 AND_FAMILIES = """
 import sys
-from sae_jax import training
+from sae_jax import train, training
 from sae_jax.families.family import family
 from tests import cells
 folder, *names = sys.argv[1:]
