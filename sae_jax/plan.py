@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from sae_jax import files, flags, flops
-from sae_jax.ahead import hlo
+from sae_jax.ahead import dearest, hlo
 from sae_jax.config import Cell, resolve
 from sae_jax.errors import UserError, one_line_errors
 
@@ -30,17 +30,19 @@ class Chip:
   memory: int  # bytes
   memory_bandwidth: float  # bytes/s
   ring_bandwidth: float  # bytes/s a chip sends in a ring along one mesh axis, both directions together
+  clock: float  # cycles/s
 
 
 # TPU: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, "system architecture". A ring uses two of the chip's links, of
 # 400 GB/s / 4, 1,200 GB/s / 6 and 800 GB/s / 4 counted both ways, so half of each sends. By default jax multiplies
 # float32 on a TPU as bfloat16 and on an H100 as TF32. H100 SXM5: NVIDIA's data sheet, dense figures; NVLink 900 GB/s
-# both ways.
+# both ways. A TPU's clock is its bfloat16 peak by the FLOPs of its matrix units in a cycle: 4 of 128 x 128 on a v5e,
+# 8 on a v5p, 4 of 256 x 256 on a v6e.
 CHIPS = {
-  'v5e': Chip('TPU v5e', 197e12, 197e12, 16 * GIB, 819e9, 100e9),
-  'v5p': Chip('TPU v5p', 459e12, 459e12, 95 * GIB, 2765e9, 200e9),
-  'v6e': Chip('TPU v6e', 918e12, 918e12, 32 * GIB, 1638e9, 200e9),
-  'h100': Chip('H100 SXM5', 989e12, 494e12, 80 * GIB, 3352e9, 450e9),
+  'v5e': Chip('TPU v5e', 197e12, 197e12, 16 * GIB, 819e9, 100e9, 1.5e9),
+  'v5p': Chip('TPU v5p', 459e12, 459e12, 95 * GIB, 2765e9, 200e9, 1.75e9),
+  'v6e': Chip('TPU v6e', 918e12, 918e12, 32 * GIB, 1638e9, 200e9, 1.75e9),
+  'h100': Chip('H100 SXM5', 989e12, 494e12, 80 * GIB, 3352e9, 450e9, 1.98e9),
 }
 
 
@@ -57,6 +59,7 @@ class Plan:
   memory_fraction: float  # of the chip's memory
   collectives: list[dict[str, Any]]  # op, axis, bytes of one execution, per_step: executions a step
   network_bytes: dict[str, float]  # sent a step, by mesh axis
+  operations: list[dict[str, Any]]  # the ten dearest, see ahead.dearest; share: of all
   flops: dict[str, float]  # of a step over all chips: useful, dense; executed: the matrix products it does
   seconds_by: dict[str, float]  # at the peak of each resource alone: compute, memory, network
   seconds: float  # the largest: the roofline of a step in which AuxK runs
@@ -128,9 +131,11 @@ def account(config: Cell, topology: str, chip: Chip, compiled: Any) -> Plan:
     config.train.batch_tokens,
     k_aux=config.sae.k_aux if aux else 0,
   )
-  sent = hlo.sent(compiled.collectives)
+  collectives = hlo.collectives(compiled.text, {'data': data, 'latent': latent})
+  executed = dearest.operations(compiled.text, chip)
+  sent = hlo.sent(collectives)
   warnings = []
-  for c in compiled.collectives:
+  for c in collectives:
     if c.per_step is None:
       warnings.append(f'{c.op} {c.shapes} sits in a loop whose length the compiled text does not tell')
     if carries_batch_by_latents(c.shapes, config):
@@ -161,10 +166,9 @@ def account(config: Cell, topology: str, chip: Chip, compiled: Any) -> Plan:
     memory=compiled.state | compiled.memory | _large_temporaries(config),
     memory_total=total,
     memory_fraction=total / chip.memory,
-    collectives=[
-      c._asdict() | {'wire_bytes': c.wire_bytes, 'conditional': bool(c.branch)} for c in compiled.collectives
-    ],
+    collectives=[c._asdict() | {'wire_bytes': c.wire_bytes, 'conditional': bool(c.branch)} for c in collectives],
     network_bytes=sent,
+    operations=[o._asdict() | {'share': o.seconds / dearest.total(executed)} for o in executed[:10]],
     flops=counted | {'executed': chips * sum(p['executed'] for p in parts.values())},
     seconds_by=seconds_by,
     seconds=seconds,
@@ -236,7 +240,13 @@ def report(plan: Plan) -> str:
     f'executed as matrix products {plan.flops["executed"]:.3g}',
     f'roofline ms of a step with AuxK (each resource at its peak): {by}; bound by {plan.bound}',
     f'at the roofline: {plan.tokens_per_s:,.0f} tokens/s, {plan.steps} steps in {plan.chip_hours:,.1f} chip-hours',
+    "dearest operations by the compiler's estimate, or ~ by the bytes they touch, in the dearest branches:",
   ]
+  for o in plan.operations:
+    lines.append(
+      f'  {o["share"]:5.1%} {1e3 * o["seconds"]:10.3f} ms{" " if o["estimated"] else "~"}x {o["times"]:<4} {o["op"]:11} '
+      f'{o["shape"]:22} {o["source"].removeprefix("jit(step)/")[-60:]}'
+    )
   return '\n'.join(lines + [f'warning: {text}' for text in plan.warnings])
 
 

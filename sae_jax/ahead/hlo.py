@@ -23,6 +23,9 @@ _BYTES = {'pred': 1, 'bf16': 2, 'f16': 2, 'f32': 4, 'f64': 8} | {
 }
 
 
+SHAPE = re.compile(r'\b(?:pred|bf16|[fsu]\d+)\[[\d,]*\]')
+
+
 class Collective(NamedTuple):
   """One collective instruction. Shapes and bytes are those of one chip."""
 
@@ -45,11 +48,13 @@ class Collective(NamedTuple):
     return passes * self.bytes * others / self.group
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
+  """One computation that another runs."""
+
   computation: str
-  times: int | None
+  times: int | None  # None when a loop's length is not in the text
   loop: bool
-  branch: str
+  branch: str  # 'conditional/branch' of an alternative, else ''
 
 
 def shape_bytes(shape: str) -> int:
@@ -70,7 +75,7 @@ def collectives(text: str, axes: dict[str, int] | None = None) -> list[Collectiv
     text: the module after partitioning.
     axes: mesh axes and sizes in order; names the axis of each collective.
   """
-  bodies = _computations(text)
+  bodies = computations(text)
   entry = next(name for name, lines in bodies.items() if lines and lines[0] == 'ENTRY')
   reached: dict[str, list[tuple[int | None, bool, str]]] = {}
   _follow(bodies, entry, 1, False, '', reached)
@@ -82,7 +87,7 @@ def collectives(text: str, axes: dict[str, int] | None = None) -> list[Collectiv
       match = re.search(rf'= (.*?) ({"|".join(KINDS)})(-start)?\(', line)
       if not match or name not in reached:
         continue
-      shapes = re.findall(r'\b(?:pred|bf16|[fsu]\d+)\[[\d,]*\]', match[1])
+      shapes = SHAPE.findall(match[1])
       op, started = match[2], match[3]
       # The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
       if op == 'all-reduce' and 'all-reduce-scatter' in name:
@@ -132,7 +137,8 @@ def _continues(name: str, lines: list[str]) -> bool:
   return name.startswith('async_collective_fusion') or any('"AsyncCollectiveDone"' in line for line in lines)
 
 
-def _computations(text: str) -> dict[str, list[str]]:
+def computations(text: str) -> dict[str, list[str]]:
+  """The lines of each computation of a module, by its name. The first line of the entry is 'ENTRY'."""
   bodies: dict[str, list[str]] = {}
   name = ''
   for line in text.splitlines():
@@ -153,28 +159,29 @@ def _follow(
   reached: dict[str, list[tuple[int | None, bool, str]]],
 ) -> None:
   reached.setdefault(name, []).append((times, loop, branch))
-  for call in _calls(bodies, name):
+  for call in calls(bodies, name):
     if call.computation in bodies:
       inner = None if times is None or call.times is None else times * call.times
       _follow(bodies, call.computation, inner, loop or call.loop, branch or call.branch, reached)
 
 
-def _calls(bodies: dict[str, list[str]], name: str) -> Iterator[_Call]:
+def calls(bodies: dict[str, list[str]], name: str) -> Iterator[Call]:
+  """What a computation runs, in the order of its lines."""
   for line in bodies[name]:
     if ' while(' in line:
       body, condition = re.search(r'body=%?([\w.\-]+)', line), re.search(r'condition=%?([\w.\-]+)', line)
       if body and condition:
         times = _trip_count(bodies, name, line, condition[1])
-        yield _Call(body[1], times, True, '')
-        yield _Call(condition[1], times, True, '')
+        yield Call(body[1], times, True, '')
+        yield Call(condition[1], times, True, '')
       continue
     for called in re.findall(r'(?:to_apply|calls|called_computation)=%?([\w.\-]+)', line):
-      yield _Call(called, 1, False, '')
+      yield Call(called, 1, False, '')
     alternatives = re.findall(r'(?:true|false)_computation=%?([\w.\-]+)', line)
     for branches in re.findall(r'branch_computations=\{([^}]*)\}', line):
       alternatives += re.findall(r'[\w.\-]+', branches)
     for called in alternatives:
-      yield _Call(called, 1, False, f'{line.split("=")[0].split()[-1].lstrip("%")}/{called}')
+      yield Call(called, 1, False, f'{line.split("=")[0].split()[-1].lstrip("%")}/{called}')
 
 
 def _trip_count(bodies: dict[str, list[str]], name: str, line: str, condition: str) -> int | None:
