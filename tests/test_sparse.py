@@ -20,7 +20,7 @@ def path(request, monkeypatch, x64):
     monkeypatch.setattr(triton, name, functools.partial(getattr(triton, name), interpret=True))
   gradients = functools.partial(triton.add_weight_gradients, interpret=True, run=RUN)
   monkeypatch.setattr(triton, 'add_weight_gradients', gradients)
-  monkeypatch.setattr(dense, '_NARROWEST', 128)
+  monkeypatch.setattr(dense, '_CHUNK', 128)
   monkeypatch.setattr(dense, '_SCRATCH', 512)
   with jax.default_matmul_precision('highest'), sparse.forced(request.param):
     yield request.param

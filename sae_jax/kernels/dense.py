@@ -2,7 +2,7 @@
 
 Codes are built from their indices, never from a threshold, so that ties keep exactly the selected entries. They are
 built by a matmul as well: with f = 128 h + l, codes [B, H, 128] are the product over k of two one-hot arrays, which
-XLA fuses into it. Latents go in chunks, so that [B, F] is never whole and each gradient row is written once.
+XLA fuses into it. Tokens and latents go in chunks, so that [B, F] is never whole.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 from sae_jax.kernels.loops import Slots, sum_dtype
 
 _LANES = 128
-_SCRATCH = 2**27  # numbers in a chunk of codes [B, chunk], or in an array [rows, K, 128]
-_NARROWEST = 2048  # latents in a chunk, so that its matmul outweighs reading and writing the [B, D] sum
+_SCRATCH = 2**28  # numbers in a chunk of codes [rows, chunk]
+_CHUNK = _LANES * _LANES  # latents: both one-hot arrays are as wide as the matrix unit
 # Of a v5e chip. A v5p has 2.3 and 3.4 times as much, so that the rule holds for both.
 _FLOPS = 197e12
 _BYTES = 819e9
@@ -44,43 +44,36 @@ def decode(z_BK: jax.Array, idx_BK: jax.Array, w_FD: jax.Array, slots: Slots = N
   del slots  # values from there on are 0, and a dense product saves nothing by it
   w_FD = _padded(w_FD)
 
-  def add_chunk(chunk: _Chunk, x_BD: jax.Array) -> jax.Array:
-    codes_BHL = _codes(chunk, idx_BK, z_BK, _operand(w_FD))
-    return x_BD + jnp.einsum('bhl,hld->bd', codes_BHL, chunk.rows(w_FD), preferred_element_type=x_BD.dtype)
+  def of_rows(codes: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def add_chunk(chunk: _Chunk, x_RD: jax.Array) -> jax.Array:
+      codes_RHL = _codes(chunk, *codes, _operand(w_FD))
+      return x_RD + jnp.einsum('bhl,hld->bd', codes_RHL, chunk.rows(w_FD), preferred_element_type=x_RD.dtype)
 
-  zeros_BD = jnp.zeros((z_BK.shape[0], w_FD.shape[1]), sum_dtype(w_FD))
-  return _over_latents(add_chunk, w_FD.shape[0], z_BK.shape[0], zeros_BD).astype(w_FD.dtype)
+    zeros_RD = jnp.zeros((len(codes[0]), w_FD.shape[1]), sum_dtype(w_FD))
+    return _over_latents(add_chunk, len(w_FD), zeros_RD).astype(w_FD.dtype)
+
+  x_CRD = jax.lax.map(of_rows, tuple(map(_in_rows, (idx_BK, z_BK))))
+  return x_CRD.reshape(-1, w_FD.shape[1])[: len(z_BK)]
 
 
 def code_gradient(idx_BK: jax.Array, w_FD: jax.Array, g_BD: jax.Array, slots: Slots = None) -> jax.Array:
   """<w[idx[b, k]], g[b]>: [B, K], rounded to the operands' type, which the weight gradients would do to it."""
-  w_FD = _padded(w_FD)
-  n_rows, k = idx_BK.shape
-  rows = min(n_rows, max(1, _SCRATCH // (k * _LANES)))
+  w_FD, k = _padded(w_FD), idx_BK.shape[1]
+  dtype, wide = _operand(w_FD), sum_dtype(w_FD)
 
-  def some_rows(i: jax.Array, dz_BK: jax.Array) -> jax.Array:
-    # The last block overlaps the one before it and computes those rows again.
-    first = jnp.minimum(i * rows, n_rows - rows)
-    idx_RK, g_RD = (jax.lax.dynamic_slice_in_dim(a, first, rows) for a in (idx_BK, g_BD))
+  def of_rows(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+    idx_RK, g_RD = rows
 
     def add_chunk(chunk: _Chunk, dz_RK: jax.Array) -> jax.Array:
-      high_RKH, low_RKL = _one_hots(chunk, idx_RK)
-      p_RHL = jnp.einsum(
-        'bd,hld->bhl', g_RD.astype(_operand(w_FD)), chunk.rows(w_FD), preferred_element_type=sum_dtype(w_FD)
-      )
-      p_RKL = jnp.einsum(
-        'bkh,bhl->bkl',
-        high_RKH.astype(_operand(w_FD)),
-        p_RHL.astype(_operand(w_FD)),
-        preferred_element_type=sum_dtype(w_FD),
-      )
-      return dz_RK + jnp.sum(jnp.where(low_RKL, p_RKL, 0), axis=-1)
+      high_RHK, low_RLK = _one_hots(chunk, idx_RK)
+      p_RHL = jnp.einsum('bd,hld->bhl', g_RD.astype(dtype), chunk.rows(w_FD), preferred_element_type=wide)
+      p_RHK = jnp.einsum('blk,bhl->bhk', low_RLK.astype(dtype), p_RHL.astype(dtype), preferred_element_type=wide)
+      return dz_RK + jnp.sum(jnp.where(high_RHK, p_RHK, 0), axis=1)
 
-    zeros_RK = jnp.zeros(idx_RK.shape, sum_dtype(w_FD))
-    dz_RK = _over_latents(add_chunk, w_FD.shape[0], rows, zeros_RK)
-    return jax.lax.dynamic_update_slice_in_dim(dz_BK, dz_RK.astype(dz_BK.dtype), first, axis=0)
+    return _over_latents(add_chunk, len(w_FD), jnp.zeros(idx_RK.shape, wide)).astype(g_BD.dtype)
 
-  dz_BK = jax.lax.fori_loop(0, -(-n_rows // rows), some_rows, jnp.zeros(idx_BK.shape, g_BD.dtype))
+  dz_CRK = jax.lax.map(of_rows, tuple(map(_in_rows, (idx_BK, g_BD))))
+  dz_BK = dz_CRK.reshape(-1, k)[: len(idx_BK)]
   return dz_BK if slots is None else jnp.where(jnp.arange(k)[None] < slots, dz_BK, 0)
 
 
@@ -122,12 +115,9 @@ class _Chunk:
     return w_HLD.astype(_operand(w_FD))
 
 
-def _over_latents(
-  add_chunk: Callable[[_Chunk, jax.Array], jax.Array], n_latents: int, n_rows: int, start: jax.Array
-) -> jax.Array:
+def _over_latents(add_chunk: Callable[[_Chunk, jax.Array], jax.Array], n_latents: int, start: jax.Array) -> jax.Array:
   """Folds add_chunk(chunk, carry) over chunks of whole lanes. The last overlaps the one before it."""
-  narrow = max(_NARROWEST, _SCRATCH // n_rows)
-  even = -(-n_latents // -(-n_latents // narrow))
+  even = -(-n_latents // -(-n_latents // _CHUNK))
   width = min(-(-even // _LANES), n_latents // _LANES) * _LANES
   count = -(-n_latents // width)
   if count == 1:
@@ -140,31 +130,46 @@ def _over_latents(
 
 
 def _one_hots(chunk: _Chunk, idx_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Masks [B, K, H] and [B, K, 128] whose product marks each index; empty for an index outside the chunk."""
-  local_BK = jnp.where(idx_BK >= chunk.done, idx_BK - chunk.first, -1)
-  high_BKH = (local_BK // _LANES)[:, :, None] == jnp.arange(chunk.width // _LANES)[None, None]
-  low_BKL = (local_BK % _LANES)[:, :, None] == jnp.arange(_LANES)[None, None]
-  return high_BKH, low_BKL
+  """Masks [B, H, K] and [B, 128, K] whose product marks each index; empty for an index outside the chunk.
+
+  Slots come last: the TPU's compiler estimates the product of such masks at up to a tenth of that of the others.
+  """
+  local_B1K = jnp.where(idx_BK >= chunk.done, idx_BK - chunk.first, -1)[:, None]
+  high_BHK = local_B1K // _LANES == jnp.arange(chunk.width // _LANES)[None, :, None]
+  low_BLK = local_B1K % _LANES == jnp.arange(_LANES)[None, :, None]
+  return high_BHK, low_BLK
 
 
 def _codes(chunk: _Chunk, idx_BK: jax.Array, z_BK: jax.Array, dtype: DTypeLike) -> jax.Array:
-  high_BKH, low_BKL = _one_hots(chunk, idx_BK)
-  z_BKL = jnp.where(low_BKL, z_BK[:, :, None], 0).astype(dtype)
-  return jnp.einsum('bkh,bkl->bhl', high_BKH.astype(dtype), z_BKL, preferred_element_type=dtype)
+  high_BHK, low_BLK = _one_hots(chunk, idx_BK)
+  z_BLK = jnp.where(low_BLK, z_BK[:, None], 0).astype(dtype)
+  return jnp.einsum('bhk,blk->bhl', high_BHK.astype(dtype), z_BLK, preferred_element_type=dtype)
+
+
+def _in_rows(a_BK: jax.Array) -> jax.Array:
+  """[C, R, K]: tokens in chunks for which _CHUNK latents fit in the scratch, the last filled up with zeros."""
+  count = -(-len(a_BK) * _CHUNK // _SCRATCH)
+  rows = -(-len(a_BK) // count)
+  return jnp.pad(a_BK, ((0, count * rows - len(a_BK)), (0, 0))).reshape(count, rows, -1)
 
 
 def _add_product(dw_FD: jax.Array, idx_BK: jax.Array, z_BK: jax.Array, x_BD: jax.Array) -> jax.Array:
-  padded_FD = _padded(dw_FD)
   dtype, wide = _operand(dw_FD), sum_dtype(dw_FD)
 
-  def add_chunk(chunk: _Chunk, dw_FD: jax.Array) -> jax.Array:
-    codes_BHL = _codes(chunk, idx_BK, z_BK, dtype)
-    dw_HLD = jnp.einsum('bhl,bd->hld', codes_BHL, x_BD.astype(dtype), preferred_element_type=wide)
-    old_WD = jax.lax.dynamic_slice_in_dim(dw_FD, chunk.first, chunk.width)
-    new_WD = (old_WD.astype(wide) + dw_HLD.reshape(old_WD.shape)).astype(old_WD.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(dw_FD, new_WD, chunk.first, axis=0)
+  def add_rows(dw_FD: jax.Array, rows: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    idx_RK, z_RK, x_RD = rows
 
-  return _over_latents(add_chunk, padded_FD.shape[0], z_BK.shape[0], padded_FD)[: dw_FD.shape[0]]
+    def add_chunk(chunk: _Chunk, dw_FD: jax.Array) -> jax.Array:
+      codes_RHL = _codes(chunk, idx_RK, z_RK, dtype)
+      dw_HLD = jnp.einsum('bhl,bd->hld', codes_RHL, x_RD.astype(dtype), preferred_element_type=wide)
+      old_WD = jax.lax.dynamic_slice_in_dim(dw_FD, chunk.first, chunk.width)
+      new_WD = (old_WD.astype(wide) + dw_HLD.reshape(old_WD.shape)).astype(old_WD.dtype)
+      return jax.lax.dynamic_update_slice_in_dim(dw_FD, new_WD, chunk.first, axis=0)
+
+    return _over_latents(add_chunk, len(dw_FD), dw_FD), None
+
+  added_FD, _ = jax.lax.scan(add_rows, _padded(dw_FD), tuple(map(_in_rows, (idx_BK, z_BK, x_BD))))
+  return added_FD[: len(dw_FD)]
 
 
 def _padded(w_FD: jax.Array) -> jax.Array:
