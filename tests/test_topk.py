@@ -121,3 +121,12 @@ def test_top_k_long_rows_take_two_stages_and_agree():
   pre_BF = jnp.asarray(tied_rows(0, 3, 16_384, 50))
   for got, expected in zip(topk.top_k(pre_BF, jnp.zeros(16_384), 11), jax.lax.top_k(pre_BF, 11), strict=True):
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(('width', 'group'), [(65_536, 128), (32_768, 16)])
+def test_groups_are_as_wide_as_a_register_where_a_tpu_then_has_no_more_candidates(width, group):
+  search = jax.jit(lambda pre_BF, bias_F: topk.top_k(pre_BF, bias_F, 32))
+  shapes = jax.ShapeDtypeStruct((8, width), np.float32), jax.ShapeDtypeStruct((width,), np.float32)
+  for platform, size in (('tpu', group), ('cpu', 16)):
+    text = search.trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    assert f'tensor<8x{width // size}x{size}xf32>' in text, platform
