@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from sae_jax.kernels.loops import Slots, sum_dtype
 
 _LANES = 128
-_SCRATCH = 2**28  # numbers in a chunk of codes [rows, chunk]
+_SCRATCH = 2**27  # numbers in a chunk of codes [rows, chunk]
 _CHUNK = _LANES * _LANES  # latents: both one-hot arrays are as wide as the matrix unit
 # Of a v5e chip. A v5p has 2.3 and 3.4 times as much, so that the rule holds for both.
 _FLOPS = 197e12
