@@ -65,7 +65,7 @@ def plant(folder, explained=(3, 5, 9), **changes):
     'token_N': np.array([1, -1, 2, -2, 3, 4], np.int32),
     'parent_N': np.array([-1, 0, 1, 0, -1, 4], np.int32),
     'value_N': np.array([np.nan, np.nan, 0.5, 0.75, np.nan, 0.2], np.float32),
-    'true_E': np.array([8, 5, 0]),
+    'true_E': np.array([16, 5, 0]),
     'predicted_E': np.array([4, 0, 0]),
     'hits_E': np.array([2, 0, 0]),
   } | changes
@@ -145,11 +145,12 @@ def test_pages_show_the_numbers_that_were_measured(cell, toy, tmp_path):
   assert f'{arrays["firings"][3]:,} of {20 * 7:,}' in three
   assert '&#39;a&#39; after START' in three and '&#39;a&#39; after ANY after &#39;b&#39;' in three
   assert three.index('after START') < three.index('after ANY')  # the larger activation first
-  assert '<dd>0.50</dd>' in three and '<dd>0.25</dd>' in three and '<dd>0.33</dd>' in three
+  assert '<dd>0.50</dd>' in three and '<dd>0.12</dd>' in three and '<dd>0.20</dd>' in three
+  assert 'it is active:\n16; that the patterns name: 4; both: 2.' in three
   assert 'active too seldom' in four and 'no pattern was found' in nine and 'not\nmeasured' in four
   rows = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / 'index.html').read_text())[1])['rows']
   assert [row[0] for row in rows] == [0, 3, 4, 5, 9]
-  assert rows[1][3:5] == [0.5, 0.25] and rows[1][6] == "'a' after START; 'a' after ANY after 'b'"
+  assert rows[1][3:5] == [0.5, 0.12] and rows[1][6] == "'a' after START; 'a' after ANY after 'b'"
   assert rows[3][3:5] == [None, 0.0]
   assert rows[0][1] == 0 and 'active on none' in (tmp_path / 'latents' / '00.html').read_text()
 
@@ -423,6 +424,8 @@ def test_pages_fit_a_narrow_screen(sites, tmp_path):
     seen.right = Math.max(...Array.from(document.querySelectorAll('body *'))
       .filter(e => !e.closest('.scroll') || e.classList.contains('scroll')).map(e => e.getBoundingClientRect().right));
     seen.images = document.images.length;
+    const ends = Array.from(document.querySelectorAll('.graph, .graph svg'), e => e.getBoundingClientRect());
+    seen.graph = ends.map(end => [Math.round(end.width), Math.round(end.right)]);
     seen.keys = Array.from(document.querySelectorAll('.scroll')).every(part => part.tabIndex === 0);
   """
   for name in ('index.html', 'latents/03.html'):
@@ -433,3 +436,5 @@ def test_pages_fit_a_narrow_screen(sites, tmp_path):
     seen = browse(narrow, tmp_path, script, width=500)
     narrow.unlink()
     assert 300 < seen['right'] <= 400 and seen['images'] == 0 and seen['keys'], (name, seen)
+  (room, right), (width, end) = seen['graph']
+  assert width > room and end == right  # where the latent is active is seen without scrolling

@@ -20,7 +20,7 @@ from sae_jax.measures import run
 from sae_jax.measures.inputs import Inputs
 from sae_jax.measures.measure import Judged
 
-_VERSION = 2  # of the pages; a page of another is written again
+_VERSION = 3  # of the pages; a page of another is written again
 _NUMBERS = 2**28  # logits that are gathered at once
 _NEAREST, _ROWS = 8, 512
 _LETTERS = 90  # of an explanation in the list
@@ -254,8 +254,8 @@ class Site:
       trie = (self._tries or {}).get(latent)
       scores = trie.scores if trie else {}
       rows.append([
-        latent, _rounded(density), _rounded(float(self._arrays['max'][latent])),
-        *(_rounded(scores.get(name)) for name in ('precision', 'recall')),
+        latent, float(f'{density:.4g}'), float(f'{self._arrays["max"][latent]:.4g}'),
+        *(None if scores.get(name) is None else round(scores[name], 2) for name in ('precision', 'recall')),
         '' if direct is None else self._words.chip(int(direct.up_GN[i, 0])),
         '' if trie is None else self._said(trie),
       ])  # fmt: skip
@@ -266,10 +266,6 @@ class Site:
       data={'digits': self._digits, 'rows': rows},
       count=len(rows),
     )
-
-
-def _rounded(value: float | None) -> float | None:
-  return None if value is None else float(f'{value:.4g}')
 
 
 def bars(count_V: np.ndarray, edges: np.ndarray) -> list[dict[str, Any]]:
