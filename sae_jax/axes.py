@@ -47,6 +47,6 @@ def smallest(values: _Tree, axis: str | tuple[str, ...] | None) -> _Tree:
   return values if axis is None else jax.lax.pmin(values, axis)
 
 
-def largest(values: _Tree, axis: str | None) -> _Tree:
-  """Maxima over all members of an axis, on each of them."""
+def largest(values: _Tree, axis: str | tuple[str, ...] | None) -> _Tree:
+  """Maxima over all members of the axes, on each of them."""
   return values if axis is None else jax.lax.pmax(values, axis)

@@ -41,7 +41,7 @@ def chip_parts(config: Cell, *, aux: bool) -> dict[str, dict[str, float]]:
 
   A chip holds 1/latent of the latents and of each token's codes, 1/data of the tokens, and updates its part of the
   state. `aux` for a step in which AuxK runs. Bytes are the least that a chip's memory must move; in row chunks the
-  encoder is read once a chunk, and AuxK encodes again because the product was not kept.
+  encoder is read once a chunk.
   """
   mesh, d = config.mesh, config.sae.d_model
   n, rows = config.sae.n_latents / mesh.latent, config.train.batch_tokens / mesh.data
@@ -51,17 +51,13 @@ def chip_parts(config: Cell, *, aux: bool) -> dict[str, dict[str, float]]:
   beyond = {name: offered[name]['useful'] - part['useful'] for name, part in parts.items()}
   for name, part in parts.items():
     part['bytes'] = offered[name]['bytes']
-  reread = FLOAT * n * d * (mesh.row_chunks - 1)
-  parts['encode']['bytes'] += reread
+  parts['encode']['bytes'] += FLOAT * n * d * (mesh.row_chunks - 1)
   parts['optimizer']['bytes'] /= mesh.data if config.state_is_split else 1
   if aux:
     again = step_parts(n, config.sae.k_aux / mesh.latent, d, rows)
-    if mesh.row_chunks > 1:
-      again['encode']['bytes'] += reread
-    else:
-      del again['encode']
-    parts |= {f'aux_{name}': part for name, part in again.items() if name not in ('pre_bias_gradient', 'optimizer')}
-  dense = ['encode', 'aux_encode', 'pre_bias_gradient']
+    shared = ('encode', 'pre_bias_gradient', 'optimizer')
+    parts |= {f'aux_{name}': part for name, part in again.items() if name not in shared}
+  dense = ['encode', 'pre_bias_gradient']
   if known.penalised:
     dense += ['decode', 'code_gradient', 'decoder_gradient', 'encoder_gradient']
   return {

@@ -17,6 +17,7 @@ from sae_jax.axes import Shard, largest, scattered, smallest, total
 from sae_jax.codes import Dense, Elementwise, Latents, Own, Selection, Sparse
 from sae_jax.config import LossConfig, SAEConfig
 from sae_jax.families import auxk, topk
+from sae_jax.families.family import family
 from sae_jax.sae import Params, centred, encoder, kind_of, latents_of, preactivations, product
 from sae_jax.topk import Preactivations
 
@@ -49,6 +50,7 @@ class _Pass(NamedTuple):
   fired_F: jax.Array  # int8
   active_B: jax.Array
   penalty: jax.Array  # summed over this shard's tokens and latents
+  listed: auxk.Listed | None  # candidates of AuxK, where a pass over chunks of rows found them
   least: jax.Array
   # From the gradients [B, D] of the heads' reconstructions, added to those of AuxK.
   back: Callable[[Sequence[jax.Array], auxk.Gradients], _Latent]
@@ -62,9 +64,12 @@ def _selected(
   size: SAEConfig,
   shard: Shard,
   step: jax.Array,
+  lister: auxk.Lister | None,
 ) -> _Pass:
   w_dec_FD = params['w_dec_FD']
-  pre = preactivations(params, product_BF, xc_BD, size, shard, exact=False)
+  pre, listed = preactivations(params, product_BF, xc_BD, size, shard, exact=False), None
+  if lister:
+    pre, listed = pre.beside(family(size.activation).offered * size.k, shard.chunks, lister)
   parts = kind.parts(pre, size, shard, step) if kind.parts else (kind.select(pre, size, shard),)
   slots = [part.slots(shard.axes) for part in parts]
   main = parts[: kind.main % len(parts) + 1]
@@ -86,7 +91,7 @@ def _selected(
   if kind.threshold:
     z_BK = parts[0].z_BK
     least = smallest(jnp.min(jnp.where(z_BK > 0, z_BK, jnp.inf)), shard.axes.both)
-  return _Pass(decoded_BDs, fired_F, _each(jnp.add, (part.active() for part in main)), zero, least, back)
+  return _Pass(decoded_BDs, fired_F, _each(jnp.add, (part.active() for part in main)), zero, listed, least, back)
 
 
 def _each(combine: Callable[[jax.Array, jax.Array], jax.Array], values: Iterable[jax.Array]) -> jax.Array:
@@ -101,25 +106,29 @@ def _elementwise(
   size: SAEConfig,
   weight: float | jax.Array,
   shard: Shard,
+  lister: auxk.Lister | None,
 ) -> _Pass:
   """`weight` is that of a token's penalty in the loss. In chunks of rows all is computed again on the way back."""
   w_dec_FD = params['w_dec_FD']
   latents = latents_of(params)
 
-  def pulled(xc_RD: jax.Array, product_RF: jax.Array | None) -> tuple[tuple[jax.Array, ...], jax.Array, Callable]:
+  def pulled(
+    xc_RD: jax.Array, product_RF: jax.Array | None
+  ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array, Callable]:
     # Local mathematics only. Through a sum over shards autodiff would count a gradient once for every shard.
     made = product(params, xc_RD, shard) if product_RF is None else product_RF
     (zs, penalty_R), pull = jax.vjp(lambda product_RF, own: kind.codes(product_RF, own, size), made, latents)
-    return zs, penalty_R, pull
+    return made, zs, penalty_R, pull
 
   def ahead(xc_RD: jax.Array, product_RF: jax.Array | None = None) -> tuple[Any, ...]:
-    zs, penalty_R, _ = pulled(xc_RD, product_RF)
+    made, zs, penalty_R, _ = pulled(xc_RD, product_RF)
     main = Dense(zs[0])
     fired_F = main.fired(len(w_dec_FD), size.fired_threshold)
-    return tuple(Dense(z).decode(w_dec_FD) for z in zs), fired_F, main.active(), jnp.sum(penalty_R)
+    listed = lister(made) if lister else None
+    return tuple(Dense(z).decode(w_dec_FD) for z in zs), fired_F, main.active(), jnp.sum(penalty_R), listed
 
   def behind(so_far: _Latent, xc_RD: jax.Array, g_RDs: Sequence[jax.Array], product_RF: jax.Array | None) -> _Latent:
-    zs, penalty_R, pull = pulled(xc_RD, product_RF)
+    _, zs, penalty_R, pull = pulled(xc_RD, product_RF)
     dzs = tuple(g_RD @ w_dec_FD.T for g_RD in g_RDs)
     dproduct_RF, downs = pull((dzs, jnp.full_like(penalty_R, weight)))
     learning = [(z, dz, g) for z, dz, g, head in zip(zs, dzs, g_RDs, kind.heads, strict=True) if not head.frozen]
@@ -147,10 +156,10 @@ def _elementwise(
 
   if shard.chunks == 1:
     return _Pass(*ahead(xc_BD, product_BF), jnp.zeros((), xc_BD.dtype), back)
-  decoded, fired_CF, active_CR, penalty_C = jax.lax.map(ahead, in_chunks(xc_BD))
-  whole = tuple(a_CRD.reshape(xc_BD.shape) for a_CRD in decoded)
+  decoded, fired_CF, active_CR, penalty_C, listed = jax.lax.map(ahead, in_chunks(xc_BD))
+  whole, listed = jax.tree.map(lambda a_CRK: a_CRK.reshape(-1, a_CRK.shape[-1]), (decoded, listed))
   zero = jnp.zeros((), xc_BD.dtype)
-  return _Pass(whole, jnp.max(fired_CF, axis=0), active_CR.reshape(-1), jnp.sum(penalty_C), zero, back)
+  return _Pass(whole, jnp.max(fired_CF, axis=0), active_CR.reshape(-1), jnp.sum(penalty_C), listed, zero, back)
 
 
 def loss_and_grads(
@@ -174,7 +183,7 @@ def loss_and_grads(
     x_BD: this shard's tokens.
     scale: 1 / mean (x - mean x)^2, once for the run (section 1, "constant in the training loss").
     batch: tokens in the global batch.
-    shard: where and how this runs. In more than one chunk of rows AuxK encodes again.
+    shard: where and how this runs.
     step: steps done, for families and thresholds that follow it.
     coefficient: of a penalty.
 
@@ -194,26 +203,31 @@ def loss_and_grads(
     active = jnp.asarray(batch * sae.n_latents, x_BD.dtype)
     sums = StepSums(own_sums.square_error, active, zero, jnp.zeros((), jnp.int32), own_sums.penalty, zero)
     return grads, jnp.ones_like(idle_F), sums
+  # Counted in steps, and held at a ceiling no dead threshold reaches, so that no run is long enough to overflow.
+  waited_F = jnp.minimum(idle_F, 2**30) + 1
+  at_risk_F = waited_F > _dead_after(loss, batch, step)
   xc_BD = centred(params, x_BD, sae)
-  product_BF = product(params, xc_BD, shard) if shard.chunks == 1 else None
+  product_BF, lister = product(params, xc_BD, shard) if shard.chunks == 1 else None, None
+  has_auxk = loss.aux_coefficient > 0 and sae.k_aux > 0
+  if has_auxk and shard.chunks > 1:
+    lister = auxk.lister(at_risk_F, params['b_enc_F'], sae.k_aux, axes)
   if isinstance(kind, Selection):
-    heads, made = kind.heads(sae), _selected(kind, params, product_BF, xc_BD, sae, shard, jnp.asarray(step))
+    heads, made = kind.heads(sae), _selected(kind, params, product_BF, xc_BD, sae, shard, jnp.asarray(step), lister)
     decoded_BDs = list(itertools.accumulate(total(made.decoded_BDs, axes.latent)))
     error_BDs = [x_BD - (decoded_BD + params['b_pre_D'][None]) for decoded_BD in decoded_BDs]
     error_BD = error_BDs[kind.main]
   else:
-    heads, made = kind.heads, _elementwise(kind, params, product_BF, xc_BD, sae, coefficient / batch, shard)
+    heads, made = kind.heads, _elementwise(kind, params, product_BF, xc_BD, sae, coefficient / batch, shard, lister)
     decoded_BDs = total(made.decoded_BDs, axes.latent)
     error_BDs = [x_BD - (decoded_BD + params['b_pre_D'][None]) for decoded_BD in decoded_BDs]
     error_BD = error_BDs[0]
 
   fired_F = largest(made.fired_F, axes.data)
-  # Counted in steps, and held at a ceiling no dead threshold reaches, so that no run is long enough to overflow.
-  idle_F = jnp.where(fired_F > 0, 0, jnp.minimum(idle_F, 2**30)) + 1
-  dead_F = idle_F > _dead_after(loss, batch, step)
+  idle_F = jnp.where(fired_F > 0, 1, waited_F)
+  dead_F = at_risk_F & (fired_F == 0)
   n_dead = total(jnp.sum(dead_F.astype(jnp.int32)), axes.latent)
 
-  if loss.aux_coefficient > 0 and sae.k_aux > 0:
+  if has_auxk:
 
     def select(bias_F: jax.Array) -> Sparse:
       pre = Preactivations(product_BF, lambda xc_RD: product(params, xc_RD, shard), xc_BD, bias_F)
@@ -226,6 +240,7 @@ def loss_and_grads(
       error_BD,
       xc_BD,
       select,
+      made.listed,
       k_aux=sae.k_aux,
       coefficient=loss.aux_coefficient,
       batch=batch,

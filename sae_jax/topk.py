@@ -6,7 +6,7 @@ selection across shards is written out for use inside `shard_map`.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ _TPU_GROUP = 128  # as wide as a register: the product is copied once into anoth
 # About 10 microseconds at 100 GB/s.
 _ROUND_BYTES = 1_000_000
 
+_Tree = TypeVar('_Tree')
+
 
 class Preactivations(NamedTuple):
   """(x - b_pre) W_enc^T + b_enc of one shard, as a selection asks for them."""
@@ -31,6 +33,7 @@ class Preactivations(NamedTuple):
   xc_BD: jax.Array  # x - b_pre
   bias_F: jax.Array
   recall_target: float | None = None  # candidates are then those of `approximate`
+  found: tuple[jax.Array, jax.Array] | None = None  # candidates of an earlier pass: no more than these need another
 
   def candidates(self, k: int, chunks: int) -> tuple[jax.Array, jax.Array]:
     """This shard's min(k, F) largest of each row, descending: values and indices.
@@ -39,17 +42,27 @@ class Preactivations(NamedTuple):
     rows at once.
     """
     m = min(k, len(self.bias_F))
-
-    def of(product_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
-      if self.recall_target is None:
-        return top_k(product_BF, self.bias_F, m)
-      return approximate(product_BF, self.bias_F, m, self.recall_target)
-
+    if self.found is not None and m <= self.found[0].shape[1]:
+      return self.found[0][:, :m], self.found[1][:, :m]
     if self.product_BF is not None:
-      return of(self.product_BF)
+      return self._largest(self.product_BF, m)
+    return self._in_chunks(lambda product_RF: self._largest(product_RF, m), chunks)
+
+  def beside(self, k: int, chunks: int, other: Callable[[jax.Array], _Tree]) -> tuple['Preactivations', _Tree]:
+    """These with `candidates` of k, and what `other` makes of the product [R, F] of each chunk of rows, in one pass."""
+    m = min(k, len(self.bias_F))
+    found, others = self._in_chunks(lambda product_RF: (self._largest(product_RF, m), other(product_RF)), chunks)
+    return self._replace(found=found), others
+
+  def _largest(self, product_BF: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
+    if self.recall_target is None:
+      return top_k(product_BF, self.bias_F, m)
+    return approximate(product_BF, self.bias_F, m, self.recall_target)
+
+  def _in_chunks(self, of: Callable[[jax.Array], _Tree], chunks: int) -> _Tree:
     xc_CRD = self.xc_BD.reshape(chunks, -1, self.xc_BD.shape[1])
-    v_CRK, idx_CRK = jax.lax.map(lambda xc_RD: of(self.make(xc_RD)), xc_CRD)
-    return v_CRK.reshape(-1, m), idx_CRK.reshape(-1, m)
+    made = jax.lax.map(lambda xc_RD: of(self.make(xc_RD)), xc_CRD)
+    return jax.tree.map(lambda a_CRK: a_CRK.reshape(-1, a_CRK.shape[-1]), made)
 
   def best(self, k: int, shard: Shard) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`candidates`, and which of them are among the k largest of their row over all shards."""

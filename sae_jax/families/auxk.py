@@ -2,6 +2,9 @@
 
 b_pre is in neither target nor prediction (adding it to only one is a known bug elsewhere), and the residual is a
 constant: no gradient reaches the main reconstruction.
+
+Which latents are dead is known only after the batch. In chunks of rows the product is gone by then. So each chunk lists
+candidates among the latents that are dead unless they fire in this batch, and those that did are passed over afterwards.
 """
 
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from sae_jax.codes import Sparse
 
 # Selects among the pre-activations with this bias [F]: values not negative and descending.
 Select = Callable[[jax.Array], Sparse]
+_SPARE = 64  # listed candidates a token that may fire
 
 
 class Gradients(NamedTuple):
@@ -29,6 +33,59 @@ class Gradients(NamedTuple):
   loss: jax.Array  # AuxK before its coefficient, over all tokens
 
 
+class Listed(NamedTuple):
+  """The largest pre-activations of this shard among latents that may be dead, descending along a row."""
+
+  v_BM: jax.Array
+  idx_BM: jax.Array  # local
+
+
+Lister = Callable[[jax.Array], Listed]
+
+
+def lister(at_risk_F: jax.Array, b_enc_F: jax.Array, k_aux: int, axes: Axes) -> Lister:
+  """A function from the product [R, F] of some rows, without the bias, to their candidates.
+
+  A token's k_aux best lie on all shards. A shard lists no more than twice its share of them, and a few to spare.
+  With so few latents at risk that all of them are used, it lists nothing.
+
+  Args:
+    at_risk_F: which latents are dead unless they fire in this batch.
+    b_enc_F: their bias.
+    k_aux: how many dead latents reconstruct a token's e.
+    axes: where this runs.
+  """
+  m = min(len(at_risk_F), min(k_aux, 2 * -(-k_aux // total(1, axes.latent))) + _SPARE)
+  bias_F = jnp.where(at_risk_F, b_enc_F, -jnp.inf)
+  many = total(jnp.sum(at_risk_F, dtype=jnp.int32), axes.latent) > k_aux
+
+  def listed(product_RF: jax.Array) -> Listed:
+    nothing_RM = jnp.zeros((len(product_RF), m), product_RF.dtype)
+    return jax.lax.cond(
+      many,
+      lambda: Listed(*topk.top_k(product_RF, bias_F, m)),
+      lambda: Listed(nothing_RM, nothing_RM.astype(jnp.int32)),
+    )
+
+  return listed
+
+
+def _left(listed: Listed, dead_F: jax.Array, k_aux: int, axes: Axes) -> tuple[Listed, jax.Array]:
+  """The candidates with 0 for those that fired or are negative, and whether a better one may be missing on some shard.
+
+  No latent that a shard did not list exceeds the last one that it did. Where k_aux candidates exceed the last ones of all
+  shards, none is missing.
+  """
+  left_BM = jnp.where(dead_F[listed.idx_BM], jax.nn.relu(listed.v_BM), 0)
+  missing = jnp.zeros((), bool)
+  if listed.v_BM.shape[1] < len(dead_F):
+    last_B1 = largest(jax.nn.relu(listed.v_BM[:, -1:]), axes.latent)
+    above_B1 = total(jnp.sum(left_BM > last_B1, axis=1, keepdims=True, dtype=jnp.int32), axes.latent)
+    missing_B1 = (last_B1 > 0) & (above_B1 < k_aux)
+    missing = largest(jnp.any(missing_B1).astype(jnp.int32), axes.data) > 0
+  return listed._replace(v_BM=left_BM), missing
+
+
 def gradients(
   params: dict[str, jax.Array],
   dead_F: jax.Array,
@@ -36,6 +93,7 @@ def gradients(
   error_BD: jax.Array,
   xc_BD: jax.Array,
   select: Select,
+  listed: Listed | None,
   *,
   k_aux: int,
   coefficient: float,
@@ -48,7 +106,8 @@ def gradients(
   How they are computed depends on the number of dead latents:
   Up to k_aux, all of them are used. Nothing needs selecting.
   Above that they are gathered into the narrowest of a few widths that holds them, and selected there.
-  When that is wider than `room`, `select` searches the pre-activations of all latents.
+  When that is wider than `room`, `listed` candidates are selected from.
+  Without those, or where one may be missing among them, `select` searches the pre-activations of all latents.
 
   A conditional chooses between these. No [F, D] array goes into it: each branch makes its own accumulators, and the main
   loops add to them afterwards.
@@ -60,6 +119,7 @@ def gradients(
     error_BD: this shard's e.
     xc_BD: this shard's x - b_pre.
     select: the selection among all latents.
+    listed: candidates of a pass over chunks of rows.
     k_aux: how many dead latents reconstruct a token's e.
     coefficient: of AuxK in the loss.
     batch: tokens of all shards.
@@ -72,10 +132,28 @@ def gradients(
   def of_few(width: int) -> Callable[[], Gradients]:
     return lambda: _of_few(*args, width=width, k_aux=k_aux, dtype=shard.dtype, **given)
 
+  def of_all() -> Gradients:
+    # -inf, not 0: with fewer than k_aux positive dead latents a 0 would select live ones.
+    return _of_many(params, select(jnp.where(dead_F, params['b_enc_F'], -jnp.inf)), error_BD, xc_BD, **given)
+
+  def of_listed() -> Gradients:
+    z_BK, at_BK = jax.lax.top_k(left.v_BM, min(k_aux, left.v_BM.shape[1]))  # closes the gaps
+    idx_BK = jnp.take_along_axis(left.idx_BM, at_BK, axis=1)
+    won_BK = topk.select(z_BK, k_aux, z_BK.shape[1], shard.axes.latent, shard.exchange)
+    return _of_many(params, Sparse(jnp.where(won_BK, z_BK, 0), idx_BK), error_BD, xc_BD, **given)
+
   widths = [min(k_aux, len(dead_F)), *(w for w in (4 * k_aux, 16 * k_aux) if w <= room)]
   here = largest(jnp.sum(dead_F, dtype=jnp.int32), shard.axes.latent)
   exceeded = [n_dead > 0, n_dead > k_aux, *(here > w for w in widths[1:])]
-  branches = [lambda: none(params), *map(of_few, widths), lambda: _of_many(*args, select=select, **given)]
+  branches = [lambda: none(params), *map(of_few, widths), of_all]
+  if listed is not None:
+    left, missing = jax.lax.cond(
+      n_dead > k_aux,
+      lambda: _left(listed, dead_F, k_aux, shard.axes),
+      lambda: (listed, jnp.zeros((), bool)),
+    )
+    exceeded.append(missing)
+    branches.insert(-1, of_listed)
   return jax.lax.switch(sum(e.astype(jnp.int32) for e in exceeded), branches)
 
 
@@ -87,17 +165,14 @@ def none(params: dict[str, jax.Array]) -> Gradients:
 
 def _of_many(
   params: dict[str, jax.Array],
-  dead_F: jax.Array,
+  codes: Sparse,
   error_BD: jax.Array,
   xc_BD: jax.Array,
   *,
-  select: Select,
   coefficient: float,
   batch: int,
   axes: Axes,
 ) -> Gradients:
-  # -inf, not 0: with fewer than k_aux positive dead latents a 0 would select live ones.
-  codes = select(jnp.where(dead_F, params['b_enc_F'], -jnp.inf))
   slots = sparse.used_slots(codes.z_BK)  # a handful of dead latents must not cost k_aux passes
   h_BD, loss = _loss(codes.decode(params['w_dec_FD'], slots), error_BD, coefficient, batch, axes)
   dy_BK = codes.gradient(params['w_dec_FD'], h_BD, slots)
