@@ -239,6 +239,7 @@ def loss_and_grads(
       n_dead,
       error_BD,
       xc_BD,
+      product_BF,
       select,
       made.listed,
       k_aux=sae.k_aux,

@@ -198,17 +198,25 @@ def counted(v_BC: jax.Array, k: int | jax.Array, latent_axis: str | tuple[str, .
   """Which entries of each row are in its top k over all shards, ties to the lowest global index: a mask [B, C].
 
   The k-th largest key is the largest t with at least k keys >= t, found bit by bit from the top. Rows of fewer than k
-  keep all they have. k may be traced, and the rows may lie on several axes. At B=2,048, C=1,024, k=256 on two CPU cores ten times as fast as `jax.lax.top_k`.
+  keep all they have. k may be traced, and one for each row, and the rows may lie on several axes. On one shard the search
+  ends as soon as every row has k. At B=2,048, C=1,024, k=256 on two CPU cores ten times as fast as `jax.lax.top_k`.
   """
   key_BC = _ordered_bits(v_BC)
   bits = 8 * key_BC.dtype.itemsize
 
-  def round_(i: jax.Array, kth_B: jax.Array) -> jax.Array:
+  def round_(i: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    kth_B, held_B = so_far
     trial_B = kth_B | (jnp.ones((), key_BC.dtype) << (bits - 1 - i).astype(key_BC.dtype))
     count_B = total(jnp.sum(key_BC >= trial_B[:, None], axis=1, dtype=jnp.int32), latent_axis)
-    return jnp.where(count_B >= k, trial_B, kth_B)
+    return jnp.where(count_B >= k, trial_B, kth_B), jnp.where(count_B >= k, count_B, held_B)
 
-  kth_B = jax.lax.fori_loop(0, bits, round_, jnp.zeros(v_BC.shape[0], key_BC.dtype))
+  start = jnp.zeros(v_BC.shape[0], key_BC.dtype), jnp.full(v_BC.shape[0], v_BC.shape[1], jnp.int32)
+  if latent_axis is None:
+    _, (kth_B, _) = jax.lax.while_loop(
+      lambda at: (at[0] < bits) & jnp.any(at[1][1] != k), lambda at: (at[0] + 1, round_(*at)), (0, start)
+    )
+  else:
+    kth_B, _ = jax.lax.fori_loop(0, bits, round_, start)
   above_BC, tied_BC = key_BC > kth_B[:, None], key_BC == kth_B[:, None]
   vacancies_B = k - total(jnp.sum(above_BC, axis=1, dtype=jnp.int32), latent_axis)
   if latent_axis is not None:

@@ -127,6 +127,14 @@ def test_top_k_long_rows_take_two_stages_and_agree():
 def test_groups_are_as_wide_as_a_register_where_a_tpu_then_has_no_more_candidates(width, group):
   search = jax.jit(lambda pre_BF, bias_F: topk.top_k(pre_BF, bias_F, 32))
   shapes = jax.ShapeDtypeStruct((8, width), np.float32), jax.ShapeDtypeStruct((width,), np.float32)
-  for platform, size in (('tpu', group), ('cpu', 16)):
+  for platform, size in (('tpu', group), ('cuda', 16)):
     text = search.trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
     assert f'tensor<8x{width // size}x{size}xf32>' in text, platform
+
+
+def test_counting_on_one_shard_takes_each_row_its_own_k_and_of_ties_the_lowest_index():
+  v_BC = np.random.default_rng(4).integers(0, 6, (9, 33)).astype(np.float32)
+  k_B = 4 * np.arange(9)
+  place_BC = np.argsort(np.argsort(-v_BC, axis=1, kind='stable'), axis=1)
+  got_BC = topk.counted(jnp.asarray(v_BC), jnp.asarray(k_B), None)
+  np.testing.assert_array_equal(got_BC, place_BC < k_B[:, None])

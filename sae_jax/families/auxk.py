@@ -7,6 +7,7 @@ Which latents are dead is known only after the batch. In chunks of rows the prod
 candidates among the latents that are dead unless they fire in this batch, and those that did are passed over afterwards.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from sae_jax.codes import Sparse
 # Selects among the pre-activations with this bias [F]: values not negative and descending.
 Select = Callable[[jax.Array], Sparse]
 _SPARE = 64  # listed candidates a token that may fire
+_CACHED_ROWS = 64  # that a selection on a CPU keeps in the cache
 
 
 class Gradients(NamedTuple):
@@ -70,8 +72,8 @@ def lister(at_risk_F: jax.Array, b_enc_F: jax.Array, k_aux: int, axes: Axes) -> 
   return listed
 
 
-def _left(listed: Listed, dead_F: jax.Array, k_aux: int, axes: Axes) -> tuple[Listed, jax.Array]:
-  """The candidates with 0 for those that fired or are negative, and whether a better one may be missing on some shard.
+def _left(listed: Listed, dead_F: jax.Array, k_aux: int, axes: Axes) -> tuple[jax.Array, jax.Array]:
+  """The candidates' values, 0 where they fired or are negative, and whether a better one may be missing on some shard.
 
   No latent that a shard did not list exceeds the last one that it did. Where k_aux candidates exceed the last ones of all
   shards, none is missing.
@@ -83,7 +85,7 @@ def _left(listed: Listed, dead_F: jax.Array, k_aux: int, axes: Axes) -> tuple[Li
     above_B1 = total(jnp.sum(left_BM > last_B1, axis=1, keepdims=True, dtype=jnp.int32), axes.latent)
     missing_B1 = (last_B1 > 0) & (above_B1 < k_aux)
     missing = largest(jnp.any(missing_B1).astype(jnp.int32), axes.data) > 0
-  return listed._replace(v_BM=left_BM), missing
+  return left_BM, missing
 
 
 def gradients(
@@ -92,6 +94,7 @@ def gradients(
   n_dead: jax.Array,
   error_BD: jax.Array,
   xc_BD: jax.Array,
+  product_BF: jax.Array | None,
   select: Select,
   listed: Listed | None,
   *,
@@ -118,6 +121,7 @@ def gradients(
     n_dead: how many are, of all shards.
     error_BD: this shard's e.
     xc_BD: this shard's x - b_pre.
+    product_BF: their product with the encoder, without the bias, where it was kept.
     select: the selection among all latents.
     listed: candidates of a pass over chunks of rows.
     k_aux: how many dead latents reconstruct a token's e.
@@ -126,19 +130,20 @@ def gradients(
     shard: where this runs.
     room: most columns that a dense product over gathered dead latents may have.
   """
-  args = (params, dead_F, error_BD, xc_BD)
   given = dict(coefficient=coefficient, batch=batch, axes=shard.axes)
 
   def of_few(width: int) -> Callable[[], Gradients]:
-    return lambda: _of_few(*args, width=width, k_aux=k_aux, dtype=shard.dtype, **given)
+    return lambda: _of_few(
+      params, dead_F, error_BD, xc_BD, product_BF, width=width, k_aux=k_aux, dtype=shard.dtype, **given
+    )
 
   def of_all() -> Gradients:
     # -inf, not 0: with fewer than k_aux positive dead latents a 0 would select live ones.
     return _of_many(params, select(jnp.where(dead_F, params['b_enc_F'], -jnp.inf)), error_BD, xc_BD, **given)
 
   def of_listed() -> Gradients:
-    z_BK, at_BK = jax.lax.top_k(left.v_BM, min(k_aux, left.v_BM.shape[1]))  # closes the gaps
-    idx_BK = jnp.take_along_axis(left.idx_BM, at_BK, axis=1)
+    z_BK, at_BK = jax.lax.top_k(left_BM, min(k_aux, left_BM.shape[1]))  # closes the gaps
+    idx_BK = jnp.take_along_axis(listed.idx_BM, at_BK, axis=1)
     won_BK = topk.select(z_BK, k_aux, z_BK.shape[1], shard.axes.latent, shard.exchange)
     return _of_many(params, Sparse(jnp.where(won_BK, z_BK, 0), idx_BK), error_BD, xc_BD, **given)
 
@@ -147,10 +152,10 @@ def gradients(
   exceeded = [n_dead > 0, n_dead > k_aux, *(here > w for w in widths[1:])]
   branches = [lambda: none(params), *map(of_few, widths), of_all]
   if listed is not None:
-    left, missing = jax.lax.cond(
+    left_BM, missing = jax.lax.cond(
       n_dead > k_aux,
       lambda: _left(listed, dead_F, k_aux, shard.axes),
-      lambda: (listed, jnp.zeros((), bool)),
+      lambda: (listed.v_BM, jnp.zeros((), bool)),
     )
     exceeded.append(missing)
     branches.insert(-1, of_listed)
@@ -192,6 +197,7 @@ def _of_few(
   dead_F: jax.Array,
   error_BD: jax.Array,
   xc_BD: jax.Array,
+  product_BF: jax.Array | None,
   *,
   width: int,
   k_aux: int,
@@ -214,12 +220,23 @@ def _of_few(
   def rows(a: jax.Array) -> jax.Array:
     return a.at[dead_W].get(mode='fill', fill_value=0)
 
-  w_enc_WD, w_dec_WD, b_enc_W = rows(params['w_enc_FD']), rows(params['w_dec_FD']), rows(params['b_enc_F'])
-  dtype = dtype or xc_BD.dtype
-  product_BW = jnp.einsum('bd,wd->bw', xc_BD.astype(dtype), w_enc_WD.astype(dtype), preferred_element_type=xc_BD.dtype)
-  y_BW = jax.nn.relu(product_BW + b_enc_W[None])
-  if width > k_aux:
-    y_BW = _leading(y_BW, k_aux, axes)
+  w_dec_WD, b_enc_W = rows(params['w_dec_FD']), rows(params['b_enc_F'])
+  if product_BF is None:  # and then no width exceeds k_aux
+    args = (a.astype(dtype or xc_BD.dtype) for a in (xc_BD, rows(params['w_enc_FD'])))
+    y_BW = jax.nn.relu(jnp.einsum('bd,wd->bw', *args, preferred_element_type=xc_BD.dtype) + b_enc_W[None])
+  else:
+
+    def columns(product_RF: jax.Array) -> jax.Array:
+      y_RW = jax.nn.relu(product_RF.at[:, dead_W].get(mode='fill', fill_value=0) + b_enc_W[None])
+      return _leading(y_RW, k_aux, axes) if width > k_aux else y_RW
+
+    def in_parts(product_BF: jax.Array) -> jax.Array:
+      rows = math.gcd(len(product_BF), _CACHED_ROWS)
+      return jax.lax.map(columns, product_BF.reshape(-1, rows, n_latents)).reshape(-1, width)
+
+    # In a loop shards cannot agree.
+    cpu = columns if axes.latent else in_parts
+    y_BW = jax.lax.platform_dependent(product_BF, cpu=cpu, default=columns)
   h_BD, loss = _loss(y_BW @ w_dec_WD, error_BD, coefficient, batch, axes)
   dy_BW = jnp.where(y_BW > 0, h_BD @ w_dec_WD.T, 0)
 
@@ -242,8 +259,9 @@ def _leading(y_BW: jax.Array, k: int, axes: Axes) -> jax.Array:
   Most dead latents are below 0 for most tokens: often no row has more than k to choose from.
   """
   positive_B = total(jnp.sum(y_BW > 0, axis=1, dtype=jnp.int32), axes.latent)
-  crowded = largest(jnp.max(positive_B), axes.data) > k
-  return jax.lax.cond(crowded, lambda: jnp.where(topk.counted(y_BW, k, axes.latent), y_BW, 0), lambda: y_BW)
+  crowded = largest(jnp.max(positive_B), axes.data if axes.latent else None) > k
+  k_B = jnp.minimum(k, positive_B)
+  return jax.lax.cond(crowded, lambda: jnp.where(topk.counted(y_BW, k_B, axes.latent), y_BW, 0), lambda: y_BW)
 
 
 def _loss(
