@@ -1,5 +1,6 @@
 """The kernel that selects on a CPU: the columns of jax.lax.top_k, bit for bit; and what is done without it."""
 
+import functools
 import shutil
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from sae_jax import topk
 from sae_jax.kernels import selection
@@ -90,3 +93,21 @@ def test_without_a_compiler_that_works_xla_selects(monkeypatch, tmp_path, compil
   product_BF = np.random.default_rng(0).standard_normal((2, 600)).astype(np.float32)
   found = topk.top_k(jnp.asarray(product_BF), jnp.zeros(600), 5)[1]
   np.testing.assert_array_equal(found, np.argsort(-product_BF, axis=1, kind='stable')[:, :5])
+
+
+@needs_compiler
+def test_shards_that_run_at_once_each_select_their_own():
+  """Several devices of one process share the threads that rows are dealt out to."""
+  mesh = jax.make_mesh((4,), ('latent',), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+  product_BF = np.random.default_rng(1).integers(0, 50, (ROWS, 4 * 600)).astype(np.float32)
+
+  @jax.jit
+  @functools.partial(
+    jax.shard_map, mesh=mesh, in_specs=(P(None, 'latent'), P('latent')), out_specs=P(None, 'latent'), check_vma=False
+  )
+  def on_shards(product_BF: jax.Array, bias_F: jax.Array) -> jax.Array:
+    return topk.top_k(product_BF, bias_F, 20)[1]
+
+  found_BSk = np.asarray(on_shards(product_BF, np.zeros(4 * 600, np.float32))).reshape(ROWS, 4, 20)
+  expected_BSk = np.argsort(-product_BF.reshape(ROWS, 4, 600), axis=2, kind='stable')[:, :, :20]
+  np.testing.assert_array_equal(found_BSk, expected_BSk)
