@@ -143,6 +143,7 @@ def test_pages_show_the_numbers_that_were_measured(cell, toy, tmp_path):
   three, four, nine = ((tmp_path / 'latents' / f'0{f}.html').read_text() for f in (3, 4, 9))
   arrays = run.finished(run.target(str(cell)), 'latents', shared(cell)).units[0].arrays
   assert f'{arrays["firings"][3]:,} of {20 * 7:,}' in three
+  assert f'n = {measured.F}, L0 = {arrays["firings"].sum() / (20 * 7):.3g}, on' in three
   assert '&#39;a&#39; after START' in three and '&#39;a&#39; after ANY after &#39;b&#39;' in three
   assert three.index('after START') < three.index('after ANY')  # the larger activation first
   assert '<dd>0.50</dd>' in three and '<dd>0.12</dd>' in three and '<dd>0.20</dd>' in three

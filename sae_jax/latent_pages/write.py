@@ -234,8 +234,8 @@ class Site:
   @functools.cached_property
   def _about(self) -> str:
     sae, data = self._of.config.sae, self._of.config.data
-    of_k = f', k = {sae.k}' if sae.k else ''
-    return f'{sae.activation}, n = {sae.n_latents:,}{of_k}, on {data.subject} at {data.site} ({self._of.id})'
+    l0 = self._arrays['firings'].sum() / self._tokens
+    return f'{sae.activation}, n = {sae.n_latents:,}, L0 = {l0:.3g}, on {data.subject} at {data.site} ({self._of.id})'
 
   def _said(self, trie: graph.Trie) -> str:
     """As many patterns as fit into a line of the list."""
