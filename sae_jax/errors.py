@@ -17,6 +17,10 @@ HOST_BROKEN = 128 + signal.SIGBUS
 class UserError(Exception):
   """A mistake in the input. The message is one line: the value, the rule and the remedy."""
 
+  def __str__(self) -> str:
+    # A name that comes from a file may hold line breaks.
+    return ' '.join(super().__str__().splitlines())
+
 
 class BrokenFile(UserError):
   """A file that cannot be believed. No attempt of a cell is charged for it: the remedy is to move the file aside."""
