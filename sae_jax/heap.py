@@ -13,7 +13,7 @@ from typing import Any
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _MMAP_MAX_AT_FIRST = 65536
-_NEVER = 2**31 - 1
+_NEVER = -1  # as a size the largest of all; 2^31 - 1 would be 2 GB
 
 
 def one_arena() -> None:
