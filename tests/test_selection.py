@@ -1,6 +1,7 @@
 """The kernel that selects on a CPU: the columns of jax.lax.top_k, bit for bit; and what is done without it."""
 
 import functools
+import pathlib
 import shutil
 
 import jax
@@ -61,6 +62,16 @@ def test_any_k_up_to_all_columns(k: int):
 
 
 @needs_compiler
+@pytest.mark.parametrize('sign', [1, -1])
+def test_sums_of_two_nans_still_give_columns(sign: int):
+  """After a divergence all may be NaN; which of two NaNs a sum is, is up to the compiler."""
+  product_BF = np.full((ROWS, WIDTH), np.copysign(np.nan, sign), np.float32)
+  bias_F = np.full(WIDTH, np.copysign(np.nan, -sign), np.float32)
+  _, idx_BK = by_kernel(product_BF, bias_F)
+  assert all(len(set(row)) == K and set(row) <= set(range(WIDTH)) for row in np.asarray(idx_BK).tolist())
+
+
+@needs_compiler
 def test_gradients_reach_product_and_bias():
   product_BF = jnp.asarray(np.random.default_rng(0).standard_normal((ROWS, WIDTH)), jnp.float32)
   bias_F = jnp.linspace(0, 1, WIDTH)
@@ -80,6 +91,25 @@ def test_it_is_built_where_the_cache_is_and_found_there_again(monkeypatch, tmp_p
   when = built.stat().st_mtime_ns
   assert selection.available.__wrapped__()
   assert [path.stat().st_mtime_ns for path in (tmp_path / 'sae_jax').iterdir()] == [when]
+
+
+def test_a_kernel_that_another_process_built_meanwhile_stays(monkeypatch, tmp_path):
+  path = tmp_path / 'kernel.so'
+
+  def compiled(command: list[str], **kwargs: object):
+    pathlib.Path(command[-1]).write_text('ours')
+    path.write_text('theirs')
+
+  monkeypatch.setattr(selection.subprocess, 'run', compiled)
+  monkeypatch.setattr(selection.ctypes, 'CDLL', lambda name: pathlib.Path(name).read_text())
+  assert selection._built(b'', 'c++', path) == 'theirs' and list(tmp_path.iterdir()) == [path]
+
+
+@needs_compiler
+def test_without_a_home_xla_selects(monkeypatch):
+  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+  monkeypatch.setattr(selection.os.path, 'expanduser', lambda path: path)  # as for a user whom the system does not know
+  assert not selection.available.__wrapped__()
 
 
 @pytest.mark.parametrize('compiler', ['no-such-compiler', 'false'])

@@ -79,6 +79,11 @@ struct Rows {
         if (ordered >= bound) found.push_back(Packed(ordered, f));
       }
     }
+    if (static_cast<int64_t>(found.size()) < k) {
+      // NaN + NaN is either of them, and a compiler may choose otherwise in each loop.
+      found.clear();
+      for (int64_t f = 0; f < width; ++f) found.push_back(Packed(Ordered(values[f] + bias[f]), f));
+    }
     if (static_cast<int64_t>(found.size()) > k) {
       std::nth_element(found.begin(), found.begin() + k, found.end(), std::greater<>());
     }

@@ -43,7 +43,8 @@ def available() -> bool:
   key = hashlib.sha256(source + repr((jax.lib.__version__, compiler, _FLAGS, _instructions())).encode()).hexdigest()
   try:
     library = _built(source, compiler, _cache() / f'selection-{key[:16]}.so')
-  except (OSError, subprocess.SubprocessError):  # no folder to write to, no header, a compiler too old, …
+  # No folder to write to, no header, a compiler too old, …; a user without a home is a RuntimeError.
+  except (OSError, RuntimeError, subprocess.SubprocessError):
     return False
   jax.ffi.register_ffi_target(_SYMBOL, jax.ffi.pycapsule(getattr(library, _SYMBOL)), platform='cpu')
   return True
@@ -59,7 +60,8 @@ def _built(source: bytes, compiler: str, path: pathlib.Path) -> ctypes.CDLL:
       written.write_bytes(source)
       command = [compiler, *_FLAGS, f'-I{jax.ffi.include_dir()}', str(written), '-o', str(made)]
       subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_SECONDS)
-      made.replace(path)
+      if not path.exists():  # never under another process: on a network's disk its pages would be gone
+        made.replace(path)
   return ctypes.CDLL(str(path))
 
 
