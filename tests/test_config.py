@@ -348,7 +348,7 @@ def test_the_loop_has_its_old_name_in_the_command():
 
 
 def test_training_loads_no_flax():
-  """Half a second of every start without a use for it: a module is made where an autoencoder is loaded."""
+  """It would slow every start down: a module is made where an autoencoder is loaded."""
   code = 'import sys, sae_jax.training; sys.exit("flax" in sys.modules)'
   subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
