@@ -33,7 +33,7 @@ class Preactivations(NamedTuple):
   xc_BD: jax.Array  # x - b_pre
   bias_F: jax.Array
   recall_target: float | None = None  # candidates are then those of `approximate`
-  found: tuple[jax.Array, jax.Array] | None = None  # candidates of an earlier pass: no more than these need another
+  found: tuple[jax.Array, jax.Array] | None = None  # candidates of an earlier pass; more than these take another
 
   def candidates(self, k: int, chunks: int) -> tuple[jax.Array, jax.Array]:
     """This shard's min(k, F) largest of each row, descending: values and indices.
@@ -99,7 +99,7 @@ def _by_xla(product_BF: jax.Array, bias_F: jax.Array, k: int) -> tuple[jax.Array
   if width < _TWO_STAGE_FROM or width % _GROUP or 4 * k * _GROUP > width:
     v_BK, idx_BK = jax.lax.top_k(product_BF + bias_F[None], k)
     return v_BK, idx_BK
-  # No more candidates than groups of the other size.
+  # Wide groups leave more candidates: they are taken where these are no more than there would be narrow groups.
   wide = width % _TPU_GROUP == 0 and k * _TPU_GROUP <= width // _GROUP
   of_group = functools.partial(two_stage, k=k, group=_GROUP)
   tpu = functools.partial(two_stage, k=k, group=_TPU_GROUP) if wide else of_group
