@@ -113,7 +113,7 @@ def test_a_part_that_goes_wrong_fails_alone():
 
 
 def test_time_that_is_up_stops_a_part_and_skips_others(monkeypatch):
-  monkeypatch.setattr(parts, '_PATIENCE', 20)
+  monkeypatch.setattr(parts, '_PATIENCE', 300)  # a busy machine needs time to fork and answer
   found = ran((0.01, rows({'ms': 1}, lambda: time.sleep(60))), (100, rows({})), (0.01, rows({})), seconds=20)
   assert [one['status'] for one in found] == ['failed', 'skipped', 'done']
   assert found[0]['error'].startswith('stopped after') and found[0]['rows'] == [{'row': 0, 'status': 'done', 'ms': 1}]
