@@ -6,6 +6,7 @@ library. Started again, it goes on after the last finished cell. What is the sam
 """
 
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -31,6 +32,7 @@ from sweeps import grid
 TOKENS = 260_096  # of each cell: the demo's
 _SIDE_BY_SIDE = ('dictionary_learning',)  # whose own loop trains many on one stream
 _RATES = (5e-4, 1e-3, 2e-3)  # for n = 2^14; ours is the middle one
+_MOST_RATES = 8
 _DEAD_TOKENS = 10_000_000  # their default, which runs as short as these never reach
 _ERRORS_AGREE = 1e-3
 _RAW, _EMA = 'sae_jax raw', 'sae_jax EMA'
@@ -44,10 +46,12 @@ def measure(
   Raises `UserError` when a library cannot be started, when a cell of it did not see all tokens, and when its weights do not
   reconstruct with us as they do with it.
   """
-  folder = work / f'{tokens}-{every}'
-  folder.mkdir(parents=True, exist_ok=True)
-  path = sweep.grid_file(folder, every, {'data.path': os.path.abspath(store), 'train.tokens': tokens})
+  work.mkdir(parents=True, exist_ok=True)
+  path = sweep.grid_file(work, every, {'data.path': os.path.abspath(store), 'train.tokens': tokens})
   cells = [cell for _, cell in grid.build(str(path)).cells]
+  # Other cells, of another store or recipe, are others' work.
+  folder = work / hashlib.sha256(' '.join(cell.id for cell in cells).encode()).hexdigest()[:12]
+  folder.mkdir(exist_ok=True)
   runs = {name: _ours(path, folder, size) for name, size in ((sweep.TOGETHER, len(cells)), (sweep.APART, 1))}
   results = runs[sweep.TOGETHER].pop('results')
   if runs[sweep.APART].pop('results') != results:
@@ -114,6 +118,10 @@ def tuned(nmse_at: Callable[[float], float], rates: Iterable[float]) -> dict[flo
   """NMSE at each of the rates, and at halves or doubles of them until the best is not at an end."""
   tried = {rate: nmse_at(rate) for rate in rates}
   while (best := min(tried, key=lambda rate: tried[rate])) in (low := min(tried), high := max(tried)):
+    if len(tried) == _MOST_RATES:
+      raise UserError(
+        f'the best of {len(tried)} learning rates is still at an end ({best:g}); start from other ones than {tuple(rates)}'
+      )
     beyond = low / 2 if best == low else high * 2
     tried[beyond] = nmse_at(beyond)
   return tried

@@ -13,6 +13,7 @@ from typing import Any
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _MMAP_MAX_AT_FIRST = 65536
+_TRIM_THRESHOLD_AT_MOST = 2**26  # where glibc itself moves it to
 _NEVER = -1  # as a size the largest of all; 2^31 - 1 would be 2 GB
 
 
@@ -34,6 +35,7 @@ def kept() -> Iterator[None]:
   finally:
     if glibc := _glibc():
       glibc.mallopt(_MMAP_MAX, _MMAP_MAX_AT_FIRST)
+      glibc.mallopt(_TRIM_THRESHOLD, _TRIM_THRESHOLD_AT_MOST)
       glibc.malloc_trim(0)
 
 

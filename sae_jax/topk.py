@@ -76,7 +76,9 @@ def top_k(product_BF: jax.Array, bias_F: jax.Array, k: int) -> tuple[jax.Array, 
   Equals `jax.lax.top_k(product + bias)`, ties included. None of the ways to find them writes the sum for long rows: a second
   [B, F] array would cost more than the search.
   """
-  if product_BF.dtype != jnp.float32 or len(bias_F) < _KERNEL_FROM or not selection.available():
+  # Beside an accelerator a CPU selects little, and the kernel is not worth building.
+  wanted = product_BF.dtype == jnp.float32 and len(bias_F) >= _KERNEL_FROM and jax.default_backend() == 'cpu'
+  if not wanted or not selection.available():
     return _by_xla(product_BF, bias_F, k)
 
   def by_kernel(product_BF: jax.Array, bias_F: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -91,7 +93,7 @@ def describe(platform: str, width: int) -> str:
   """What slows `top_k` down on this platform, in words to add to others."""
   if platform != 'cpu' or width < _KERNEL_FROM or selection.available():
     return ''
-  return '; top-k on one core by XLA, as there is no C++ compiler that builds the kernel'
+  return '; top-k on one core by XLA, as no C++ compiler (CXX, or c++) could build its kernel in the cache folder'
 
 
 def _by_xla(product_BF: jax.Array, bias_F: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -106,6 +106,14 @@ def test_a_kernel_that_another_process_built_meanwhile_stays(monkeypatch, tmp_pa
 
 
 @needs_compiler
+def test_a_kernel_that_cannot_be_loaded_is_built_again(tmp_path):
+  path = tmp_path / 'kernel.so'
+  path.write_bytes(b'')
+  source = pathlib.Path(selection.__file__).with_suffix('.cc').read_bytes()
+  assert hasattr(selection._built(source, ['env', 'c++'], path), 'sae_jax_columns')  # a compiler with an argument
+
+
+@needs_compiler
 def test_without_a_home_xla_selects(monkeypatch):
   monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
   monkeypatch.setattr(selection.os.path, 'expanduser', lambda path: path)  # as for a user whom the system does not know

@@ -5,12 +5,15 @@ as it is without it. The machine's C++ compiler builds it when it is first asked
 compiler there is no kernel, and XLA's top-k is taken.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import importlib.resources
 import os
 import pathlib
+import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -36,11 +39,13 @@ def columns(product_BF: jax.Array, bias_F: jax.Array, k: int) -> jax.Array:
 @functools.cache
 def available() -> bool:
   """Whether this process has the kernel. The first call builds or loads it."""
-  compiler = shutil.which(os.environ.get('CXX') or 'c++')
-  if not compiler:
+  compiler = shlex.split(os.environ.get('CXX') or 'c++')
+  if not shutil.which(compiler[0]):
     return False
   source = importlib.resources.files(__package__).joinpath('selection.cc').read_bytes()
-  key = hashlib.sha256(source + repr((jax.lib.__version__, compiler, _FLAGS, _instructions())).encode()).hexdigest()
+  key = hashlib.sha256(
+    source + repr((jax.lib.__version__, compiler, _FLAGS, platform.libc_ver(), _instructions())).encode()
+  ).hexdigest()
   try:
     library = _built(source, compiler, _cache() / f'selection-{key[:16]}.so')
   # No folder to write to, no header, a compiler too old, …; a user without a home is a RuntimeError.
@@ -50,18 +55,21 @@ def available() -> bool:
   return True
 
 
-def _built(source: bytes, compiler: str, path: pathlib.Path) -> ctypes.CDLL:
-  """The library at this path, compiled where it is not there."""
-  if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Made under another name: several processes may build at once, and one may be killed.
-    with tempfile.TemporaryDirectory(dir=path.parent) as name:
-      made, written = pathlib.Path(name, path.name), pathlib.Path(name, 'selection.cc')
-      written.write_bytes(source)
-      command = [compiler, *_FLAGS, f'-I{jax.ffi.include_dir()}', str(written), '-o', str(made)]
-      subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_SECONDS)
-      if not path.exists():  # never under another process: on a network's disk its pages would be gone
-        made.replace(path)
+def _built(source: bytes, compiler: list[str], path: pathlib.Path) -> ctypes.CDLL:
+  """The library at this path, compiled where it is not there or cannot be loaded."""
+  if path.exists():
+    with contextlib.suppress(OSError):
+      return ctypes.CDLL(str(path))
+    path.unlink(missing_ok=True)  # cut short by a full disk or a loss of power
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # Made under another name: several processes may build at once, and one may be killed.
+  with tempfile.TemporaryDirectory(dir=path.parent) as name:
+    made, written = pathlib.Path(name, path.name), pathlib.Path(name, 'selection.cc')
+    written.write_bytes(source)
+    command = [*compiler, *_FLAGS, f'-I{jax.ffi.include_dir()}', str(written), '-o', str(made)]
+    subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_SECONDS)
+    if not path.exists():  # never under another process: on a network's disk its pages would be gone
+      made.replace(path)
   return ctypes.CDLL(str(path))
 
 
