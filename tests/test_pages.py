@@ -272,6 +272,12 @@ def test_a_trie_is_read_from_the_last_token_and_drawn_leftwards(cell, toy):
   assert all(n['y'] + 20 <= picture['height'] for n in picture['nodes'])
   assert graph.drawn(made[9], said)['nodes'] == []
   many = graph.Trie(np.arange(100), np.full(100, -1), np.linspace(0, 1, 100, dtype=np.float32), {}, 0, 0, 0)
+  line = graph.summary(many, words.Words(None))
+  shown = line.split('; ')
+  assert len(line) < 110 and shown[-1] == f'and {100 - (len(shown) - 1)} more' and shown[0] == "'⟨99⟩'"
+  assert (
+    graph.summary(made[3], said) == "'a' after START; 'a' after ANY after 'b'" and graph.summary(made[9], said) == ''
+  )
   drawn = graph.drawn(many, words.Words(None))
   assert (drawn['shown'], drawn['total'], len(drawn['nodes'])) == (24, 100, 24)
 

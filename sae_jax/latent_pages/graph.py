@@ -12,6 +12,7 @@ from sae_jax.latent_pages.words import Words
 from sae_jax.measures.measure import Unit
 from sae_jax.measures.tries import ANY, START, Table, check
 
+_LETTERS = 90  # of the patterns in a line
 _LEAVES = 24  # of a picture
 _ROW, _GAP, _LETTER, _LONGEST = 26, 34, 7.6, 16  # heights and widths in pixels, and letters of a node
 
@@ -79,6 +80,17 @@ def tries(units: list[Unit], deepest: bool = False) -> dict[int, Trie]:
 def sentence(trie: Trie, node: int, words: Words) -> str:
   """A pattern in words: "' the' after ANY after ' of'"."""
   return ' after '.join(_said(int(trie.token_N[one]), words) for one in trie.path(node))
+
+
+def summary(trie: Trie, words: Words) -> str:
+  """As many patterns as fit into a line, those with the largest activations first, and how many are left out."""
+  leaves, said = trie.leaves(), ''
+  for i, leaf in enumerate(leaves):
+    more = sentence(trie, leaf, words)
+    if i and len(said) + len(more) > _LETTERS:
+      return f'{said}; and {len(leaves) - i} more'
+    said = f'{said}; {more}' if i else more
+  return said
 
 
 def _said(token: int, words: Words) -> str:

@@ -23,7 +23,6 @@ from sae_jax.measures.measure import Judged
 _VERSION = 3  # of the pages; a page of another is written again
 _NUMBERS = 2**28  # logits that are gathered at once
 _NEAREST, _ROWS = 8, 512
-_LETTERS = 90  # of an explanation in the list
 _SENTENCES = 12  # on a page
 
 TEMPLATES = templates.environment(pathlib.Path(__file__).parent / 'templates')
@@ -237,16 +236,6 @@ class Site:
     l0 = self._arrays['firings'].sum() / self._tokens
     return f'{sae.activation}, n = {sae.n_latents:,}, L0 = {l0:.3g}, on {data.subject} at {data.site} ({self._of.id})'
 
-  def _said(self, trie: graph.Trie) -> str:
-    """As many patterns as fit into a line of the list."""
-    leaves, said = trie.leaves(), ''
-    for i, leaf in enumerate(leaves):
-      more = graph.sentence(trie, leaf, self._words)
-      if i and len(said) + len(more) > _LETTERS:
-        return f'{said}; …'
-      said = f'{said}; {more}' if i else more
-    return said
-
   def _index(self, direct: effects.Effects | None) -> str:
     rows = []
     for i, latent in enumerate(self._latents.tolist()):
@@ -257,7 +246,7 @@ class Site:
         latent, float(f'{density:.4g}'), float(f'{self._arrays["max"][latent]:.4g}'),
         *(None if scores.get(name) is None else round(scores[name], 2) for name in ('precision', 'recall')),
         '' if direct is None else self._words.chip(int(direct.up_GN[i, 0])),
-        '' if trie is None else self._said(trie),
+        '' if trie is None else graph.summary(trie, self._words),
       ])  # fmt: skip
     return TEMPLATES.get_template('index.html').render(
       about=self._about,
