@@ -1,13 +1,14 @@
 """Products with k-sparse codes: the decoder's forward pass and every gradient, by the path that suits the platform.
 
 The platform is that of the compiled program, not of the process, so that a step compiled ahead of time on a laptop
-takes the path of the chip it is for: loops on a CPU, Triton kernels on an NVIDIA GPU, dense matmuls on a TPU. All
-sum in float32 or wider. `slots` bounds the work where codes are shorter than the array (AuxK with few dead latents):
+takes the path of the chip it is for: Triton kernels on an NVIDIA GPU, dense matmuls on a TPU, loops on a CPU, or kernels in
+C++ with the bits of these loops. All sum in float32 or wider. `slots` bounds the work where codes are shorter than the array (AuxK with few dead latents):
 slots from there on must hold value 0. It may be traced.
 """
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax.errors import UserError
-from sae_jax.kernels import dense, loops, rows, triton
+from sae_jax.kernels import dense, loops, native, products, rows, triton
 from sae_jax.kernels.loops import Slots
 
 PATHS = ('loops', 'kernels', 'dense')
@@ -57,7 +58,12 @@ def check(path: str, platform: str, batch: int, n_latents: int, d_model: int) ->
 def describe(platform: str, batch: int, n_latents: int, d_model: int, k: int) -> str:
   """The path of the products in words, for one shard's tokens and latents on a device's platform ('gpu', 'tpu', …)."""
   path, reason = _path('cuda' if platform == 'gpu' else platform, batch, n_latents, d_model, k)
-  words = {'loops': 'loops over slots and rows', 'kernels': 'Triton kernels', 'dense': 'dense matmuls'}
+  in_cpp = platform == 'cpu' and path == 'loops' and not _forced.get() and native.available()
+  words = {
+    'loops': 'loops over slots and rows' + ' in C++' * in_cpp,
+    'kernels': 'Triton kernels',
+    'dense': 'dense matmuls',
+  }
   return f'sparse products: {words[path]}, {reason}'
 
 
@@ -65,7 +71,8 @@ def describe(platform: str, batch: int, n_latents: int, d_model: int, k: int) ->
 def decode(z_BK: jax.Array, idx_BK: jax.Array, w_FD: jax.Array, slots: Slots = None) -> jax.Array:
   """sum_k z[b, k] w[idx[b, k]]: reconstruction [B, D] in the type of w, differentiable in z and w."""
   by_path = (loops.decode, triton.decode, dense.decode)
-  return _product(by_path, (z_BK, idx_BK, w_FD), slots, (len(idx_BK), *w_FD.shape, idx_BK.shape[1]), loops.decode)
+  cpu = products.decode if _native(z_BK, w_FD) else loops.decode
+  return _product(by_path, (z_BK, idx_BK, w_FD), slots, (len(idx_BK), *w_FD.shape, idx_BK.shape[1]), cpu)
 
 
 def code_gradient(
@@ -100,6 +107,9 @@ def add_weight_gradients(
   )
   args = (dw_enc_FD, dw_dec_FD, idx_BK, dz_BK, x_BD, z_BK, g_BD)
   cpu = rows.add_weight_gradients if uneven else loops.add_weight_gradients
+  if _native(dw_enc_FD, dw_dec_FD, dz_BK, x_BD, z_BK, g_BD):
+    together = rows.BLOCK if uneven else idx_BK.shape[1] if slots is None else 1
+    cpu = functools.partial(products.add_weight_gradients, together=together)
   return _product(by_path, args, slots, (len(idx_BK), *dw_dec_FD.shape, idx_BK.shape[1]), cpu)
 
 
@@ -117,6 +127,12 @@ def add_at(total_F: jax.Array, idx_BK: jax.Array, values_BK: jax.Array) -> jax.A
 def used_slots(z_BK: jax.Array) -> jax.Array:
   """How many leading slots hold a positive value in some row; values descend along a row."""
   return jnp.max(jnp.sum(z_BK > 0, axis=1))
+
+
+def _native(*arrays: jax.Array) -> bool:
+  # Beside an accelerator a CPU computes little, and the kernels are not worth building.
+  wanted = jax.default_backend() == 'cpu' and all(a.dtype == jnp.float32 for a in arrays)
+  return wanted and native.available()
 
 
 def _path(platform: str, batch: int, n_latents: int, d_model: int, k: int) -> tuple[str, str]:

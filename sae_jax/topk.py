@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax.axes import Shard, total
-from sae_jax.kernels import selection
+from sae_jax.kernels import native, selection
 
 # Of XLA's two stages on a CPU: wider and narrower groups were slower.
 _GROUP = 16
@@ -78,7 +78,7 @@ def top_k(product_BF: jax.Array, bias_F: jax.Array, k: int) -> tuple[jax.Array, 
   """
   # Beside an accelerator a CPU selects little, and the kernel is not worth building.
   wanted = product_BF.dtype == jnp.float32 and len(bias_F) >= _KERNEL_FROM and jax.default_backend() == 'cpu'
-  if not wanted or not selection.available():
+  if not wanted or not native.available():
     return _by_xla(product_BF, bias_F, k)
 
   def by_kernel(product_BF: jax.Array, bias_F: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -91,9 +91,9 @@ def top_k(product_BF: jax.Array, bias_F: jax.Array, k: int) -> tuple[jax.Array, 
 
 def describe(platform: str, width: int) -> str:
   """What slows `top_k` down on this platform, in words to add to others."""
-  if platform != 'cpu' or width < _KERNEL_FROM or selection.available():
+  if platform != 'cpu' or width < _KERNEL_FROM or native.available():
     return ''
-  return '; top-k on one core by XLA, as no C++ compiler (CXX, or c++) could build its kernel in the cache folder'
+  return '; they and top-k by XLA alone, which is slower: no C++ compiler (CXX, or c++) could build kernels in the cache folder'
 
 
 def _by_xla(product_BF: jax.Array, bias_F: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,6 @@
-"""The kernel that selects on a CPU: the columns of jax.lax.top_k, bit for bit; and what is done without it."""
+"""The kernel that selects on a CPU: the columns of jax.lax.top_k, bit for bit."""
 
 import functools
-import pathlib
 import shutil
 
 import jax
@@ -14,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import topk
-from sae_jax.kernels import selection
+from sae_jax.kernels import native
 
 needs_compiler = pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
 ROWS, WIDTH, K = 50, 1003, 37  # several blocks of rows, and columns beyond the last whole group
@@ -40,7 +39,7 @@ def same(product_BF: np.ndarray, bias_F: np.ndarray) -> bool:
 @given(seed=st.integers(0, 2**32 - 1), levels=st.sampled_from([0, 1, 2, 5, 50]), odd=st.booleans())
 def test_the_kernel_selects_what_xla_selects_bit_for_bit(seed: int, levels: int, odd: bool):
   """Values of a few levels tie within and across groups of columns; odd ones are infinities, NaNs and zeros of both signs."""
-  assert selection.available()
+  assert native.available()
   rng = np.random.default_rng(seed)
   product_BF = rng.standard_normal((ROWS, WIDTH)).astype(np.float32)
   if levels:
@@ -80,57 +79,6 @@ def test_gradients_reach_product_and_bias():
   )
   for a, b in zip(found, expected, strict=True):  # sums in another order
     np.testing.assert_allclose(a, b, rtol=1e-6)
-
-
-@needs_compiler
-def test_it_is_built_where_the_cache_is_and_found_there_again(monkeypatch, tmp_path):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-  monkeypatch.setattr(jax.ffi, 'register_ffi_target', lambda *args, **kwargs: None)  # it is registered already
-  assert selection.available.__wrapped__()
-  (built,) = (tmp_path / 'sae_jax').iterdir()
-  when = built.stat().st_mtime_ns
-  assert selection.available.__wrapped__()
-  assert [path.stat().st_mtime_ns for path in (tmp_path / 'sae_jax').iterdir()] == [when]
-
-
-def test_a_kernel_that_another_process_built_meanwhile_stays(monkeypatch, tmp_path):
-  path = tmp_path / 'kernel.so'
-
-  def compiled(command: list[str], **kwargs: object):
-    pathlib.Path(command[-1]).write_text('ours')
-    path.write_text('theirs')
-
-  monkeypatch.setattr(selection.subprocess, 'run', compiled)
-  monkeypatch.setattr(selection.ctypes, 'CDLL', lambda name: pathlib.Path(name).read_text())
-  assert selection._built(b'', 'c++', path) == 'theirs' and list(tmp_path.iterdir()) == [path]
-
-
-@needs_compiler
-def test_a_kernel_that_cannot_be_loaded_is_built_again(tmp_path):
-  path = tmp_path / 'kernel.so'
-  path.write_bytes(b'')
-  source = pathlib.Path(selection.__file__).with_suffix('.cc').read_bytes()
-  assert hasattr(selection._built(source, ['env', 'c++'], path), 'sae_jax_columns')  # a compiler with an argument
-
-
-@needs_compiler
-def test_without_a_home_xla_selects(monkeypatch):
-  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
-  monkeypatch.setattr(selection.os.path, 'expanduser', lambda path: path)  # as for a user whom the system does not know
-  assert not selection.available.__wrapped__()
-
-
-@pytest.mark.parametrize('compiler', ['no-such-compiler', 'false'])
-def test_without_a_compiler_that_works_xla_selects(monkeypatch, tmp_path, compiler: str):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-  monkeypatch.setenv('CXX', compiler)
-  assert not selection.available.__wrapped__()
-  assert not list(tmp_path.rglob('*.so'))
-  monkeypatch.setattr(selection, 'available', lambda: False)
-  assert 'no C++ compiler' in topk.describe('cpu', 600) and not topk.describe('tpu', 600)
-  product_BF = np.random.default_rng(0).standard_normal((2, 600)).astype(np.float32)
-  found = topk.top_k(jnp.asarray(product_BF), jnp.zeros(600), 5)[1]
-  np.testing.assert_array_equal(found, np.argsort(-product_BF, axis=1, kind='stable')[:, :5])
 
 
 @needs_compiler

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from sae_jax.kernels import loops
 from sae_jax.kernels.loops import Slots, sum_dtype
 
-_BLOCK = 32  # slots passed over together
+BLOCK = 32  # slots passed over together
 
 
 def code_gradient(idx_BK: jax.Array, w_FD: jax.Array, g_BD: jax.Array, slots: Slots = None) -> jax.Array:
   """<w[idx[b, k]], g[b]>: gradient [B, K] of the codes for reconstruction gradient g; 0 in blocks from `slots` on."""
-  if idx_BK.shape[1] <= _BLOCK:
+  if idx_BK.shape[1] <= BLOCK:
     return loops.code_gradient(idx_BK, w_FD, g_BD, slots)
   idx_CBk, wide = _blocks(idx_BK), sum_dtype(w_FD)
 
@@ -59,10 +59,10 @@ def add_weight_gradients(
 
 def _blocks(a_BK: jax.Array) -> jax.Array:
   """[C, B, 32]: blocks of slots, the last filled up with zeros."""
-  a_BK = jnp.pad(a_BK, ((0, 0), (0, -a_BK.shape[1] % _BLOCK)))
-  return a_BK.reshape(len(a_BK), -1, _BLOCK).swapaxes(0, 1)
+  a_BK = jnp.pad(a_BK, ((0, 0), (0, -a_BK.shape[1] % BLOCK)))
+  return a_BK.reshape(len(a_BK), -1, BLOCK).swapaxes(0, 1)
 
 
 def _count(codes_BK: jax.Array, slots: Slots) -> int | jax.Array:
   """Of blocks."""
-  return -(-(codes_BK.shape[1] if slots is None else slots) // _BLOCK)
+  return -(-(codes_BK.shape[1] if slots is None else slots) // BLOCK)

@@ -2,19 +2,15 @@
 //
 // A row is cut into groups of columns. The k-th largest maximum of a group is a bound that at least k entries reach. Only
 // groups whose maximum reaches it can hold one of the k, so that a row is read once and little of it a second time.
-// Rows are dealt out in blocks to XLA's own threads.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <memory>
-#include <thread>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
+#include "blocks.h"
 
 namespace ffi = xla::ffi;
 
@@ -40,22 +36,8 @@ struct Rows {
   const float* product;
   const float* bias;
   int32_t* columns;
-  int64_t rows, width, k, group, groups, blocks;
-  std::atomic<int64_t> next{0};
-  std::atomic<int64_t> done{0};
+  int64_t rows, width, k, group, groups;
 
-  // Takes blocks until there are none left.
-  void Work() {
-    std::vector<int32_t> largest(groups), sorted(groups);
-    std::vector<uint64_t> found;
-    for (int64_t block; (block = next.fetch_add(1)) < blocks;) {
-      const int64_t end = std::min(rows, (block + 1) * kRows);
-      for (int64_t row = block * kRows; row < end; ++row) Row(row, largest, sorted, found);
-      done.fetch_add(1, std::memory_order_release);
-    }
-  }
-
- private:
   void Row(int64_t row, std::vector<int32_t>& largest, std::vector<int32_t>& sorted, std::vector<uint64_t>& found) const {
     const float* values = product + row * width;
     for (int64_t g = 0; g < groups; ++g) {
@@ -100,20 +82,16 @@ ffi::Error Columns(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> product, ffi::Buf
     return ffi::Error::InvalidArgument("product [B, F], bias [F] and columns [B, k] with k <= F");
   }
   if (made[0] == 0 || made[1] == 0) return ffi::Error::Success();
-  // Shared: a thread of the pool that comes late finds no block, and this function may have returned by then.
-  auto work = std::make_shared<Rows>();
-  work->product = product.typed_data();
-  work->bias = bias.typed_data();
-  work->columns = columns->typed_data();
-  work->rows = shape[0], work->width = shape[1], work->k = made[1];
-  work->group = std::clamp<int64_t>(work->width / (kGroups * work->k) / 16 * 16, 16, 64);
-  work->groups = (work->width + work->group - 1) / work->group;
-  work->blocks = (work->rows + kRows - 1) / kRows;
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), work->blocks) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->Work(); });
-  // This thread works as well, so that it never waits for one of the pool that does not come.
-  work->Work();
-  while (work->done.load(std::memory_order_acquire) < work->blocks) std::this_thread::yield();
+  Rows all{product.typed_data(), bias.typed_data(), columns->typed_data(), shape[0], shape[1], made[1]};
+  all.group = std::clamp<int64_t>(all.width / (kGroups * all.k) / 16 * 16, 16, 64);
+  all.groups = (all.width + all.group - 1) / all.group;
+  InBlocks(pool, (all.rows + kRows - 1) / kRows, [all] {
+    return [all, largest = std::vector<int32_t>(all.groups), sorted = std::vector<int32_t>(all.groups),
+            found = std::vector<uint64_t>()](int64_t block) mutable {
+      const int64_t end = std::min(all.rows, (block + 1) * kRows);
+      for (int64_t row = block * kRows; row < end; ++row) all.Row(row, largest, sorted, found);
+    };
+  });
   return ffi::Error::Success();
 }
 

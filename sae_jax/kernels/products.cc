@@ -1,0 +1,132 @@
+// Products with k-sparse codes on a CPU, for XLA: what kernels/loops.py and kernels/rows.py compute, in the same order of sums.
+//
+// The reconstruction of a token and the gradients of a latent stay in the nearest cache while all that belongs to them is
+// added. A code of 0 adds nothing and is passed over.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "blocks.h"
+
+#if !defined(__FMA__) && !defined(__ARM_FEATURE_FMA)
+#error "XLA rounds once a product and sum only where the CPU can; elsewhere its own loops are taken"
+#endif
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t kTokens = 16, kLatents = 16;  // of a block
+constexpr int64_t kAhead = 2;                   // slots whose row is fetched before it is needed
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Ints = ffi::Buffer<ffi::S32>;
+
+bool Within(const Ints& latents, int64_t n) {
+  const int32_t* first = latents.typed_data();
+  return std::all_of(first, first + latents.element_count(), [n](int32_t f) { return 0 <= f && f < n; });
+}
+
+ffi::Error Decode(ffi::ThreadPool pool, Floats z, Ints latents, Floats w, Ints slots, ffi::ResultBuffer<ffi::F32> x) {
+  const int64_t tokens = latents.dimensions()[0], k = latents.dimensions()[1], width = w.dimensions()[1];
+  if (!Within(latents, w.dimensions()[0])) return ffi::Error::InvalidArgument("a latent that w does not have");
+  const int64_t used = std::min<int64_t>(k, slots.typed_data()[0]);
+  const float *values = z.typed_data(), *rows = w.typed_data();
+  const int32_t* of = latents.typed_data();
+  float* made = x->typed_data();
+  InBlocks(pool, (tokens + kTokens - 1) / kTokens, [=] {
+    return [=](int64_t block) {
+      for (int64_t b = block * kTokens; b < std::min(tokens, (block + 1) * kTokens); ++b) {
+        float* __restrict sum = made + b * width;
+        std::memset(sum, 0, width * sizeof(float));
+        for (int64_t j = b * k; j < b * k + used; ++j) {
+          if (j + kAhead < b * k + used) {
+            const float* next = rows + of[j + kAhead] * width;
+            for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(next + d);
+          }
+          const float value = values[j];
+          const float* __restrict row = rows + of[j] * width;
+          if (value == 0) continue;
+          for (int64_t d = 0; d < width; ++d) sum[d] = std::fma(value, row[d], sum[d]);
+        }
+      }
+    };
+  });
+  return ffi::Error::Success();
+}
+
+// Adds values * rows to a matrix, at the codes [first, end) of one latent.
+void Add(float* __restrict sum, const float* values, const float* rows, const int64_t* first, const int64_t* end, int64_t k,
+         int64_t width) {
+  for (; first < end; ++first) {
+    const float value = values[*first];
+    const float* __restrict row = rows + *first / k * width;
+    if (value == 0) continue;
+    for (int64_t d = 0; d < width; ++d) sum[d] += value * row[d];  // rounded twice, as XLA's scatter does
+  }
+}
+
+// A latent's codes are added in the order: block of `together` slots, token, slot.
+ffi::Error AddWeightGradients(ffi::ThreadPool pool, Floats enc, Floats dec, Ints latents, Floats dz, Floats x, Floats z, Floats g,
+                              Ints slots, ffi::ResultBuffer<ffi::F32> enc_out, ffi::ResultBuffer<ffi::F32> dec_out,
+                              int64_t together) {
+  const int64_t tokens = latents.dimensions()[0], k = latents.dimensions()[1];
+  const int64_t n = dec.dimensions()[0], width = dec.dimensions()[1];
+  if (!Within(latents, n)) return ffi::Error::InvalidArgument("a latent that the gradients do not have");
+  if (enc_out->typed_data() != enc.typed_data() || dec_out->typed_data() != dec.typed_data()) {
+    return ffi::Error::InvalidArgument("gradients are added in place");
+  }
+  const int64_t used = (std::min<int64_t>(k, slots.typed_data()[0]) + together - 1) / together * together;
+  const int32_t* of = latents.typed_data();
+  std::vector<int64_t> start(n + 1), next, code(tokens * std::min(k, used));
+  for (int64_t b = 0; b < tokens; ++b) {
+    for (int64_t j = 0; j < std::min(k, used); ++j) ++start[of[b * k + j] + 1];
+  }
+  for (int64_t f = 0; f < n; ++f) start[f + 1] += start[f];
+  next.assign(start.begin(), start.end() - 1);
+  for (int64_t first = 0; first < used; first += together) {
+    for (int64_t b = 0; b < tokens; ++b) {
+      for (int64_t j = first; j < std::min(k, first + together); ++j) code[next[of[b * k + j]]++] = b * k + j;
+    }
+  }
+  const float *dzs = dz.typed_data(), *xs = x.typed_data(), *zs = z.typed_data(), *gs = g.typed_data();
+  float *encs = enc_out->typed_data(), *decs = dec_out->typed_data();
+  InBlocks(pool, (n + kLatents - 1) / kLatents, [&] {
+    return [&](int64_t block) {
+      for (int64_t f = block * kLatents; f < std::min(n, (block + 1) * kLatents); ++f) {
+        const int64_t *first = code.data() + start[f], *end = code.data() + start[f + 1];
+        Add(encs + f * width, dzs, xs, first, end, k, width);
+        Add(decs + f * width, zs, gs, first, end, k, width);
+      }
+    };
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sae_jax_decode, Decode,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Ret<Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sae_jax_add_weight_gradients, AddWeightGradients,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("together"));
