@@ -72,9 +72,10 @@ def reference(c: dict[str, np.ndarray], slots: int | None = None) -> dict[str, n
   return out
 
 
-@pytest.mark.parametrize(('k', 'slots'), [(5, None), (70, None), (70, 33), (70, 3)])
-def test_loops_over_blocks_of_slots_agree_with_the_reference(k, slots, x64):
-  c = case(3, 6, 7, 90, k)
+@pytest.mark.parametrize('n_rows', [1, 6, 17])  # of which several at once have their codes' gradients made
+@pytest.mark.parametrize(('k', 'slots'), [(5, None), (70, None), (70, 33), (70, 3), (70, 0)])
+def test_loops_over_blocks_of_slots_agree_with_the_reference(n_rows, k, slots, x64):
+  c = case(3, n_rows, 7, 90, k)
   if slots is not None:
     c['z'][:, slots:], c['dz'][:, slots:] = 0, 0
   expected, traced = reference(c, slots), None if slots is None else jnp.int32(slots)

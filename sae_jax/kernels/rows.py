@@ -11,6 +11,7 @@ from sae_jax.kernels import loops
 from sae_jax.kernels.loops import Slots, sum_dtype
 
 BLOCK = 32  # slots passed over together
+_ROWS = 8  # whose codes get their gradients at once
 
 
 def code_gradient(idx_BK: jax.Array, w_FD: jax.Array, g_BD: jax.Array, slots: Slots = None) -> jax.Array:
@@ -20,7 +21,8 @@ def code_gradient(idx_BK: jax.Array, w_FD: jax.Array, g_BD: jax.Array, slots: Sl
   idx_CBk, wide = _blocks(idx_BK), sum_dtype(w_FD)
 
   def add_block(i: jax.Array, dz_CBk: jax.Array) -> jax.Array:
-    dz_Bk = jax.lax.map(lambda row: w_FD[row[0]].astype(wide) @ row[1].astype(wide), (idx_CBk[i], g_BD))
+    pairs = idx_CBk[i], g_BD
+    dz_Bk = jax.lax.map(lambda row: w_FD[row[0]].astype(wide) @ row[1].astype(wide), pairs, batch_size=_ROWS)
     return dz_CBk.at[i].set(dz_Bk.astype(g_BD.dtype))
 
   dz_CBk = jax.lax.fori_loop(0, _count(idx_BK, slots), add_block, jnp.zeros(idx_CBk.shape, g_BD.dtype))
