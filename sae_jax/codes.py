@@ -34,9 +34,7 @@ class Sparse(NamedTuple):
 
   def packed(self) -> 'Sparse':
     """The same with values descending along each row, so that slots which hold 0 are not passed over."""
-    order_BK = jnp.argsort(-self.z_BK, axis=1)
-    z_BK, idx_BK = (jnp.take_along_axis(a_BK, order_BK, axis=1) for a_BK in (self.z_BK, self.idx_BK))
-    return Sparse(z_BK, idx_BK, uneven=True)
+    return Sparse(*sparse.packed(self.z_BK, self.idx_BK), uneven=True)
 
   def decode(self, w_dec_FD: jax.Array, slots: Slots) -> jax.Array:
     """This shard's part [B, D] of the reconstruction, without b_pre."""

@@ -86,6 +86,21 @@ def test_loops_over_blocks_of_slots_agree_with_the_reference(n_rows, k, slots, x
     np.testing.assert_allclose(found, expected[name], rtol=1e-12, atol=1e-14)
 
 
+def test_codes_are_packed_alike_by_place_and_by_sort():
+  rng = np.random.default_rng(5)
+  z_BK = -np.sort(-np.round(rng.random((6, 40)), 1), axis=1)  # with ties
+  z_BK = np.where(rng.random(z_BK.shape) < np.linspace(0, 1, 6)[:, None], z_BK, 0).astype(np.float32)
+  idx_BK = rng.integers(0, 90, z_BK.shape).astype(np.int32)
+  z_BK[5] = 1  # so that rows use from none to all of their slots
+  by_place = jax.jit(sparse.packed)(z_BK, idx_BK)
+  with sparse.forced('loops'):
+    by_sort = jax.jit(lambda *codes: sparse.packed(*codes))(z_BK, idx_BK)
+  for b, used in enumerate((z_BK > 0).sum(1)):
+    for codes in (by_place, by_sort):
+      np.testing.assert_array_equal(codes[0][b], [*z_BK[b][z_BK[b] > 0], *[0] * (40 - used)])
+      np.testing.assert_array_equal(codes[1][b, :used], idx_BK[b][z_BK[b] > 0])
+
+
 def products(c: dict[str, np.ndarray], slots: int | None = None) -> dict[str, jax.Array]:
   """All products in one program, with `slots` traced."""
 
