@@ -8,6 +8,8 @@ import sysconfig
 import venv
 import zipfile
 
+from sae_jax.kernels import native
+
 ROOT = pathlib.Path(__file__).parents[1]
 # The folder of the dependencies is on the path of this process, and what the checkout adds to it is not.
 USE = """
@@ -29,6 +31,7 @@ def test_wheel_installs_the_library_alone_and_loads_an_autoencoder(trained, tmp_
     (facts,) = (name for name in names if name.endswith('.dist-info/METADATA'))
     metadata = archive.read(facts).decode()
   assert {name.split('/')[0].split('-')[0] for name in names} == {'sae_jax'}
+  assert {f'sae_jax/kernels/{name}' for name in native._SOURCES} <= set(names)
   assert 'sae_jax/py.typed' in names  # without it editors take the types of an installed package for unknown
   assert 'License-Expression: Apache-2.0' in metadata and any(name.endswith('/LICENSE') for name in names)
 
