@@ -98,13 +98,20 @@ def program(kernel: bool, order: str):
   slots=st.sampled_from([0, 1, 32, 33, K]),
   active=st.sampled_from([0.0, 0.1, 1.0]),
   large=st.booleans(),
+  astray=st.booleans(),
 )
 @pytest.mark.parametrize('order', ['rows first', 'slots first', 'blocks of slots'])
-def test_products_are_those_of_xla_bit_for_bit(order: str, seed: int, slots: int, active: float, large: bool):
-  """Latents that a token has twice, latents without a token, tokens without a code, sums that cancel or overflow."""
+def test_products_are_those_of_xla_bit_for_bit(
+  order: str, seed: int, slots: int, active: float, large: bool, astray: bool
+):
+  """Latents that a token has twice, latents without a token, tokens without a code, sums that overflow, and indices that
+  count from the end or are none."""
   assert native.available()
   rng = np.random.default_rng(seed)
   of = rng.integers(0, F // 2, (B, K)).astype(np.int32)
+  if astray:
+    strange = rng.random(of.shape) < 0.01
+    of[strange] = rng.choice([-1, -F, -F - 1, F, 2**31 - 1, -(2**31)], strange.sum())
   scale = np.float32(1e37 if large else 1)
   enc_FD, dec_FD = rng.standard_normal((2, F, D)).astype(np.float32) * scale
   x_BD, g_BD = rng.standard_normal((2, B, D)).astype(np.float32)
@@ -114,18 +121,6 @@ def test_products_are_those_of_xla_bit_for_bit(order: str, seed: int, slots: int
   args = (enc_FD, dec_FD, of, dz_BK, x_BD, z_BK, g_BD, np.int32(slots))
   for by_kernel, by_xla in zip(program(True, order)(*args), program(False, order)(*args), strict=True):
     assert np.asarray(by_kernel).tobytes() == np.asarray(by_xla).tobytes()
-
-
-@needs_compiler
-def test_a_latent_that_is_not_there_ends_the_program():
-  """A kernel that trusted it would write anywhere."""
-  of, some = np.full((2, 3), 5, np.int32), np.ones((2, 3), np.float32)
-  w_FD, x_BD = np.ones((5, 4), np.float32), np.ones((2, 4), np.float32)
-  with pytest.raises(jax.errors.JaxRuntimeError, match='a latent that w does not have'):
-    jax.block_until_ready(products.decode(some, of, w_FD))
-  with pytest.raises(jax.errors.JaxRuntimeError, match='a latent that the gradients do not have'):
-    added = products.add_weight_gradients(w_FD, w_FD, -of, some, x_BD, some, x_BD, together=3)
-    jax.block_until_ready(added)
 
 
 @needs_compiler

@@ -1,8 +1,9 @@
 // Products with k-sparse codes on a CPU, for XLA: what kernels/loops.py and kernels/rows.py compute, in the same order of sums.
 //
 // The reconstruction of a token and the gradients of a latent stay in the nearest cache while all that belongs to them is
-// added. A code of 0 adds nothing and is passed over.
+// added. A code of 0 adds nothing and is passed over. An index out of range reads the nearest row and adds to none, as in XLA.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -24,14 +25,12 @@ constexpr int64_t kAhead = 2;                   // slots whose row is fetched be
 using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
 
-bool Within(const Ints& latents, int64_t n) {
-  const int32_t* first = latents.typed_data();
-  return std::all_of(first, first + latents.element_count(), [n](int32_t f) { return 0 <= f && f < n; });
-}
+// Negative ones count from the end, as in numpy. The result may be out of range.
+int64_t Latent(int32_t f, int64_t n) { return f < 0 ? f + n : f; }
 
 ffi::Error Decode(ffi::ThreadPool pool, Floats z, Ints latents, Floats w, Ints slots, ffi::ResultBuffer<ffi::F32> x) {
-  const int64_t tokens = latents.dimensions()[0], k = latents.dimensions()[1], width = w.dimensions()[1];
-  if (!Within(latents, w.dimensions()[0])) return ffi::Error::InvalidArgument("a latent that w does not have");
+  const int64_t tokens = latents.dimensions()[0], k = latents.dimensions()[1];
+  const int64_t n = w.dimensions()[0], width = w.dimensions()[1];
   const int64_t used = std::min<int64_t>(k, slots.typed_data()[0]);
   const float *values = z.typed_data(), *rows = w.typed_data();
   const int32_t* of = latents.typed_data();
@@ -43,11 +42,11 @@ ffi::Error Decode(ffi::ThreadPool pool, Floats z, Ints latents, Floats w, Ints s
         std::memset(sum, 0, width * sizeof(float));
         for (int64_t j = b * k; j < b * k + used; ++j) {
           if (j + kAhead < b * k + used) {
-            const float* next = rows + of[j + kAhead] * width;
+            const float* next = rows + std::clamp<int64_t>(Latent(of[j + kAhead], n), 0, n - 1) * width;
             for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(next + d);
           }
           const float value = values[j];
-          const float* __restrict row = rows + of[j] * width;
+          const float* __restrict row = rows + std::clamp<int64_t>(Latent(of[j], n), 0, n - 1) * width;
           if (value == 0) continue;
           for (int64_t d = 0; d < width; ++d) sum[d] = std::fma(value, row[d], sum[d]);
         }
@@ -68,13 +67,12 @@ void Add(float* __restrict sum, const float* values, const float* rows, const in
   }
 }
 
-// A latent's codes are added in the order: block of `together` slots, token, slot.
+// A latent's codes are added in the order: block of `together` slots, token, slot. Those out of range are left out.
 ffi::Error AddWeightGradients(ffi::ThreadPool pool, Floats enc, Floats dec, Ints latents, Floats dz, Floats x, Floats z, Floats g,
                               Ints slots, ffi::ResultBuffer<ffi::F32> enc_out, ffi::ResultBuffer<ffi::F32> dec_out,
                               int64_t together) {
   const int64_t tokens = latents.dimensions()[0], k = latents.dimensions()[1];
   const int64_t n = dec.dimensions()[0], width = dec.dimensions()[1];
-  if (!Within(latents, n)) return ffi::Error::InvalidArgument("a latent that the gradients do not have");
   if (enc_out->typed_data() != enc.typed_data() || dec_out->typed_data() != dec.typed_data()) {
     return ffi::Error::InvalidArgument("gradients are added in place");
   }
@@ -82,13 +80,17 @@ ffi::Error AddWeightGradients(ffi::ThreadPool pool, Floats enc, Floats dec, Ints
   const int32_t* of = latents.typed_data();
   std::vector<int64_t> start(n + 1), next, code(tokens * std::min(k, used));
   for (int64_t b = 0; b < tokens; ++b) {
-    for (int64_t j = 0; j < std::min(k, used); ++j) ++start[of[b * k + j] + 1];
+    for (int64_t j = 0; j < std::min(k, used); ++j) {
+      if (const int64_t f = Latent(of[b * k + j], n); 0 <= f && f < n) ++start[f + 1];
+    }
   }
   for (int64_t f = 0; f < n; ++f) start[f + 1] += start[f];
   next.assign(start.begin(), start.end() - 1);
   for (int64_t first = 0; first < used; first += together) {
     for (int64_t b = 0; b < tokens; ++b) {
-      for (int64_t j = first; j < std::min(k, first + together); ++j) code[next[of[b * k + j]]++] = b * k + j;
+      for (int64_t j = first; j < std::min(k, first + together); ++j) {
+        if (const int64_t f = Latent(of[b * k + j], n); 0 <= f && f < n) code[next[f]++] = b * k + j;
+      }
     }
   }
   const float *dzs = dz.typed_data(), *xs = x.typed_data(), *zs = z.typed_data(), *gs = g.typed_data();
