@@ -1,9 +1,11 @@
 """Products with k-sparse codes: the decoder's forward pass and every gradient, by the path that suits the platform.
 
 The platform is that of the compiled program, not of the process, so that a step compiled ahead of time on a laptop
-takes the path of the chip it is for: Triton kernels on an NVIDIA GPU, dense matmuls on a TPU, loops on a CPU, or kernels in
-C++ with the bits of these loops. All sum in float32 or wider. `slots` bounds the work where codes are shorter than the array (AuxK with few dead latents):
-slots from there on must hold value 0. It may be traced.
+takes the path of the chip it is for: Triton kernels on an NVIDIA GPU, dense matmuls on a TPU, and on a CPU loops, or kernels
+in C++ with the bits of these loops. All sum in float32 or wider.
+
+`slots` bounds the work where codes are shorter than the array (AuxK with few dead latents): slots from there on must hold
+value 0. It may be traced.
 """
 
 import contextlib
@@ -71,7 +73,7 @@ def describe(platform: str, batch: int, n_latents: int, d_model: int, k: int) ->
 def decode(z_BK: jax.Array, idx_BK: jax.Array, w_FD: jax.Array, slots: Slots = None) -> jax.Array:
   """sum_k z[b, k] w[idx[b, k]]: reconstruction [B, D] in the type of w, differentiable in z and w."""
   by_path = (loops.decode, triton.decode, dense.decode)
-  cpu = products.decode if _native(z_BK, w_FD) else loops.decode
+  cpu = products.decode if _native(idx_BK, z_BK, w_FD) else loops.decode
   return _product(by_path, (z_BK, idx_BK, w_FD), slots, (len(idx_BK), *w_FD.shape, idx_BK.shape[1]), cpu)
 
 
@@ -107,7 +109,7 @@ def add_weight_gradients(
   )
   args = (dw_enc_FD, dw_dec_FD, idx_BK, dz_BK, x_BD, z_BK, g_BD)
   cpu = rows.add_weight_gradients if uneven else loops.add_weight_gradients
-  if _native(dw_enc_FD, dw_dec_FD, dz_BK, x_BD, z_BK, g_BD):
+  if _native(idx_BK, dw_enc_FD, dw_dec_FD, dz_BK, x_BD, z_BK, g_BD):
     together = rows.BLOCK if uneven else idx_BK.shape[1] if slots is None else 1
     cpu = functools.partial(products.add_weight_gradients, together=together)
   return _product(by_path, args, slots, (len(idx_BK), *dw_dec_FD.shape, idx_BK.shape[1]), cpu)
@@ -150,10 +152,13 @@ def used_slots(z_BK: jax.Array) -> jax.Array:
   return jnp.max(jnp.sum(z_BK > 0, axis=1))
 
 
-def _native(*arrays: jax.Array) -> bool:
+def _native(idx_BK: jax.Array, *floats: jax.Array) -> bool:
+  """Whether products of these codes and arrays are the kernels' in C++."""
   # Beside an accelerator a CPU computes little, and the kernels are not worth building.
-  wanted = jax.default_backend() == 'cpu' and all(a.dtype == jnp.float32 for a in arrays)
-  return wanted and native.available()
+  typed = idx_BK.dtype == jnp.int32 and all(a.dtype == jnp.float32 for a in floats)
+  wanted = typed and jax.default_backend() == 'cpu'
+  # XLA undoes a loop of one pass, over one slot or one token, and then rounds a product and its sum once.
+  return wanted and min(idx_BK.shape) > 1 and native.available()
 
 
 def _path(platform: str, batch: int, n_latents: int, d_model: int, k: int) -> tuple[str, str]:
@@ -199,9 +204,10 @@ def _decode_forward(z_BK: jax.Array, idx_BK: jax.Array, w_FD: jax.Array, slots: 
 
 def _decode_backward(saved: _Saved, g_BD: jax.Array) -> tuple[jax.Array, None, jax.Array, None]:
   z_BK, idx_BK, w_FD, slots = saved
-  zeros_FD = jnp.zeros_like(w_FD)
+  zeros_FD, zeros_BK = jnp.zeros_like(w_FD), jnp.zeros_like(z_BK)
   dz_BK = code_gradient(idx_BK, w_FD, g_BD, slots).astype(z_BK.dtype)
-  _, dw_FD = add_weight_gradients(zeros_FD, zeros_FD, idx_BK, z_BK, g_BD, z_BK, g_BD, slots)
+  # There is no encoder here, and a kernel passes over codes of 0.
+  _, dw_FD = add_weight_gradients(zeros_FD, zeros_FD, idx_BK, zeros_BK, g_BD, z_BK, g_BD, slots)
   return dz_BK, None, dw_FD, None
 
 

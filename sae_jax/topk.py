@@ -90,7 +90,7 @@ def top_k(product_BF: jax.Array, bias_F: jax.Array, k: int) -> tuple[jax.Array, 
 
 
 def describe(platform: str, width: int) -> str:
-  """What slows `top_k` down on this platform, in words to add to others."""
+  """What slows `top_k` and the sparse products down on this platform, in words to add to those of `sparse.describe`."""
   if platform != 'cpu' or width < _KERNEL_FROM or native.available():
     return ''
   return '; they and top-k by XLA alone, which is slower: no C++ compiler (CXX, or c++) could build kernels in the cache folder'

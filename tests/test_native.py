@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_jax import sharding, topk
+from sae_jax import sharding, sparse, topk
 from sae_jax import step as stepping
 from sae_jax.data.source import open_source
 from sae_jax.kernels import loops, native, products, rows
@@ -58,6 +58,13 @@ def test_without_a_home_there_is_none(monkeypatch):
   monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
   monkeypatch.setattr(native.os.path, 'expanduser', lambda path: path)  # as for a user whom the system does not know
   assert not native.available.__wrapped__()
+
+
+def test_a_blank_cxx_is_none(monkeypatch):
+  asked = []
+  monkeypatch.setenv('CXX', ' ')
+  monkeypatch.setattr(native.shutil, 'which', asked.append)
+  assert not native.available.__wrapped__() and asked == ['c++']
 
 
 @pytest.mark.parametrize('compiler', ['no-such-compiler', 'false'])
@@ -121,6 +128,42 @@ def test_products_are_those_of_xla_bit_for_bit(
   args = (enc_FD, dec_FD, of, dz_BK, x_BD, z_BK, g_BD, np.int32(slots))
   for by_kernel, by_xla in zip(program(True, order)(*args), program(False, order)(*args), strict=True):
     assert np.asarray(by_kernel).tobytes() == np.asarray(by_xla).tobytes()
+
+
+@needs_compiler
+@pytest.mark.parametrize(('tokens', 'k'), [(1, 6), (6, 1), (2, 2)])
+def test_a_loop_of_one_pass_has_the_bits_of_xla_too(tokens: int, k: int):
+  """XLA undoes it, and fuses what is in it with what stands around."""
+  rng = np.random.default_rng(tokens)
+  w_FD, x_BD = (rng.standard_normal((rows, 64)).astype(np.float32) for rows in (9, tokens))
+  args = w_FD, rng.integers(0, 9, (tokens, k)).astype(np.int32), rng.random((tokens, k)).astype(np.float32), x_BD
+
+  def run(w_FD, idx_BK, z_BK, x_BD, slots):
+    given = (idx_BK, z_BK, x_BD, z_BK, x_BD)
+    grads = [sparse.add_weight_gradients(w_FD * 1.5, w_FD * 1.5, *given, used) for used in (None, slots)]
+    return sparse.decode(z_BK, idx_BK, w_FD), grads
+
+  found = jax.jit(run)(*args, np.int32(k))
+  with sparse.forced('loops'):
+    expected = jax.jit(lambda *args: run(*args))(*args, np.int32(k))
+  for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+# Which of them it is depends on whether XLA runs a program at once or hands it to a thread.
+ENDED = (ValueError, jax.errors.JaxRuntimeError)
+
+
+@needs_compiler
+def test_arrays_that_do_not_fit_together_end_the_program():
+  assert native.available()
+  of, some, w_FD, x_BD = np.zeros((2, 3), np.int32), *(np.ones(shape, np.float32) for shape in ((2, 3), (5, 4), (2, 4)))
+  with pytest.raises(ENDED, match=r'z \[B, K\] and x'):
+    jax.block_until_ready(products.decode(some[:, :2], of, w_FD))
+  with pytest.raises(ENDED, match='both gradients'):
+    jax.block_until_ready(products.add_weight_gradients(w_FD, w_FD, of, some, x_BD[:1], some, x_BD, together=3))
+  with pytest.raises(ENDED, match='one or more together'):
+    jax.block_until_ready(products.add_weight_gradients(w_FD, w_FD, of, some, x_BD, some, x_BD, together=0))
 
 
 @needs_compiler

@@ -29,7 +29,7 @@ _COMPILE_SECONDS = 120
 @functools.cache
 def available() -> bool:
   """Whether this process has the kernels. The first call builds or loads them."""
-  compiler = shlex.split(os.environ.get('CXX') or 'c++')
+  compiler = shlex.split(os.environ.get('CXX', '')) or ['c++']
   if not shutil.which(compiler[0]):
     return False
   here = importlib.resources.files(__package__)

@@ -1,7 +1,8 @@
 // Products with k-sparse codes on a CPU, for XLA: what kernels/loops.py and kernels/rows.py compute, in the same order of sums.
 //
 // The reconstruction of a token and the gradients of a latent stay in the nearest cache while all that belongs to them is
-// added. A code of 0 adds nothing and is passed over. An index out of range reads the nearest row and adds to none, as in XLA.
+// added. A code of 0 is passed over. XLA adds 0 times the row, which is another sum where the row is not finite, or where the
+// sum so far is -0. An index out of range reads the nearest row and adds to none, as in XLA.
 
 #include <algorithm>
 #include <cmath>
@@ -25,12 +26,22 @@ constexpr int64_t kAhead = 2;                   // slots whose row is fetched be
 using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
 
+template <typename Buffer>
+bool Is(const Buffer& buffer, int64_t rows, int64_t columns) {
+  const auto shape = buffer.dimensions();
+  return shape.size() == 2 && shape[0] == rows && shape[1] == columns;
+}
+
 // Negative ones count from the end, as in numpy. The result may be out of range.
 int64_t Latent(int32_t f, int64_t n) { return f < 0 ? f + n : f; }
 
 ffi::Error Decode(ffi::ThreadPool pool, Floats z, Ints latents, Floats w, Ints slots, ffi::ResultBuffer<ffi::F32> x) {
+  if (latents.dimensions().size() != 2 || w.dimensions().size() != 2 || slots.element_count() != 1) {
+    return ffi::Error::InvalidArgument("latents [B, K], w [F, D] and a number of slots");
+  }
   const int64_t tokens = latents.dimensions()[0], k = latents.dimensions()[1];
   const int64_t n = w.dimensions()[0], width = w.dimensions()[1];
+  if (n == 0 || !Is(z, tokens, k) || !Is(*x, tokens, width)) return ffi::Error::InvalidArgument("z [B, K] and x [B, D]");
   const int64_t used = std::min<int64_t>(k, slots.typed_data()[0]);
   const float *values = z.typed_data(), *rows = w.typed_data();
   const int32_t* of = latents.typed_data();
@@ -71,16 +82,25 @@ void Add(float* __restrict sum, const float* values, const float* rows, const in
 ffi::Error AddWeightGradients(ffi::ThreadPool pool, Floats enc, Floats dec, Ints latents, Floats dz, Floats x, Floats z, Floats g,
                               Ints slots, ffi::ResultBuffer<ffi::F32> enc_out, ffi::ResultBuffer<ffi::F32> dec_out,
                               int64_t together) {
+  if (latents.dimensions().size() != 2 || dec.dimensions().size() != 2 || slots.element_count() != 1 || together < 1) {
+    return ffi::Error::InvalidArgument("latents [B, K], gradients [F, D], a number of slots, and one or more together");
+  }
   const int64_t tokens = latents.dimensions()[0], k = latents.dimensions()[1];
   const int64_t n = dec.dimensions()[0], width = dec.dimensions()[1];
+  if (!Is(enc, n, width) || !Is(dz, tokens, k) || !Is(z, tokens, k) || !Is(x, tokens, width) || !Is(g, tokens, width)) {
+    return ffi::Error::InvalidArgument("both gradients [F, D], dz and z [B, K], x and g [B, D]");
+  }
   if (enc_out->typed_data() != enc.typed_data() || dec_out->typed_data() != dec.typed_data()) {
     return ffi::Error::InvalidArgument("gradients are added in place");
   }
-  const int64_t used = (std::min<int64_t>(k, slots.typed_data()[0]) + together - 1) / together * together;
+  // Whole blocks: the codes from `slots` on are 0.
+  const int64_t blocks = (std::clamp<int64_t>(slots.typed_data()[0], 0, k) + together - 1) / together;
+  const int64_t used = std::min(k, blocks * together);
   const int32_t* of = latents.typed_data();
-  std::vector<int64_t> start(n + 1), next, code(tokens * std::min(k, used));
+  // A counting sort: the codes of latent f are code[start[f]] to code[start[f + 1]].
+  std::vector<int64_t> start(n + 1), next, code(tokens * used);
   for (int64_t b = 0; b < tokens; ++b) {
-    for (int64_t j = 0; j < std::min(k, used); ++j) {
+    for (int64_t j = 0; j < used; ++j) {
       if (const int64_t f = Latent(of[b * k + j], n); 0 <= f && f < n) ++start[f + 1];
     }
   }
@@ -88,7 +108,7 @@ ffi::Error AddWeightGradients(ffi::ThreadPool pool, Floats enc, Floats dec, Ints
   next.assign(start.begin(), start.end() - 1);
   for (int64_t first = 0; first < used; first += together) {
     for (int64_t b = 0; b < tokens; ++b) {
-      for (int64_t j = first; j < std::min(k, first + together); ++j) {
+      for (int64_t j = first; j < std::min(used, first + together); ++j) {
         if (const int64_t f = Latent(of[b * k + j], n); 0 <= f && f < n) code[next[f]++] = b * k + j;
       }
     }

@@ -1,7 +1,8 @@
 """Products with k-sparse codes on a CPU, by kernels in C++ (products.cc).
 
-They add in the order of `loops` and `rows`, so that every bit of a run stays as it is without them. Where `native.available`
-says so, and in float32. The gradient of codes is not among them: XLA sums it in an order of its own.
+They add in the order of `loops` and `rows`, so that every bit of a run of finite numbers stays as it is without them, but for
+the sign of a sum that underflows to 0. They take float32 alone, and are there where `native.available` says so. The gradient of
+codes is not among them: XLA sums it in an order of its own.
 """
 
 import jax
