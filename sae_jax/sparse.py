@@ -60,7 +60,7 @@ def check(path: str, platform: str, batch: int, n_latents: int, d_model: int) ->
 def describe(platform: str, batch: int, n_latents: int, d_model: int, k: int) -> str:
   """The path of the products in words, for one shard's tokens and latents on a device's platform ('gpu', 'tpu', …)."""
   path, reason = _path('cuda' if platform == 'gpu' else platform, batch, n_latents, d_model, k)
-  in_cpp = platform == 'cpu' and path == 'loops' and not _forced.get() and native.available()
+  in_cpp = platform == 'cpu' and not _forced.get() and min(batch, k) > 1 and native.available()
   words = {
     'loops': 'loops over slots and rows' + ' in C++' * in_cpp,
     'kernels': 'Triton kernels',

@@ -12,10 +12,6 @@
 
 #include "blocks.h"
 
-#if !defined(__FMA__) && !defined(__ARM_FEATURE_FMA)
-#error "XLA rounds once a product and sum only where the CPU can; elsewhere its own loops are taken"
-#endif
-
 namespace ffi = xla::ffi;
 
 namespace {
@@ -25,6 +21,17 @@ constexpr int64_t kAhead = 2;                   // slots whose row is fetched be
 
 using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
+
+// a * b + c as XLA's decode rounds it: once where the CPU can.
+inline float MultiplyAdd(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return std::fma(a, b, c);
+#elif defined(__x86_64__)
+  return a * b + c;
+#else
+#error "it is not known how XLA rounds here; its own loops are taken"
+#endif
+}
 
 template <typename Buffer>
 bool Is(const Buffer& buffer, int64_t rows, int64_t columns) {
@@ -59,7 +66,7 @@ ffi::Error Decode(ffi::ThreadPool pool, Floats z, Ints latents, Floats w, Ints s
           const float value = values[j];
           const float* __restrict row = rows + std::clamp<int64_t>(Latent(of[j], n), 0, n - 1) * width;
           if (value == 0) continue;
-          for (int64_t d = 0; d < width; ++d) sum[d] = std::fma(value, row[d], sum[d]);
+          for (int64_t d = 0; d < width; ++d) sum[d] = MultiplyAdd(value, row[d], sum[d]);
         }
       }
     };
