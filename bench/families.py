@@ -41,7 +41,7 @@ def products(name: str, shape: tuple[int, ...]) -> int:
     case Selection():
       return 1
     case Own():
-      return 6  # both passes encode
+      return 5  # XLA encodes once for both passes
     case Elementwise():
       return 2 + 2 * len(kind.heads) + sum(not head.frozen for head in kind.heads)
 
