@@ -4,6 +4,7 @@ python -m bench.families [--json=OUT]
 All families take turns in one process, with fresh parameters and no dead latents.
 """
 
+import functools
 import statistics
 import time
 from typing import Any
@@ -34,16 +35,20 @@ def cell(name: str, shape: tuple[int, ...]) -> config.Cell:
   return config.resolve_flat(flat)
 
 
-def products(name: str, shape: tuple[int, ...]) -> int:
-  """Dense products [B, D] x [D, F] or alike in a step; a selection's other products are sparse."""
+def products(name: str, shape: tuple[int, ...]) -> dict[str, int]:
+  """How many dense products of each kind a step has; all but a selection's first are sparse. Each has 2 B D F FLOPs.
+
+  encode: [B, D] x [D, F], decode: [B, F] x [F, D], weights: [F, B] x [B, D]. A library's matmul is not equally fast at all.
+  """
   kind = sae.kind_of(cell(name, shape).sae)
   match kind:
     case Selection():
-      return 1
+      return {'encode': 1}
     case Own():
-      return 5  # XLA encodes once for both passes
+      return {'encode': 2, 'decode': 1, 'weights': 2}  # XLA encodes once for both passes
     case Elementwise():
-      return 2 + 2 * len(kind.heads) + sum(not head.frozen for head in kind.heads)
+      learning = sum(not head.frozen for head in kind.heads)
+      return {'encode': 1 + len(kind.heads), 'decode': len(kind.heads), 'weights': 1 + learning}
 
 
 def measure(shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
@@ -63,15 +68,20 @@ def measure(shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
       held[name], _ = jax.block_until_ready(steps[name](held[name], x_BD))
   options = sharding.compiler_options(mesh)
   w_FD = jnp.asarray(held['topk'].params['w_enc_FD'] + 0)
-  multiply = jax.jit(lambda x, w: jnp.einsum('bd,fd->bf', x, w), compiler_options=options)
+  dense = {'encode': 'bd,fd->bf', 'decode': 'bf,fd->bd', 'weights': 'bf,bd->fd'}
+  multiply = {
+    name: jax.jit(functools.partial(jnp.einsum, sums), compiler_options=options) for name, sums in dense.items()
+  }
+  z_BF = jax.block_until_ready(multiply['encode'](x_BD, w_FD))
+  factors = {'encode': (x_BD, w_FD), 'decode': (z_BF, w_FD), 'weights': (z_BF, x_BD)}
   copy, copied = jax.jit(lambda a: a + 1, donate_argnums=0), jnp.ones(_COPY_FLOATS)
-  times: dict[str, list[float]] = {name: [] for name in (*NAMES, 'matmul', 'copy')}
+  times: dict[str, list[float]] = {name: [] for name in (*NAMES, *dense, 'copy')}
   heap.keep()  # as training does
   for turn in tqdm(range(rounds + 1), 'turns', leave=False, disable=None):
     for name in times:
       began = time.perf_counter()
-      if name == 'matmul':
-        jax.block_until_ready(multiply(x_BD, w_FD))
+      if name in dense:
+        jax.block_until_ready(multiply[name](*factors[name]))
       elif name == 'copy':
         copied = jax.block_until_ready(copy(copied))
       else:
@@ -82,13 +92,13 @@ def measure(shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
   state_pass = ms['copy'] * flops.state_pass_bytes(n, d) / (2 * 4 * _COPY_FLOATS)
   return {
     'shape': list(shape),
-    'matmul_ms': ms['matmul'],
+    'products_ms': {name: ms[name] for name in dense},
     'state_pass_ms': state_pass,
     'families': {
       name: {
         'step_ms': ms[name],
         'times_topk': ms[name] / ms['topk'],
-        'times_floor': ms[name] / (products(name, shape) * ms['matmul'] + state_pass),
+        'times_floor': ms[name] / (sum(ms[one] * count for one, count in products(name, shape).items()) + state_pass),
         'products': products(name, shape),
       }
       for name in NAMES
@@ -100,15 +110,17 @@ def measure(shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
 def lines(row: dict[str, Any]) -> str:
   """Markdown: a row a family."""
   out = [
-    f'A step at d, n, B, k = {", ".join(map(str, row["shape"]))}; encoder matmul {row["matmul_ms"]:.0f} ms, state pass '
-    f'{row["state_pass_ms"]:.0f} ms:',
+    f'A step at d, n, B, k = {", ".join(map(str, row["shape"]))}. Dense products, in ms: '
+    + ', '.join(f'{name} {ms:.0f}' for name, ms in row['products_ms'].items())
+    + f'; state pass {row["state_pass_ms"]:.0f} ms.',
     '',
     '| family | step | times TopK | dense products | times its floor |',
     '|---|---|---|---|---|',
   ]
   for name, one in row['families'].items():
     out.append(
-      f'| {name} | {one["step_ms"]:,.0f} ms | {one["times_topk"]:.2f} | {one["products"]} | {one["times_floor"]:.2f} |'
+      f'| {name} | {one["step_ms"]:,.0f} ms | {one["times_topk"]:.2f} | {sum(one["products"].values())} '
+      f'| {one["times_floor"]:.2f} |'
     )
   return '\n'.join(out)
 
