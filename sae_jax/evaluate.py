@@ -67,7 +67,7 @@ class Evaluator:
     if self._gather:
       # Over the data axis once, not once a batch. Raw and EMA weights together are what a step holds of a latent shard
       # at its peak: gathered parameters and gradients not yet scattered.
-      candidates = tuple(self._gather(params) for params in candidates)
+      candidates = tuple(sharding.settled(self._mesh, self._gather(params)) for params in candidates)
     sums: list[dict[str, np.float64]] = [collections.defaultdict(np.float64) for _ in candidates]
     for start in range(0, self._tokens, self._batch):
       count = min(self._batch, self._tokens - start)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -48,7 +49,10 @@ def at_rest(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh over the first data x latent devices. Raises `UserError` when there are fewer."""
+  """A mesh over the first data x latent devices. Raises `UserError` when there are fewer.
+
+  With several CPU devices, this process no longer uses jax's cache of compiled programs: see `_compile_anew`.
+  """
   devices = jax.devices() if devices is None else devices
   size = config.data * config.latent
   if size > len(devices):
@@ -58,10 +62,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     )
   if len({getattr(device, 'slice_index', 0) for device in devices[:size]}) > 1:
     raise UserError(f'mesh.data={config.data} x mesh.latent={config.latent} spans TPU slices; use one slice a cell')
+  if size > 1 and devices[0].platform == 'cpu':
+    _compile_anew()
   # Where a mesh axis is no axis of the torus (4 x 128 on 8x8x8), jax.make_mesh refuses; split one instead.
   placed = mesh_utils.create_device_mesh((config.data, config.latent), devices[:size], allow_split_physical_axes=True)
   # Auto and said so: under Explicit every gather and scatter wants an out_sharding.
   return Mesh(placed, ('data', 'latent'), axis_types=(AxisType.Auto,) * 2)
+
+
+def _compile_anew() -> None:
+  """Has this process neither read nor write jax's cache of compiled programs from here on.
+
+  A program that XLA's CPU client reads from that cache no longer orders the collectives inside its loops and branches
+  against the others (jaxlib 0.10.2). One device may enter a loop while another waits in a sum outside of it, and both
+  wait for ever.
+  """
+  if jax.config.jax_enable_compilation_cache:
+    jax.config.update('jax_enable_compilation_cache', False)
+    compilation_cache.reset_cache()  # jax asks for the setting once
 
 
 def axes_of(mesh: Mesh) -> Axes:

@@ -5,6 +5,7 @@ import os
 import pathlib
 import time
 import zlib
+from collections.abc import Iterator
 from importlib import metadata
 
 # On a busy machine eight devices on two cores wait for each other for longer than the 40 s after which XLA aborts. Also
@@ -13,6 +14,7 @@ os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_collecti
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
@@ -41,6 +43,15 @@ def pytest_configure(config: pytest.Config) -> None:
   # For the processes that tests start.
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_programs() -> Iterator[None]:
+  """A test that makes a mesh turns the cache off, see `sharding.make_mesh`; the next test finds it on."""
+  yield
+  if not jax.config.jax_enable_compilation_cache:
+    jax.config.update('jax_enable_compilation_cache', True)
+    compilation_cache.reset_cache()
 
 
 def _drop_unusable(folder: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import config, evaluate, optim, sharding, training
@@ -327,6 +328,27 @@ def test_ema_of_constant_weights_is_those_weights():
 def test_mesh_that_needs_more_devices_is_refused():
   with pytest.raises(UserError, match=r'needs 9 devices'):
     sharding.make_mesh(config.MeshConfig(data=9, latent=1))
+
+
+def test_programs_of_a_mesh_of_processors_are_neither_kept_nor_read(tmp_path):
+  """From jax's cache they come without the order of the collectives in their loops, and may wait for each other for ever."""
+  names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
+  before = [getattr(jax.config, name) for name in names]
+  try:
+    for name, value in zip(names, (str(tmp_path), 0), strict=True):
+      jax.config.update(name, value)
+    kept = []
+    for shape in ((1, 1), (2, 4)):
+      compilation_cache.reset_cache()
+      x_BD = sharding.place_rows(
+        sharding.make_mesh(config.MeshConfig(*shape)), (8, 4), lambda a, b: np.ones((b - a, 4))
+      )
+      jax.jit(lambda x_BD: jnp.sum(x_BD @ x_BD.T))(x_BD)
+      kept.append(len(list(tmp_path.iterdir())))
+    assert kept[0] > 0 and kept[1] == kept[0]
+  finally:
+    for name, value in zip(names, before, strict=True):
+      jax.config.update(name, value)
 
 
 def test_row_chunks_keep_the_product_small_on_a_cpu():

@@ -33,7 +33,9 @@ inline void InBlocks(xla::ffi::ThreadPool& pool, int64_t blocks, std::function<s
   // Shared: a thread of the pool that comes late finds no block, and this function may have returned by then.
   auto shared = std::make_shared<Shared>();
   shared->start = std::move(start), shared->blocks = blocks;
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), blocks) - 1;
+  // The pool has a thread for every device, and a machine may pretend to have more of these than it has cores.
+  static const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  const int64_t helpers = std::min({pool.num_threads(), cores, blocks}) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->Work(); });
   // This thread works as well, so that it never waits for one of the pool that does not come.
   shared->Work();
