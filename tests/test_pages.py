@@ -135,6 +135,8 @@ def test_a_vocabulary_is_shown_by_signs():
   assert of.chip(10) == '␣the' and of.plain(10) == ' the' and of.chip(14) == '␣␣␣'
   assert words.Words(None).chip(7) == '⟨7⟩'
   assert words.visible('a\u200fb\x7f\xa0') == 'a⟨U+200F⟩b⟨U+007F⟩⟨U+00A0⟩'
+  assert words.visible('\ufe0f\u3164') == '⟨U+FE0F⟩⟨U+3164⟩'  # a selector of variants, a filler
+  assert words.visible('\u0489') == '◌\u0489'  # encloses what stands before it
 
 
 def test_pages_show_the_numbers_that_were_measured(cell, toy, tmp_path):

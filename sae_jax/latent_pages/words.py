@@ -1,6 +1,7 @@
 """Tokens as text that can be seen: whitespace, control characters and broken bytes included."""
 
 import functools
+import re
 import unicodedata
 
 import tokenizers
@@ -8,6 +9,8 @@ import tokenizers
 _SHOWN = {'\n': '↵', '\t': '⇥', '\r': '␍'}
 # Control and format characters, half surrogates, private and unassigned ones, separators of lines and paragraphs.
 _HIDDEN = ('Cc', 'Cf', 'Cs', 'Co', 'Cn', 'Zl', 'Zp')
+# Of other categories, and without a form of their own: joiners, fillers of Hangul, vowels of Khmer, selectors of variants.
+_UNSEEN = re.compile('[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]')
 
 
 class Words:
@@ -47,14 +50,14 @@ def visible(text: str) -> str:
   """The same with a sign in place of each character that is not seen, or that moves or joins others."""
   shown = ''.join(_seen(character) for character in text)
   # A mark that combines gets something to stand on.
-  return f'◌{shown}' if shown and unicodedata.combining(shown[0]) else shown
+  return f'◌{shown}' if shown and unicodedata.category(shown[0])[0] == 'M' else shown
 
 
 def _seen(character: str) -> str:
   if character in _SHOWN:
     return _SHOWN[character]
   kind = unicodedata.category(character)
-  if kind in _HIDDEN or (kind == 'Zs' and character != ' '):
+  if kind in _HIDDEN or _UNSEEN.match(character) or (kind == 'Zs' and character != ' '):
     code = ord(character)
     return chr(0x2400 + code) if code < 0x20 else f'⟨U+{code:04X}⟩'
   return character
