@@ -1,9 +1,10 @@
 """Cells whose latents were explained by patterns of tokens, and their values at equal n and L0.
 
-A family is read off between its cells, as the NMSE is at equal L0. Where it has only a cell near that L0, the cell itself
-counts. Errors of what is of latents are over latents, which are each autoencoder's own, so they add in squares. Windows
-and places are the same for all autoencoders, so errors over them add as they are, which is too much rather than too
-little. Where settings have several seeds, an error is at least the scatter between these.
+A family is read off between its cells, as the NMSE is at equal L0. Beyond the outermost one it is not, since a share could
+leave 0 to 1 there: a cell near that L0 counts itself. Errors of what is of latents are over latents, which are each
+autoencoder's own, so they add in squares. Windows and places are the same for all autoencoders, so errors over them add as
+they are, which is too much rather than too little. Where settings have several seeds, an error is at least the scatter
+between these.
 """
 
 import dataclasses
@@ -182,7 +183,8 @@ def find(table: pd.DataFrame) -> Explained:
 
 def _at(u_S: Array, weight_SC: Array, l0: float) -> tuple[float, Array] | None:
   """The L0 that a family reaches there, and the weights of its cells."""
-  weight_C = equal_l0.weights(u_S, weight_SC, np.log(l0))
+  between = u_S[0] <= np.log(l0) <= u_S[-1]
+  weight_C = equal_l0.weights(u_S, weight_SC, np.log(l0)) if between else None
   if weight_C is not None:
     return l0, weight_C
   away_S = np.abs(u_S - np.log(l0))

@@ -125,6 +125,18 @@ def test_a_single_cell_near_an_l0_stands_for_it_and_its_own_l0_is_shown(ledger, 
   assert next(row[:3] for row in explained.tables(found)[2].rows) == ['topk', f'{place.n:,.0f}', '7']
 
 
+def test_shares_stay_shares_where_cells_do_not_quite_reach_an_l0(found):
+  """Read off along the line through its two cells, a share of 1 at the last one would be more than 1 beyond."""
+  cells_ = found.cells.sort_values(['n_latents', 'l0']).reset_index(drop=True)
+  relu = cells_['activation'] == 'relu'
+  cells_.loc[relu, 'l0'] = np.resize([4.0, 6.7], relu.sum())  # the second of each size is a little below 7
+  cells_['n2g/eligible'] = np.where(cells_['l0'] > 5, 1.0, 0.9)
+  of = explained_cells.find(cells_)
+  places = [place for place in of.places if place.family == 'relu' and place.l0 == 7]
+  assert places and [place.reached for place in places] == pytest.approx([6.7] * len(places))
+  assert [of.value(place, 'n2g/eligible')[0] for place in places] == [1.0] * len(places)
+
+
 def test_command_draws_and_writes_everything(ledger, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(style, 'saved', lambda fig: {'png': b'x', 'pdf': b'y'})  # rendering takes most of the time
   with pytest.raises(SystemExit) as code:
