@@ -93,4 +93,5 @@ def test_group_on_a_mesh_of_processors_waits_for_every_step(tmp_path, monkeypatc
   pair = [cell(**ON_MESH | {'train.seed': seed, 'train.tokens': 40 * 4}) for seed in (0, 1)]
   outcomes = training.train_group([(c, str(tmp_path / str(i))) for i, c in enumerate(pair)])
   assert outcomes == ['done', 'done']
-  assert waited.count(tuple) == 4 and len(waited) == 4 + 2  # four steps of both, and the start of each
+  # Four steps of both, the start of each, and both weights that each gathers for an evaluation after every step.
+  assert waited.count(tuple) == 4 and waited.count(dict) == 4 * 2 * 2 and len(waited) == 4 + 2 + 16
