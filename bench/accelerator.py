@@ -6,9 +6,9 @@ No network is needed. Parts come in the order of their value, and OUT is whole a
 """
 
 import functools
-import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -109,11 +109,18 @@ def table(record: Row) -> str:
 
 
 def _backend() -> str:
-  """The platform that jax takes, 'cpu' where the one that was asked for is not there."""
-  try:
-    return jax.default_backend()
-  except RuntimeError:
-    return 'cpu'
+  """The platform that jax takes, 'cpu' where the one that was asked for is not there.
+
+  Another process is asked: this one must use no device, for the parts are forked from it.
+  """
+  named = jax.config.jax_platforms
+  asked = subprocess.run(
+    [sys.executable, '-c', 'import jax; print(jax.default_backend())'],
+    env=os.environ | ({'JAX_PLATFORMS': named} if named else {}),
+    capture_output=True,
+    text=True,
+  )
+  return asked.stdout.split()[-1] if asked.returncode == 0 else 'cpu'
 
 
 @one_line_errors
@@ -132,10 +139,8 @@ def main(argv: list[str]) -> int:
   else:
     if (named := jax.config.jax_platforms) and 'cpu' not in named.split(','):
       jax.config.update('jax_platforms', f'{named},cpu')  # the reference is computed there
-    # In a process that ends: this one must use no device, for the parts are forked from it.
-    with multiprocessing.get_context('fork').Pool(1) as pool:
-      if pool.apply(_backend) == 'cpu':
-        raise UserError('jax finds no accelerator here; install the extra cuda12 or tpu, or rehearse with --dry_run')
+    if _backend() == 'cpu':
+      raise UserError('jax finds no accelerator here; install the extra cuda12 or tpu, or rehearse with --dry_run')
   record: Row = {'dry_run': args.dry_run, 'minutes': args.minutes}
   # Parts share their compiled programs, of which several meet twice.
   cache = tempfile.mkdtemp() if not jax.config.jax_compilation_cache_dir else None
