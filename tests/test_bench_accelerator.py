@@ -155,6 +155,8 @@ def test_a_killed_run_leaves_what_it_had_and_no_process(tmp_path):
 
 def test_a_machine_without_an_accelerator_is_refused(capsys, monkeypatch):
   monkeypatch.setattr(accelerator, 'run', None)
+  # A forked child keeps the handlers of signals of its parent, a test runner's too, and may then not be ended.
+  monkeypatch.setattr(os, 'fork', None)
   with pytest.raises(SystemExit) as stopped:
     accelerator.main([])
   assert stopped.value.code == 2 and '--dry_run' in capsys.readouterr().err

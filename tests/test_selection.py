@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import topk
+from sae_jax import sharding, topk
+from sae_jax.config import MeshConfig
 from sae_jax.kernels import native
 
 needs_compiler = pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
@@ -84,7 +84,7 @@ def test_gradients_reach_product_and_bias():
 @needs_compiler
 def test_shards_that_run_at_once_each_select_their_own():
   """Several devices of one process share the threads that rows are dealt out to."""
-  mesh = jax.make_mesh((4,), ('latent',), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+  mesh = sharding.make_mesh(MeshConfig(data=1, latent=4))
   product_BF = np.random.default_rng(1).integers(0, 50, (ROWS, 4 * 600)).astype(np.float32)
 
   @jax.jit

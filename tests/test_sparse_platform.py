@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import gradients, sae, sharding, sparse
 from sae_jax.axes import Shard
-from sae_jax.config import LossConfig, SAEConfig
+from sae_jax.config import LossConfig, MeshConfig, SAEConfig
 
 KERNEL = '__gpu$xla.gpu.triton'
 
@@ -128,7 +128,7 @@ def sharded_step(mesh: Mesh, n_latents: int, width: int, k: int, batch: int, sel
 
 
 def test_the_sharded_step_lowers_for_cuda_with_kernels():
-  mesh = jax.make_mesh((2, 4), ('data', 'latent'), axis_types=(AxisType.Auto,) * 2)
+  mesh = sharding.make_mesh(MeshConfig(data=2, latent=4))
   step, args = sharded_step(mesh, 512, 31, 4, batch=22)
   text = step.trace(*args).lower(lowering_platforms=('cuda',)).as_text()
   assert text.count(KERNEL) == 10  # AuxK and the main part each: decode, code gradient, two of a weight gradient, sums

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import topk
+from sae_jax import sharding, topk
+from sae_jax.config import MeshConfig
 
 
 def tied_rows(seed: int, rows: int, width: int, levels: int) -> np.ndarray:
@@ -20,9 +21,8 @@ def tied_rows(seed: int, rows: int, width: int, levels: int) -> np.ndarray:
 
 
 @functools.cache
-def selector(k: int, data: int, latent: int, method: str):
+def selector(k: int, mesh: Mesh, method: str):
   """Candidates, indices and winners of every shard of a mesh, compiled: arrays [shards, B, m]."""
-  mesh = jax.make_mesh((data, latent), ('data', 'latent'), axis_types=(AxisType.Auto,) * 2)
 
   def local(pre):
     width = pre.shape[1]
@@ -35,7 +35,8 @@ def selector(k: int, data: int, latent: int, method: str):
 
 def winners(pre_BF: np.ndarray, k: int, data: int, latent: int, method: str) -> list[list[tuple[int, float]]]:
   """Per row: the sorted (global index, value) pairs that the shards keep between them."""
-  v, idx, kept = (np.asarray(a) for a in selector(k, data, latent, method)(pre_BF))
+  mesh = sharding.make_mesh(MeshConfig(data, latent))
+  v, idx, kept = (np.asarray(a) for a in selector(k, mesh, method)(pre_BF))
   assert (np.diff(kept.astype(int), axis=-1) <= 0).all()  # they lead: loops over slots may stop after them
   idx = idx + np.arange(latent)[:, None, None] * (pre_BF.shape[1] // latent)
   return [
