@@ -18,6 +18,9 @@ from tests import cells
 
 BATCH = cells.cell().train.batch_tokens
 ROOT = pathlib.Path(__file__).parents[1]
+# Compiles in half the time, to slower code: programs of these meshes are compiled anew in every process, see
+# `sharding.make_mesh`. All processes that are compared have it; gangs of a ledger, in test_gang.py, have what users have.
+QUICK = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 
 
 def start(workdir, processes: int, **overrides) -> list[subprocess.Popen]:
@@ -32,7 +35,11 @@ def launch(argv: list[str], processes: int, devices: int = 8) -> list[subprocess
     port = s.getsockname()[1]
   gang = []
   for rank in range(processes):
-    env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices // processes)}
+    env = os.environ | {
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_NUM_CPU_DEVICES': str(devices // processes),
+      'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {QUICK}',
+    }
     if processes > 1:
       env |= {
         'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
@@ -41,7 +48,7 @@ def launch(argv: list[str], processes: int, devices: int = 8) -> list[subprocess
       }
     gang.append(
       subprocess.Popen(
-        [sys.executable, '-m', 'tests.rank', *argv],
+        [sys.executable, *argv],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,

@@ -16,7 +16,7 @@ from sweeps import cancel, grid, ledger, work
 from tests import cells
 
 pytestmark = pytest.mark.chaos
-# One device a rank, and no AuxK: ranks but the first compile what they run in every test.
+# One device a rank, and no AuxK: every rank of every test compiles what it runs.
 CELL = cells.SHARED | {'mesh.data': 2, 'loss.aux_coefficient': 0.0, 'train.tokens': 40 * 30}
 ROOT = pathlib.Path(__file__).parents[1]
 # A worker in whose 11th step something happens.
@@ -60,7 +60,7 @@ def start():
     gang = []
     for rank in range(2):
       code = ['-c', DISTURBED % disturb[1]] if disturb and disturb[0] == rank else ['-m', 'sweeps.work']
-      argv = [sys.executable, '-m', 'tests.rank', *code, f'--ledger={store.path}', *flags]
+      argv = [sys.executable, *code, f'--ledger={store.path}', *flags]
       argv += [f'--coordinator=127.0.0.1:{port}', '--num_processes=2', f'--process_id={rank}']
       devices = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
       gang.append(
