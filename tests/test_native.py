@@ -175,15 +175,15 @@ def test_training_ends_with_the_same_bits_without_the_kernels(monkeypatch):
   ]
   mesh, source, params = sharding.make_mesh(group[0].mesh), open_source(group[0]), {}
   size = group[0].train.batch_tokens
+  first = jnp.asarray(source.rows(0, stepping.SAMPLE))
+  inits = [stepping.make_step(one, mesh)[0] for one in group]
+  fresh = tuple(init(jnp.zeros(one.sae.d_model), jnp.float32(1), first) for init, one in zip(inits, group, strict=True))
   for kernels in (True, False):
     if not kernels:
       monkeypatch.setattr(native, 'available', lambda: False)
     stepping._programs.cache_clear()
-    step, states = stepping.make_group_step(group, mesh), []
-    for one in group:
-      init, _ = stepping.make_step(one, mesh)
-      states.append(init(jnp.zeros(one.sae.d_model), jnp.float32(1), jnp.asarray(source.rows(0, stepping.SAMPLE))))
-    states = tuple(states)
+    step = stepping.make_group_step(group, mesh)
+    states = jax.tree.map(jnp.copy, fresh)  # a step takes over the memory of what it is given
     for i in range(6):
       x_BD = sharding.place_rows(
         mesh, (size, source.d_model), lambda a, b, i=i: source.rows(i * size + a, i * size + b)
