@@ -78,9 +78,9 @@ def _against(found: Compared) -> Table:
     rows.append([*row, f'{sizes[-1]:,.0f}', *shown])
   heads = ['family', 'exponent of n', 'at n', f'NMSE over {reference}', f'exponent of {reference} less its own']
   note = (
-    f'The exponent is of a n^-b at L0 = {found.main:g}. NMSE over that of {reference}: the mean over L0 '
-    f'{", ".join(f"{value:g}" for value in found.l0)}. Exponents are subtracted over the sizes that both have, and the mean '
-    f'over the same L0 is taken; above 0, {reference} is the steeper. Times the latents and compute: how many times more '
+    f'The exponent is of a n^-b at L0 = {found.main:g}. NMSE over that of {reference}: the mean over those of L0 '
+    f'{", ".join(f"{value:g}" for value in found.l0)} that both reach at that n. Exponents are subtracted over the sizes that '
+    f'both have, and the mean over the L0 that both reach at two of them or more is taken; above 0, {reference} is the steeper. Times the latents and compute: how many times more '
     f'the family takes at that n than {reference} for the same loss at L0 = {found.main:g} and equal tokens, in the FLOPs '
     'of the sparse algorithm.'
   )

@@ -1,4 +1,6 @@
-"""Every benchmark in one go: bench/results/<date>.json, the tables, and docs/bench.png.
+"""Steps, memory, AuxK, scaling, harvest and the live sweep in one go.
+
+Writes bench/results/<date>.json and docs/bench.png, and prints the tables.
 
 python -m bench.run [--peers_python=runs/peers/bin/python] [--only=side_by_side]
 Leave the machine alone meanwhile: about half an hour on two cores.

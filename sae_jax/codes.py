@@ -1,8 +1,8 @@
 """The codes of a batch on one shard, what the decoder makes of them, and what a family says about its own.
 
-There are two kinds. `Sparse` codes name their latents, K a token; `Dense` codes hold a value for every latent. The
-skeleton in `sae_jax.sae` asks both for the same things, and has one way for each kind to come back from gradients of
-the codes to gradients of the parameters.
+Codes have two forms. `Sparse` codes name their latents, K a token; `Dense` codes hold a value for every latent. The
+skeleton in `sae_jax.sae` asks both for the same things. `sae_jax.gradients` has one way for each form to come back from
+gradients of the codes to gradients of the parameters.
 """
 
 import dataclasses

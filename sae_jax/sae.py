@@ -1,10 +1,10 @@
-"""The skeleton of every autoencoder: parameters, initialisation, and the per-shard function with hand-written gradients.
+"""The skeleton of every autoencoder: parameters, initialisation, encoding and decoding on one shard.
 
     pre = (x - b_pre) W_enc^T + b_enc,   z = the family's codes of pre,   x_hat = z W_dec + b_pre
 
 A family (`sae_jax.families`) says how codes come from pre-activations. All else is here, and knows no family.
 A per-shard function takes a `Shard`, which names the mesh axes it runs under. The default is the one-device mathematics.
-Gao et al. 2024, sections 2.3, 3 and A; gradients as in their appendix D.
+Gao et al. 2024, sections 2.3, 3 and A. The gradients of a step are in `sae_jax.gradients`.
 """
 
 import math

@@ -105,9 +105,8 @@ def compiler_options(mesh: Mesh) -> dict[str, str | bool] | None:
 def row_chunks(config: Cell, mesh: Mesh) -> int:
   """Parts a device's tokens are encoded in: `mesh.row_chunks`, or on a CPU as many as keep the product under 256 MB.
 
-  Every step gets fresh pages for the [B, n] product there, and touching them for the first time costs more than the
-  rest: at (d, n, B, k) = (768, 32768, 8192, 32), 1 GB, the step took 2,061 ms whole and 1,624 in 4 parts (matmul alone
-  1,414), on two cores; at 256 MB nothing was gained.
+  Before freed memory was kept from step to step (see `heap`), a whole product got fresh pages in every step, and touching
+  them cost more than the rest: LOG.md, 2026-11-24. Parts also bound the memory of a step.
   """
   rows = config.train.batch_tokens // config.mesh.data
   least = config.mesh.row_chunks

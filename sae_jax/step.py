@@ -46,7 +46,8 @@ _Stepped = tuple[tuple[TrainState, ...], tuple[dict[str, jax.Array], ...]]  # of
 def make_step(config: Cell, mesh: Mesh) -> tuple[Callable, Callable]:
   """Compiled `init(b_pre_D, scale, sample_BD) -> state` and `step(state, x_BD) -> (state, metrics)`; step donates its state.
 
-  Cells that differ in seed, budget or data share their programs in this process.
+  Cells that differ in seed or data share their programs in this process; those of another budget do too where nothing that
+  is compiled in follows it, as with `recipe.horizon='so far'`.
   Raises `UserError` when the configuration forces a path of the sparse products that these devices do not have.
   """
   train, where = config.train, config.mesh

@@ -1,1 +1,4 @@
-"""Sparse products by platform: loops on a CPU, Triton on an NVIDIA GPU, dense matmuls on a TPU. `sae_jax.sparse` chooses."""
+"""Sparse products and top-k by platform; `sae_jax.sparse` and `sae_jax.topk` choose.
+
+A CPU has kernels in C++ and loops, an NVIDIA GPU Triton, a TPU dense matmuls.
+"""
