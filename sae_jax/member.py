@@ -175,7 +175,7 @@ class Member:
       self._line = line
       if self.config.train.stop_gain:
         before = [point for point in self._facts.get('curve', []) if point[0] < at]
-        self._facts['curve'] = [*before, [at, best.nmse]]
+        self._facts['curve'] = [*before, [at, best.nmse, best.l0]]
     return seconds
 
   def leave_out(self, seconds: float) -> None:
@@ -196,7 +196,7 @@ class Member:
 
   @property
   def converged(self) -> bool:
-    """Whether the last doubling of the tokens gained less than `train.stop_gain`."""
+    """Whether the last doubling of the tokens gained less than `train.stop_gain` at the same L0."""
     return convergence.has_converged(self._facts.get('curve', []), self.config.train.stop_gain)
 
   def save(self, at: int) -> None:
