@@ -57,11 +57,13 @@ def chip_parts(config: Cell, *, aux: bool) -> dict[str, dict[str, float]]:
     again = step_parts(n, config.sae.k_aux / mesh.latent, d, rows)
     shared = ('encode', 'pre_bias_gradient', 'optimizer')
     parts |= {f'aux_{name}': part for name, part in again.items() if name not in shared}
-  dense = ['encode', 'pre_bias_gradient']
+  times = {'encode': 1, 'pre_bias_gradient': 1}
   if known.penalised:
-    dense += ['decode', 'code_gradient', 'decoder_gradient', 'encoder_gradient']
+    # In row chunks all is computed again on the way back.
+    times['encode'] = 1 if mesh.row_chunks == 1 else 2
+    times |= {'decode': known.heads, 'code_gradient': known.heads, 'decoder_gradient': 1, 'encoder_gradient': 1}
   return {
-    name: part | {'executed': part['useful'] if name in dense else beyond.get(name, 0.0)}
+    name: part | {'executed': times[name] * part['useful'] if name in times else beyond.get(name, 0.0)}
     for name, part in parts.items()
   }
 

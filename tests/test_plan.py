@@ -12,7 +12,10 @@ import pytest
 from experiments import gpt4_16m, tiny
 from sae_jax import config, flops, plan, sharding
 from sae_jax.ahead import compile, hlo
+from sae_jax.codes import Elementwise
 from sae_jax.errors import UserError
+from sae_jax.families.family import NAMES, family
+from tests import cells
 
 ROOT = pathlib.Path(__file__).parents[1]
 B, D, F, K = 40, 11, 88, 13
@@ -128,6 +131,22 @@ def test_a_family_that_offers_more_than_k_counts_those_slots():
   for name in ('decode', 'code_gradient', 'decoder_gradient', 'encoder_gradient'):
     assert topk[name]['executed'] == 0 and multi[name]['executed'] == 2 * B * (offered - K) * D
     assert multi[name]['useful'] == topk[name]['useful'] and multi[name]['bytes'] > topk[name]['bytes']
+
+
+def test_every_product_of_a_dense_family_is_counted():
+  for name in (name for name in NAMES if family(name).penalised):
+    mathematics = family(name).mathematics()
+    if isinstance(mathematics, Elementwise):
+      assert family(name).heads == len(mathematics.heads)
+    counted = []
+    for chunks in (1, 4):
+      size = {'mesh.data': 1, 'mesh.latent': 1, 'mesh.row_chunks': chunks}
+      parts = flops.chip_parts(cell(**size, **cells.family_keys(name)), aux=False)
+      counted.append(
+        {key: part['executed'] / (2 * B * F * D) for key, part in parts.items() if key != 'pre_bias_gradient'}
+      )
+    assert sum(counted[0].values()) == {'gated': 7}.get(name, 5)
+    assert sum(counted[1].values()) == {'gated': 8}.get(name, 6)  # encoded again on the way back
 
 
 PROGRAM = """HloModule step, num_partitions=8

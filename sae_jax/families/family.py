@@ -37,6 +37,7 @@ class Family:
     steered: whether it can be.
     auxk: whether AuxK brings its dead latents back.
     offered: times k slots that the sparse products of a token have.
+    heads: decodings of a token, where all codes are dense. Of two the second trains no decoder.
   """
 
   mathematics: Callable[[], Any]
@@ -44,6 +45,7 @@ class Family:
   steered: bool = True
   auxk: bool = True
   offered: int = 1
+  heads: int = 1
 
 
 def family(name: str) -> Family:
@@ -66,7 +68,7 @@ def family(name: str) -> Family:
     case 'prolu_ste':
       return Family(lambda: families.prolu.STE, penalised=True)
     case 'gated':
-      return Family(lambda: families.gated.GATED, penalised=True)
+      return Family(lambda: families.gated.GATED, penalised=True, heads=2)
     case 'jumprelu_step':
       return Family(lambda: families.jumprelu.STEP, penalised=True)
     case 'jumprelu_tanh':
