@@ -202,6 +202,8 @@ def loss_and_grads(
     zero = jnp.zeros((), x_BD.dtype)
     active = jnp.asarray(batch * sae.n_latents, x_BD.dtype)
     sums = StepSums(own_sums.square_error, active, zero, jnp.zeros((), jnp.int32), own_sums.penalty, zero)
+    if not sae.latent_bias:
+      grads = grads | {'b_enc_F': jnp.zeros_like(grads['b_enc_F'])}
     return grads, jnp.ones_like(idle_F), sums
   # Counted in steps, and held at a ceiling no dead threshold reaches, so that no run is long enough to overflow.
   waited_F = jnp.minimum(idle_F, 2**30) + 1

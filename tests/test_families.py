@@ -364,6 +364,23 @@ def test_a_family_that_was_killed_ends_with_the_bits_of_one_that_was_not(name, t
 # ----- what families share
 
 
+@pytest.mark.parametrize('name', ['topk', 'relu', 'cs294a'])  # one of each kind
+def test_latents_without_a_bias_have_none_to_learn(name):
+  params = random_params(name)
+  grads, _, _ = gradients.loss_and_grads(
+    params,
+    jnp.zeros(F, jnp.int32),
+    jnp.ones((B, D)),
+    SCALE,
+    sae=size_of(name, latent_bias=False, fired_threshold=0.0),
+    loss=LOSS,
+    batch=B,
+    shard=Shard(),
+    coefficient=COEFFICIENT,
+  )
+  assert not np.any(grads['b_enc_F']) and np.any(grads['w_dec_FD'])
+
+
 def codes_of(name: str, product_BF, **latents):
   zeros = {'b_enc_F': jnp.zeros(F)} | {key: jnp.zeros(F) for key in sae.kind_of(size_of(name)).latents}
   zs, penalty_B = sae.kind_of(size_of(name)).codes(product_BF, zeros | latents, size_of(name))
