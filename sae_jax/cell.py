@@ -231,7 +231,7 @@ class Cell:
     check_values(flat)
     for key, below in (('sae.bandwidth', 1), ('sae.rho', 1), ('loss.steer_start', 1), ('optim.ema_width', 0.28)):
       if flat[key] >= below or (flat[key] == 0 and key != 'optim.ema_width'):
-        raise UserError(f'{key}={flat[key]} is not between 0 and {below}; choose a smaller one above 0')
+        raise UserError(f'{key}={flat[key]} is not between 0 and {below}; choose one in between')
     if not 0 < self.sae.recall_target < 1:
       raise UserError(f"sae.recall_target={self.sae.recall_target} is not in (0, 1); for 1 use sae.selection='exact'")
     self._check_family()
@@ -288,7 +288,8 @@ class Cell:
         f'sae.k={k} and loss.sparsity={sparsity}: the first steers the coefficient and the second fixes it; drop one (sae.k=None)'
       )
     if k is None and not sparsity:
-      raise UserError(f'sae.k is not set, and {name} needs it' + ' or loss.sparsity' * known.penalised + '; set it')
+      needed = ' or '.join(['sae.k'] * known.steered + ['loss.sparsity'] * known.penalised)
+      raise UserError(f'{name} needs {needed}, and it is not set; set it')
     if self.sae.k_aux and not known.auxk:
       raise UserError(f'sae.k_aux={self.sae.k_aux} but {name} has no AuxK; set it to 0')
     if self.sae.selection != 'exact' and known.penalised:
@@ -298,10 +299,13 @@ class Cell:
       value = getattr(self.sae, field.name)
       if owner == 'activation' and name not in of and value != field.default:
         raise UserError(f'sae.{field.name}={value} is of {" and ".join(of)}, and sae.activation={name!r}; drop it')
-      if field.name == 'levels' and name in of and self.sae.n_latents % 2 ** (value - 1):
+      n = self.sae.n_latents
+      # The power of a number that is far too large would be a number of thousands of digits.
+      parts = 2 ** (min(value, n.bit_length() + 1) - 1) if field.name == 'levels' and name in of else 1
+      if n % parts:
         raise UserError(
-          f'sae.n_latents={self.sae.n_latents} is not divisible by {2 ** (value - 1)}, as sae.levels={value} want; use '
-          'fewer levels or another number of latents'
+          f'sae.n_latents={n} is not divisible by {parts}, as sae.levels={value} want; use fewer levels or another number '
+          'of latents'
         )
 
   def flat(self) -> dict[str, Any]:
@@ -316,8 +320,11 @@ class Cell:
 
   @property
   def one_curve(self) -> bool:
-    """Whether no horizon depends on the budget: the curve of a long run then passes through the ends of shorter ones."""
-    return self.optim.ema_width > 0 and self.loss.dead_share > 0
+    """Whether no horizon depends on the budget: the curve of a long run then passes through the ends of shorter ones.
+
+    Under `recipe.horizon='so far'` none does: what a user sets instead is a number of steps or tokens.
+    """
+    return self.recipe.horizon == 'so far' or (self.optim.ema_width > 0 and self.loss.dead_share > 0)
 
   @functools.cached_property
   def id(self) -> str:
@@ -357,7 +364,7 @@ def check_values(flat: dict[str, Any]) -> None:
     if key in _AT_LEAST and value is not None and value < _AT_LEAST[key]:
       raise UserError(f'{key}={value} is below {_AT_LEAST[key]}; raise it')
     if key in _BELOW_ONE and not 0 <= value < 1:
-      raise UserError(f'{key}={value} is not in [0, 1); choose a decay below 1')
+      raise UserError(f'{key}={value} is not in [0, 1); choose a smaller one of at least 0')
   if flat['data.normalize'] == 'scale' and flat['data.source'] != 'store':
     raise UserError(
       f"data.normalize='scale' but data.source={flat['data.source']!r} records no scalar; use center_unit or none, or "

@@ -223,6 +223,9 @@ def resolve_flat(flat: dict[str, Any]) -> Cell:
       )
   if flat['sae.d_model'] is None:
     raise UserError('sae.d_model is not set and no store gives it; set it to the width of the activations')
+  for key in ('sae.n_latents', 'train.tokens', 'train.batch_tokens'):  # a recipe reckons with them
+    if flat[key] is None or isinstance(flat[key], str):
+      raise UserError(f'{key}={flat[key]!r} is no whole number; set one')
   recipe = records.build(
     ScalingRecipe, {k.removeprefix('recipe.'): v for k, v in flat.items() if k.startswith('recipe.')}
   )
@@ -232,8 +235,11 @@ def resolve_flat(flat: dict[str, Any]) -> Cell:
     tokens=flat['train.tokens'],
     batch_tokens=flat['train.batch_tokens'],
   )
-  if not family(flat['sae.activation']).auxk:
+  known = family(flat['sae.activation'])
+  if not known.auxk:
     derived['sae.k_aux'] = 0
+  if not known.penalised:  # a recipe for several families may have one
+    derived['loss.steer_start'] = ScalingRecipe.steer_start
   for key, value in derived.items():
     if flat[key] is None:
       flat[key] = value

@@ -36,6 +36,10 @@ class ScalingRecipe:
     steps = max(1, tokens // max(1, batch_tokens))
     horizon = min(self.ema_max_steps, max(1.0, self.ema_fraction * steps))
     so_far = self.horizon == 'so far'
+    if not -4 <= self.learning_rate_exponent <= 4:
+      raise UserError(
+        f'recipe.learning_rate_exponent={self.learning_rate_exponent} is not between -4 and 4; the paper has .5'
+      )
     if not so_far and self.horizon != 'budget':
       raise UserError(f"recipe.horizon={self.horizon!r} is not known; use 'budget' or 'so far'")
     if so_far and self.warmup_fraction:

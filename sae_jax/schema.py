@@ -91,7 +91,9 @@ MEASURED = (
 # What only a line of metrics.jsonl has.
 STEP = Field('step', int, 'training steps done', 'step')
 TRAINING = (
-  Field('train_loss', float, 'loss of the step', 'train/loss'),
+  Field(
+    'train_loss', float, 'NMSE, AuxK and penalty of the step by their weights, without further heads', 'train/loss'
+  ),
   Field('train_nmse', float, 'NMSE of the batch, about the start-up mean', 'train/nmse'),
   Field('train_aux_loss', float, 'AuxK loss of the batch', 'train/aux_loss'),
   Field('train_l0', float, 'active latents a token of the batch', 'train/l0'),
@@ -189,7 +191,7 @@ FACTS = (
   Field('bit_exact', bool, 'whether all of it was the same from the first step on'),
   Field('wall_s', float, 'seconds of training so far'),
   Field('extends', dict, 'cell and step whose state this one went on from', may=True),
-  Field('curve', list, 'steps and held-out NMSE so far; where convergence ends the run', may=True),
+  Field('curve', list, 'steps, held-out NMSE and L0 so far; where convergence ends the run', may=True),
   Field('last', dict, 'metrics of the last step; of runs that can be extended', may=True),
   Field('measure_s', float, 'seconds of measures so far, which wall_s leaves out', may=True),
 )

@@ -128,6 +128,12 @@ def test_foreign_bytes_are_a_user_error(data):
     ({'loss.sparsity': 0.1}, 'loss.sparsity=0.1 but topk has no penalty; drop it and set sae.k'),
     ({'loss.sparsity': -0.1}, 'loss.sparsity=-0.1 is below 0'),
     ({'loss.steer_start': 0.1}, 'loss.steer_start=0.1 but topk has no penalty; drop it'),
+    ({'train.stop_gain': 2.0}, r'train.stop_gain=2.0 is not in \[0, 1\); choose a smaller one'),
+    ({'sae.activation': 'matryoshka', 'sae.levels': 20_000}, 'is not divisible by .* as sae.levels=20000 want'),
+    ({'sae.activation': 'cs294a', 'sae.k': None}, 'cs294a needs loss.sparsity, and it is not set'),
+    ({'sae.n_latents': None}, 'sae.n_latents=None is no whole number'),
+    ({'train.tokens': None}, 'train.tokens=None is no whole number'),
+    ({'recipe.learning_rate_exponent': 1e6}, 'recipe.learning_rate_exponent=1000000.0 is not between -4 and 4'),
     ({'sae.activation': 'relu', 'loss.steer_start': 0.0}, 'loss.steer_start=0.0 is not between 0 and 1'),
     ({'sae.selection': 'random'}, "'random' is not known; use one of exact, approximate"),
     ({'sae.recall_target': 1.0}, "not in .*for 1 use sae.selection='exact'"),
@@ -138,6 +144,13 @@ def test_foreign_bytes_are_a_user_error(data):
 def test_impossible_values_are_refused(overrides, message):
   with pytest.raises(UserError, match=message):
     cell(**overrides)
+
+
+def test_a_recipe_starts_the_steering_of_those_that_are_steered():
+  starts = {
+    name: cell(**{'recipe.steer_start': 0.005, 'sae.activation': name}).loss.steer_start for name in ('topk', 'relu')
+  }
+  assert starts == {'topk': 0.05, 'relu': 0.005}
 
 
 def test_override_does_not_touch_the_original():
@@ -363,5 +376,5 @@ def test_a_flag_can_unset_a_key():
   asked = ['--config=experiments/tiny.py', '--config.sae.k=None', '--config.sae.activation=relu']
   _, made = flags.parse(argparse.ArgumentParser(), [*asked, '--config.loss.sparsity=0.1'])
   assert config.resolve(made).sae.k is None and made.sae.n_latents == 128
-  with pytest.raises(UserError, match=r'relu needs it or loss\.sparsity'):
+  with pytest.raises(UserError, match=r'relu needs sae\.k or loss\.sparsity, and it is not set'):
     config.resolve(flags.parse(argparse.ArgumentParser(), asked)[1])

@@ -80,7 +80,7 @@ def test_an_extended_run_that_had_converged_ends_where_one_from_the_start_does(t
 
 def test_an_extended_run_judges_convergence_where_one_from_the_start_does(tmp_path, monkeypatch):
   judged = []
-  monkeypatch.setattr(convergence, 'has_converged', lambda curve, _: judged.append([at for at, _ in curve]))
+  monkeypatch.setattr(convergence, 'has_converged', lambda curve, _: judged.append([at for at, *_ in curve]))
   for module in (extend, startup):
     monkeypatch.setattr(module, 'SAMPLE_TOKENS', 700)
   for name, steps, more in (('short', 25, {}), ('long', 32, {}), ('extended', 32, {'train.extends': 'short'})):
@@ -116,6 +116,11 @@ def test_a_run_whose_horizons_follow_the_budget_cannot_be_extended(tmp_path):
     cells.cell(**{'train.stop_gain': 0.1})
 
 
+def test_a_dead_threshold_in_tokens_leaves_one_curve():
+  assert cell(20, **{'loss.dead_share': 0.0, 'loss.dead_tokens': 400, 'train.stop_gain': 0.1}).one_curve
+  assert cell(20).one_curve and not cells.cell().one_curve
+
+
 def test_a_run_ends_where_it_has_converged_and_resumes_into_the_same(tmp_path):
   config = cell(2000, **{'train.stop_gain': 0.2})
   assert training.train(config, str(tmp_path / 'whole')) == 'done'
@@ -132,11 +137,26 @@ def test_a_run_ends_where_it_has_converged_and_resumes_into_the_same(tmp_path):
 
 def test_convergence_is_the_gain_of_the_last_doubling():
   steps = np.array([1, 10, 32, 56, 100, 178, 316, 562, 1000])
-  falling = [[int(t), float(t**-0.2)] for t in steps]  # gains 13 % at every doubling
+  falling = [[int(t), float(t**-0.2), 9.0] for t in steps]  # gains 13 % at every doubling
   assert convergence.has_converged(falling, 0.14) and not convergence.has_converged(falling, 0.12)
   assert not convergence.has_converged(falling, 0.0)
-  assert not convergence.has_converged([[1, 1.0], [10, 1.0], [56, 1.0]], 0.5)  # too early to tell
-  assert not convergence.has_converged([[400, 1.0], [500, 1.0]], 0.5)  # nothing is known of half the steps
+  assert not convergence.has_converged([[1, 1.0, 9.0], [10, 1.0, 9.0], [56, 1.0, 9.0]], 0.5)  # too early to tell
+  assert not convergence.has_converged([[400, 1.0, 9.0], [500, 1.0, 9.0]], 0.5)  # nothing is known of half the steps
+
+
+def test_a_curve_whose_l0_still_moves_has_not_converged():
+  for last, converged in ((9.0, True), (9.3, True), (8.0, False), (11.0, False), (0.0, False)):
+    for nmse in (1.0, 1.5):  # fewer latents, a larger loss: no gain
+      assert convergence.has_converged([[100, 1.0, 9.0], [200, nmse, last]], 0.01) == converged
+  assert not convergence.has_converged([[100, 1.0], [200, 1.0, 9.0]], 0.5)  # of a checkpoint without L0
+
+
+@pytest.mark.parametrize('name', ['relu', 'gated'])
+def test_a_steered_run_does_not_end_before_it_is_at_its_target(name, tmp_path):
+  config = cell(400, **cells.family_keys(name) | {'train.stop_gain': 0.2, 'train.checkpoint_every': 400})
+  assert training.train(config, str(tmp_path)) == 'done'
+  found = result(tmp_path)
+  assert found['steps'] == 400 or abs(np.log(found['l0'] / config.sae.k)) < 0.2, found
 
 
 def test_the_open_recipe_is_the_paper_s_but_for_its_horizons():
