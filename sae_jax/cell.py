@@ -19,6 +19,8 @@ from sae_jax.recipe import ScalingRecipe
 from sae_jax.schema import added
 
 SCHEMA = 1  # of a cell's identity: another number would give every cell another id
+# At most so many of the first tokens decide where training starts, see sae_jax.startup. As in the reference code.
+SAMPLE_TOKENS = 32_768
 
 # Where and how a cell runs, which does not decide its result.
 _NOT_IDENTITY = ('mesh', 'train.checkpoint_every', 'train.extends', 'data.path')

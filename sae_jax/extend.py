@@ -1,19 +1,43 @@
 """Where a cell with a larger budget may go on from the last state of one with a smaller budget.
 
-It may where no horizon depends on the budget (`Cell.one_curve`): then the longer run would have passed through that very
-state, bit for bit, and what is left out is only the time.
+It may where no horizon depends on the budget (`Cell.one_curve`) and the smaller one has the whole start-up sample: then
+the longer run would have passed through that very state, bit for bit, and what is left out is only the time.
+
+Never loads jax, for a launch asks too.
 """
 
 from sae_jax import files, schema
-from sae_jax.cell import Cell, from_json
+from sae_jax.cell import SAMPLE_TOKENS, Cell, from_json
 from sae_jax.errors import UserError
-from sae_jax.startup import SAMPLE_TOKENS
+
+NO_CHECKPOINT = 'the shorter cell has no checkpoint left (sweeps.gc removes them)'
+
+
+def obstacle(one: Cell) -> str:
+  """Why no longer run passes through the last state of this cell; empty where one does."""
+  if not one.one_curve:
+    return "averages and thresholds follow the budget, so a longer run is another (not so with recipe.horizon='so far')"
+  if one.train.tokens < SAMPLE_TOKENS:
+    return f'the shorter cell has fewer than {SAMPLE_TOKENS} tokens, and a longer run starts from a sample of so many'
+  return ''
+
+
+def has_checkpoint(folder: str) -> bool:
+  """Whether a checkpoint lies in the folder of a cell. That it is undamaged only loading it can tell."""
+  checkpoints = files.join(folder, schema.CHECKPOINTS)
+  return any(files.listdir(files.join(checkpoints, name)) for name in files.listdir(checkpoints) if name.isdecimal())
+
+
+def why_anew(finished: Cell, folder: str) -> str:
+  """Why a cell with a larger budget cannot go on from a finished one, and is trained anew; empty where it can."""
+  return obstacle(finished) or ('' if has_checkpoint(folder) else NO_CHECKPOINT)
 
 
 def shorter(config: Cell, workdir: str) -> tuple[str, str]:
   """Folder and id of the finished cell that `train.extends` names. Raises `UserError` when this one is not its extension.
 
-  The name is that of a folder beside this cell's own, as all cells of a ledger have, or a path.
+  The name is that of a folder beside this cell's own, as all cells of a ledger have, or a path. Whether a checkpoint is left
+  there is not looked at.
   """
   named = config.train.extends
   folder = named if '/' in named else files.join(workdir.rstrip('/').rpartition('/')[0] or '.', named)
@@ -34,12 +58,6 @@ def shorter(config: Cell, workdir: str) -> tuple[str, str]:
     raise UserError(
       f'{what} has train.tokens={found.train.tokens}, no fewer than the {config.train.tokens} here; raise train.tokens'
     )
-  if not config.one_curve:
-    raise UserError(
-      f"{what}: its averages and thresholds follow the budget, so a longer run is another; set recipe.horizon='so far'"
-    )
-  if found.train.tokens < SAMPLE_TOKENS:
-    raise UserError(
-      f'{what} has train.tokens={found.train.tokens}, and a longer run starts from a sample of {SAMPLE_TOKENS}; train anew'
-    )
+  if why := obstacle(found):
+    raise UserError(f'{what}: {why}; train without train.extends')
   return folder, found.id

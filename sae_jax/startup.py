@@ -4,12 +4,12 @@ import sys
 
 import numpy as np
 
+from sae_jax.cell import SAMPLE_TOKENS
 from sae_jax.data import soundness
 from sae_jax.data.source import Source
 from sae_jax.errors import UserError
 from sae_jax.sae import SAMPLE
 
-SAMPLE_TOKENS = 32_768  # as in the reference code
 _LEAST_VARIANCE = 1e-30  # of a component
 _ROWS = 256  # at once, so that differences stay in the cache
 

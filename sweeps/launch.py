@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--extend',
     action='store_true',
-    help="go on from finished cells that differ in train.tokens alone; needs recipe.horizon='so far'",
+    help="go on from finished cells that differ in train.tokens alone and have a checkpoint; needs recipe.horizon='so far'",
   )
   parser.add_argument('--detach', action='store_true', help='slurm, jobset: submit and leave')
   parser.add_argument('--dry_run', action='store_true', help='list cells, FLOPs, states, time and jobs; write nothing')
@@ -274,8 +274,8 @@ def main(argv: list[str]) -> int:
   if sweep.dropped:
     print(f'{sweep.dropped} cells of {args.sweep} equal an earlier one and were dropped', file=sys.stderr)
   if args.extend:
-    sweep = extend.extended(sweep, store, args.max_failures)
-    print(f'{sum(bool(one.train.extends) for _, one in sweep.cells)} cells go on from shorter ones', file=sys.stderr)
+    sweep, said = extend.extended(sweep, store, args.max_failures)
+    print(said, file=sys.stderr)
   if args.dry_run:
     _dry_run(args, sweep, store, cluster)
     return 0

@@ -1,6 +1,7 @@
 """One run is one curve: longer runs pass through the ends of shorter ones, go on from them, and stop where they converge."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from sae_jax import cell_state, convergence, extend, recipe, schema, startup, training
 from sae_jax.errors import UserError
 from sweeps import extend as sweeps_extend
-from sweeps import ledger
+from sweeps import launch, ledger
 from tests import cells
 
 OPEN = {'recipe.horizon': 'so far', 'optim.ema_decay': None, 'loss.dead_tokens': None}
@@ -95,7 +96,7 @@ def test_an_extended_run_judges_convergence_where_one_from_the_start_does(tmp_pa
     ({'train.extends': 'nobody'}, "train.extends='nobody': .* holds no cell"),
     ({'train.seed': 3}, r"train.extends='short' differs in train\.seed; only train\.tokens may be larger"),
     ({'train.tokens': 40 * 18}, 'no fewer than the 720 here; raise train.tokens'),
-    ({}, 'has train.tokens=720, and a longer run starts from a sample of 32768; train anew'),
+    ({}, 'fewer than 32768 tokens, and a longer run starts from a sample of so many; train without train.extends'),
   ],
 )
 def test_what_is_no_extension_is_refused(runs, tmp_path, overrides, message):
@@ -165,15 +166,45 @@ def test_the_open_recipe_is_the_paper_s_but_for_its_horizons():
   assert short == long and short['optim.ema_width'] == short['loss.dead_share'] == 0.1
 
 
-def test_a_launch_lets_cells_go_on_from_the_longest_that_is_finished(tmp_path):
-  base = OPEN | {'train.tokens': 320}
+def saved(folder, step):
+  """What stands for a checkpoint where only its being there counts."""
+  (pathlib.Path(folder) / 'ckpt' / str(step)).mkdir(parents=True)
+  (pathlib.Path(folder) / 'ckpt' / str(step) / 'arrays').touch()
+
+
+def test_a_launch_lets_cells_go_on_from_the_longest_that_can_be_used(tmp_path):
+  """Of each seed there are finished cells of some budgets, and a longer one is asked for."""
   store = ledger.Ledger(str(tmp_path))
-  tokens = (320, 400, 480)
-  store.register(cells.sweep(*({'train.tokens': t} for t in tokens), {'train.seed': 5}, base=base))
-  by_tokens = {one.cell.train.tokens: one.cell for one in store.entries() if one.cell.train.seed == 0}
-  for t in (320, 400):
-    cells.write(tmp_path, by_tokens[t], {by_tokens[t].train.steps: 0.5})
-  longer = cells.sweep({'train.tokens': 400}, {'train.tokens': 960}, {'train.tokens': 960, 'train.seed': 5}, base=base)
-  found = sweeps_extend.extended(longer, store, 3)
-  assert [one.train.extends for _, one in found.cells] == [by_tokens[320].id, by_tokens[400].id, '']
+  few, enough, more, most = startup.SAMPLE_TOKENS - 1, *(startup.SAMPLE_TOKENS * n for n in (1, 2, 3))
+  finished = [(0, few), (1, few), (1, enough), (2, enough), (3, enough), (3, more)]
+  asked = [{'train.seed': seed, 'train.tokens': most} for seed in range(6)]
+  store.register(cells.sweep(*({'train.seed': seed, 'train.tokens': t} for seed, t in finished), *asked[4:], base=OPEN))
+  ids = {}
+  for one in (entry.cell for entry in store.entries()):
+    ids[one.train.seed, one.train.tokens] = one.id
+    if one.train.tokens < most:
+      folder = cells.write(tmp_path, one)
+      if (one.train.seed, one.train.tokens) not in [(2, enough), (3, more)]:
+        saved(folder, one.train.steps)
+  saved(store.folder(ids[4, most]), 5)  # under way; of the last nothing shorter is finished
+  longer = cells.sweep({'train.seed': 3, 'train.tokens': more}, *asked, base=OPEN)
+  found, said = sweeps_extend.extended(longer, store, 3)
+  assert [one.train.extends for _, one in found.cells] == ['', '', ids[1, enough], '', ids[3, enough], '', '']
   assert [one.id for _, one in found.cells] == [one.id for _, one in longer.cells]
+  assert said == (
+    '2 cells go on from shorter ones, 3 are trained from the start (1: the shorter cell has fewer than 32768 tokens, and a '
+    'longer run starts from a sample of so many; 1: the shorter cell has no checkpoint left (sweeps.gc removes them); 1: '
+    'no finished cell differs in train.tokens alone and has fewer)'
+  )
+
+
+def test_a_first_launch_and_one_whose_horizons_follow_the_budget_say_why_nothing_is_extended(tmp_path, capsys):
+  grid = tmp_path / 'grid.py'
+  for base, why in ((OPEN, 'no finished cell differs'), ({}, 'averages and thresholds follow the budget')):
+    grid.write_text(f'from experiments import tiny as EXPERIMENT\ndef sweep():\n  return [{base}]\n')
+    with pytest.raises(SystemExit) as ended:
+      launch.main(
+        [f'--sweep={grid}', f'--ledger={tmp_path / "ledger"}', '--extend', '--dry_run', '--flops_per_second=1e9']
+      )
+    assert not ended.value.code
+    assert f'0 cells go on from shorter ones, 1 are trained from the start (1: {why}' in capsys.readouterr().err
