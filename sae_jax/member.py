@@ -95,21 +95,30 @@ class Member:
     saved = self._facts | {'row_chunks': 1, 'products': 'auto'} | saved
     same = all(saved[key] == value for key, value in self._facts.items() if key not in ('bit_exact', 'wall_s'))
     self._facts |= {'bit_exact': saved['bit_exact'] and same, 'wall_s': saved['wall_s']}
-    self._facts |= {key: saved[key] for key in ('extends', 'curve', 'measure_s') if saved.get(key)}
+    self._facts |= {key: saved[key] for key in ('extends', 'not_extended', 'curve', 'measure_s') if saved.get(key)}
     self._train_metrics = saved.get('last') or {}
 
-  def _extended(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
-    """The last state of the cell that this one extends, whose lines become the first of this one's."""
+  def _extended(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
+    """The last state of the cell that this one extends, whose lines become the first of this one's.
+
+    None when that cell has no checkpoint left, as when they were freed after the launch. From the start this one ends with
+    the same bits, so it is trained all the same. Its result says why.
+    """
     folder, cell_id = extend.shorter(self.config, self.workdir)
-    checkpoints = Checkpoints(folder, cell_id)
-    found = checkpoints.restore(abstract, lambda text: print(f'{cell_id}: {text}', file=sys.stderr), schema.FACTS)
-    checkpoints.close()
+    found, why = None, extend.NO_CHECKPOINT
+    if extend.has_checkpoint(folder):
+      why = 'all checkpoints of the shorter cell are damaged'
+      checkpoints = Checkpoints(folder, cell_id)
+      found = checkpoints.restore(abstract, lambda text: print(f'{cell_id}: {text}', file=sys.stderr), schema.FACTS)
+      checkpoints.close()
     if found is None:
-      raise UserError(
-        f'train.extends={self.config.train.extends!r}: {folder} has no checkpoint left (sweeps.gc removes them); train '
-        'without train.extends'
-      )
+      self._facts['not_extended'] = why
+      if self._log:
+        named = f'{self.config.id}: train.extends={self.config.train.extends!r}'
+        print(f'{named}: {why}; training from the start', file=sys.stderr, flush=True)
+      return None
     state, facts = found
+    facts = {key: value for key, value in facts.items() if key != 'not_extended'}  # that cell's own
     step = int(state.step)
     if self._log:
       for line in metrics.read_metrics(folder, cell_id):
@@ -243,7 +252,7 @@ class Member:
           'aux_steps': int(state.aux_steps),
           'params_digest': digest,
           'bit_exact': self._facts['bit_exact'],
-          **({'extends': self._facts['extends']} if 'extends' in self._facts else {}),
+          **{key: self._facts[key] for key in ('extends', 'not_extended') if key in self._facts},
           'device_kind': self._facts['device_kind'],
           'n_devices': self.mesh.size,
           'n_cores': self._facts.get('n_cores'),

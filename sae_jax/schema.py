@@ -140,6 +140,7 @@ RESULTS = (
     may=True,
   ),
   Field('extends', dict, 'cell and step whose state this one went on from', may=True),
+  Field('not_extended', str, 'why it was trained from the start, and train.extends names a cell', may=True),
   Field('artifact_bytes', dict, 'of the files in sae/, by name; early results lack it', may=True),
 )
 ARTIFACTS = (
@@ -191,6 +192,7 @@ FACTS = (
   Field('bit_exact', bool, 'whether all of it was the same from the first step on'),
   Field('wall_s', float, 'seconds of training so far'),
   Field('extends', dict, 'cell and step whose state this one went on from', may=True),
+  Field('not_extended', str, 'why it was trained from the start, and train.extends names a cell', may=True),
   Field('curve', list, 'steps, held-out NMSE and L0 so far; where convergence ends the run', may=True),
   Field('last', dict, 'metrics of the last step; of runs that can be extended', may=True),
   Field('measure_s', float, 'seconds of measures so far, which wall_s leaves out', may=True),

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -164,6 +165,23 @@ def test_the_open_recipe_is_the_paper_s_but_for_its_horizons():
   sizes = {'n_latents': 4096, 'd_model': 576, 'batch_tokens': 2048}
   short, long = (recipe.ONE_CURVE.hyperparameters(tokens=tokens, **sizes) for tokens in (10**6, 10**9))
   assert short == long and short['optim.ema_width'] == short['loss.dead_share'] == 0.1
+
+
+def test_a_cell_whose_shorter_one_lost_its_checkpoints_is_trained_from_the_start_and_says_so(runs, tmp_path, capsys):
+  shutil.copytree(runs / 'short', tmp_path / 'short', ignore=shutil.ignore_patterns('ckpt'))
+  with pytest.MonkeyPatch.context() as patch:
+    for module in (extend, startup):
+      patch.setattr(module, 'SAMPLE_TOKENS', 700)
+    config, stops = cell(32, **{'train.extends': 'short'}), iter([False] * 9 + [True])
+    assert training.train(config, str(tmp_path / 'anew'), should_stop=lambda: next(stops)) == 'preempted'
+    assert training.train(config, str(tmp_path / 'anew')) == 'done'
+    assert training.train(cell(40, **{'train.extends': 'anew'}), str(tmp_path / 'longer')) == 'done'
+  anew, longer = result(tmp_path / 'anew'), result(tmp_path / 'longer')
+  assert anew['params_digest'] == result(runs / 'long')['params_digest']
+  assert 'extends' not in anew and anew['not_extended'] == extend.NO_CHECKPOINT
+  assert 'not_extended' not in longer and longer['extends'] == {'cell': anew['id'], 'step': 32}
+  assert f"train.extends='short': {extend.NO_CHECKPOINT}; training from the start" in capsys.readouterr().err
+  assert not (tmp_path / 'short' / 'ckpt').exists()
 
 
 def saved(folder, step):
