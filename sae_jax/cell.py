@@ -322,9 +322,10 @@ class Cell:
 
   @property
   def one_curve(self) -> bool:
-    """Whether no horizon depends on the budget: the curve of a long run then passes through the ends of shorter ones.
+    """Whether no horizon depends on the budget.
 
-    Under `recipe.horizon='so far'` none does: what a user sets instead is a number of steps or tokens.
+    The curve of a long run then passes through the ends of shorter ones of at least `SAMPLE_TOKENS`. Under
+    `recipe.horizon='so far'` no horizon does: what a user sets instead is a number of steps or tokens.
     """
     return self.recipe.horizon == 'so far' or (self.optim.ema_width > 0 and self.loss.dead_share > 0)
 

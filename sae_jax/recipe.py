@@ -13,7 +13,8 @@ class ScalingRecipe:
   """The rules of Gao et al. 2024 (sections 2.4, 3, A), with horizons tied to the length of the run, or to the steps so far.
 
   A horizon tied to the length makes every budget a curve of its own: a long run is worse in its middle than a short run
-  at its end. Tied to the steps so far, the curve of a long run passes through the ends of all shorter ones.
+  at its end. Tied to the steps so far, the curve of a long run passes through the ends of all shorter ones that have the
+  whole start-up sample, of 32,768 tokens.
 
   The paper's EMA horizon (1,000 steps) and dead-latent threshold (10 million tokens) are caps here: in a run of
   a few hundred steps the first makes the averaged weights far worse than the raw ones (measured: NMSE .653

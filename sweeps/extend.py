@@ -49,11 +49,9 @@ def extended(sweep: grid.Sweep, store: ledger.Ledger, max_failures: int) -> tupl
       continue
     extends, why = (one.train.extends, '') if one.train.extends else shorter(one)
     cells.append((overrides, _extending(one, extends)))
-    if s.state not in schema.UNFINISHED:
-      pass
-    elif extends:
+    if s.state in schema.UNFINISHED and extends:
       going_on += 1
-    else:
+    elif s.state in schema.UNFINISHED:
       anew[why] += 1
   line = f'{going_on} cells go on from shorter ones, {anew.total()} are trained from the start'
   whys = '; '.join(f'{count}: {why}' for why, count in anew.items())

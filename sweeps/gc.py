@@ -1,4 +1,4 @@
-"""Frees the checkpoints of finished cells: optimizer states that nothing reads again. Also what killed writers left.
+"""Frees the checkpoints of finished cells, which only `sweeps.launch --extend` reads again. Also what killed writers left.
 
 python -m sweeps.gc --ledger=DIR [--dry_run]
 
