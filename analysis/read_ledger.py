@@ -18,19 +18,8 @@ from sae_jax.errors import UserError
 
 _MUST = [field.name for field in schema.RESULTS if field.must]
 _NUMBERS = [field.name for field in schema.RESULTS if field.kind in (int, float) and not (field.must or field.may)]
-# Not part of a setting: replicates, the learning rate itself, what the recipe derived it from, where it ran.
-_NOT_SETTING = (
-  'schema',
-  'id',
-  'digest',
-  'recipe',
-  'mesh',
-  'optim.learning_rate',
-  'train.seed',
-  'data.seed',
-  'data.path',
-  'train.checkpoint_every',
-)
+# Of a cell's identity, what is no part of its setting: replicates, the learning rate, and what the recipe derived it from.
+_NOT_SETTING = ('recipe', 'optim.learning_rate', 'train.seed', 'data.seed')
 _CURVES = {field.line: field.name for field in schema.CURVES if field.kind in (int, float) and not field.may}
 _CURVES_MAY = {field.line: field.name for field in schema.CURVES if field.may}
 # Of the cell, repeated on its curve.
@@ -129,7 +118,7 @@ def _cell(folder: str, name: str) -> dict[str, Any]:
   if found.config:
     flat = records.flatten(found.config)
     row |= {column: flat.get(key) for key, column in schema.FROM_CONFIG.items()}
-    row['setting'] = _setting(flat)
+    row['setting'] = _setting(found.config)
   if found.result is None:
     return row
   plain = {
@@ -174,8 +163,10 @@ def _holes_warnings(holes: dict[str, tuple[int, int]]) -> list[dict[str, str]]:
   return [warning('holes', text)]
 
 
-def _setting(flat: dict[str, Any]) -> str:
-  kept = {k: v for k, v in flat.items() if not any(k == out or k.startswith(f'{out}.') for out in _NOT_SETTING)}
+def _setting(config: dict[str, Any]) -> str:
+  """Equal for cells that differ in nothing but learning rate and seeds, wherever they ran and whatever they went on from."""
+  identity = cell.identity_of(config)
+  kept = {k: v for k, v in identity.items() if not any(k == out or k.startswith(f'{out}.') for out in _NOT_SETTING)}
   return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 

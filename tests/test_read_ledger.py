@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import read_ledger
+from analysis import learning_rate, read_ledger, seeds, table
 from sae_jax import cell as cells_schema
 from sae_jax import files, metrics, schema
 from sae_jax.errors import UserError
@@ -161,3 +161,24 @@ def test_a_cell_without_a_k_is_done_and_says_its_coefficient(tmp_path):
   curves = read_ledger.load_curves(str(tmp_path)).set_index('id')
   assert curves.loc[[penalised.id, waiting.id], 'sparsity'].tolist() == [0.05, 0.1]
   assert curves['activation'].value_counts().to_dict() == {'relu': 2, 'topk': 1}
+
+
+def test_what_a_cell_extends_and_where_it_ran_is_no_part_of_its_setting(tmp_path):
+  rates = ((1e-3, 0, 0.5), (2e-3, 0, 0.4), (2e-3, 1, 0.42))
+  for i, (rate, seed, nmse) in enumerate(rates):
+    elsewhere = {
+      'train.extends': f'{i:012x}',
+      'train.checkpoint_every': 5 + i,
+      'mesh.row_chunks': 2**i,
+      'data.path': f'store-{i}',
+    }
+    one = cells.cell(**elsewhere | {'optim.learning_rate': rate, 'train.seed': seed})
+    cells.write(str(tmp_path), one, nmse=nmse)
+  done = read_ledger.load_ledger(str(tmp_path))
+  assert done['setting'].nunique() == 1 and learning_rate.valleys(done)['rates'].tolist() == [2]
+  best = table.best_learning_rate(done)
+  assert sorted(best['nmse']) == [0.4, 0.42]
+  repeats = seeds.replicates(best, ['n_latents'])
+  assert repeats is not None and repeats.tolist() == [0, 0]
+  cells.write(str(tmp_path), cells.cell(**{'optim.learning_rate': 1e-3, 'optim.clip_norm': 2.0}))
+  assert read_ledger.load_ledger(str(tmp_path))['setting'].nunique() == 2
