@@ -19,6 +19,7 @@ from analysis import (
   learning_rate,
   measure_laws,
   read_ledger,
+  setting,
   sparsity,
   table,
 )
@@ -75,10 +76,10 @@ def analyse(ledger: str, bootstrap: int = 500, subject: str | None = None) -> Fi
   useful = table.useful(done)
   done['best_learning_rate'] = done['id'].isin(best['id'])
   warnings, best.attrs['warnings'] = list(best.attrs['warnings']), []  # said once, not again with every law
-  every = sparsity.longest(best)
+  every = setting.longest(best)
   own, notes = _choose_subject(every, subject)
   curves = table.useful(curves[curves['id'].isin(own(cells)['id'])])
-  data = _Data(own(every), own(best), own(sparsity.longest(useful)), every, curves)
+  data = _Data(own(every), own(best), own(setting.longest(useful)), every, curves)
   names = sorted(data.points['activation'].dropna().unique())
   parts = [data.at({'activation': name}) for name in names] if len(names) > 1 else [data]
   families = [
@@ -172,7 +173,7 @@ def _one_target(tries: Tries, data: _Data, target: dict[str, float], asked: set[
     found['learning_rate'] = tries.plain(
       'lr(n)', lambda: learning_rate.fit_learning_rate(data.rates, bootstrap=b), target
     )
-  if 'tokens' in asked and _several(data.best, 'tokens'):
+  if 'tokens' in asked and _several_budgets(data.best):
     fit = tries.law('L(n,T)', lambda h: fit_law(data.best, 'additive2', bootstrap=b, holdout=h), target)
     most = 10 * float(data.best['flops_useful'].max())
     found['tokens'] = fit
@@ -212,7 +213,7 @@ def _asked(data: _Data) -> tuple[set[str], list[str]]:
       _several(data.rates, 'learning_rate'),
       'lr(n), the best learning rate: one rate a size',
     ),
-    ('tokens', _several(data.best, 'tokens'), 'L(n,T), latents against tokens: one token budget a size'),
+    ('tokens', _several_budgets(data.best), 'L(n,T), latents against tokens: one token budget a size'),
     ('family', subjects > 1, 'L_s(n), several subjects: one subject'),
   )
   if data.points.empty:
@@ -223,6 +224,11 @@ def _asked(data: _Data) -> tuple[set[str], list[str]]:
 def _several(cells: pd.DataFrame, column: str) -> bool:
   """Whether some size was trained with more than one value of the column."""
   return bool((cells.groupby(['n_latents', *sparsity.TARGETS], dropna=False)[column].nunique() > 1).any())
+
+
+def _several_budgets(cells: pd.DataFrame) -> bool:
+  """Whether some size was trained on several numbers of tokens, and not just until its seeds converged."""
+  return _several(cells.assign(tokens=setting.longest_run(cells)), 'tokens')
 
 
 def _choose_subject(

@@ -5,7 +5,7 @@ A size whose best rate is the lowest or highest tried, or whose valley is flat, 
 
 import pandas as pd
 
-from analysis import sparsity, table, valley
+from analysis import setting, sparsity, table, valley
 from analysis.fit import Fit, fit_law
 from analysis.fitting import resample
 from sae_jax import checks
@@ -23,12 +23,11 @@ def valleys(cells: pd.DataFrame, flat: float = valley.FLAT) -> pd.DataFrame:
   checks.number('flat', flat, 'a number of at least 0', f'the usual choice is {valley.FLAT}', least=0)
   table.positive(cells, ['n_latents', 'learning_rate', 'nmse'])
   sparsity.check(cells)
-  keys = [key for key in table.SETTING if key in cells]
   rows = []
-  for _, group in cells.groupby(keys, sort=True, dropna=False):
+  for same, group in setting.groups(cells):
     found = valley.fit_valley(group['learning_rate'].to_numpy(), group['nmse'].to_numpy(), flat)
     rows.append(
-      {key: group[key].iloc[0] for key in keys}
+      same
       | {
         'rates': group['learning_rate'].nunique(),
         'learning_rate': found.x,
@@ -40,7 +39,7 @@ def valleys(cells: pd.DataFrame, flat: float = valley.FLAT) -> pd.DataFrame:
         'reason': found.reason,
       }
     )
-  columns = [*keys, 'rates', 'learning_rate', 'low', 'high', 'nmse', 'curvature', 'verdict', 'reason']
+  columns = [*setting.keys(cells), 'rates', 'learning_rate', 'low', 'high', 'nmse', 'curvature', 'verdict', 'reason']
   return pd.DataFrame(rows, columns=pd.Index(columns))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import grouped, sparsity
+from analysis import grouped, setting, sparsity
 from analysis.at_l0 import AtL0, at_l0
 from analysis.compare import Comparison
 from analysis.equal_l0 import Compared
@@ -143,7 +143,7 @@ def analyse(ledger: str, points: pd.DataFrame, compared: Compared | None, bootst
   out = []
   for measure in dict.fromkeys(column.partition('/')[0] for column in units):
     columns = [column for column in units if column.startswith(f'{measure}/') and points[column].notna().any()]
-    cells = sparsity.longest(points[points[columns].notna().any(axis=1)])
+    cells = setting.longest(points[points[columns].notna().any(axis=1)])
     known = [f'{measure}/{name}' for name in _SHOWN.get(measure, ())]
     vary = [column for column in columns if cells[column].nunique() > 1 or len(cells) == 1]
     shown = [column for column in known if column in columns] or vary[:_MOST] or columns[:_MOST]

@@ -58,13 +58,6 @@ def at(rows: pd.DataFrame, where: Mapping[str, float | str]) -> pd.DataFrame:
   return rows
 
 
-def longest(cells: pd.DataFrame) -> pd.DataFrame:
-  """The cells of every size and target that saw the most tokens."""
-  of = [key for key in ('subject', 'n_latents', *KEYS) if key in cells]
-  most = cells.groupby(of, dropna=False)['tokens'].transform('max')
-  return cells[cells['tokens'] == most].reset_index(drop=True)
-
-
 def said(where: Mapping[str, float | str]) -> str:
   """Such as 'k=8', or 'relu, sparsity=0.05': a family is said by its name alone."""
   return ', '.join(f'{key}={v:g}' if key in TARGETS else str(v) for key, v in where.items())

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import frames, notation, read_table, sparsity
+from analysis import frames, notation, read_table, setting, sparsity
 from sae_jax import checks, schema
 from sae_jax.errors import UserError
 
-# Columns that, where there are any, are equal in cells that differ in nothing but learning rate and seeds.
-SETTING = ('n_latents', *sparsity.KEYS, 'd_model', 'batch_tokens', 'tokens', 'setting')
 USELESS = 'no_better_than_mean'  # column of what no law is fitted to, and code of the warning
 _NAMED = 6  # cells named in a warning
 _RULE = re.compile(r'\s*("[^"]+"|[A-Za-z_][\w./-]*)\s*(>=|<=|==|!=|>|<)\s*([-+0-9.eE_]+)\s*')
@@ -32,14 +30,12 @@ def best_learning_rate(table: pd.DataFrame) -> pd.DataFrame:
   table = useful(table)
   positive(table, ['n_latents', 'learning_rate', 'nmse'])
   sparsity.check(table)
-  keys = [key for key in SETTING if key in table]
   kept, edges = [], []
-  for _, cells in table.groupby(keys, sort=True, dropna=False):
+  for first, cells in setting.groups(table):
     means = cells.groupby('learning_rate')['nmse'].mean()
     best = means.idxmin()
     kept.append(cells[cells['learning_rate'] == best])
     if len(means) > 1 and best in (means.index.min(), means.index.max()):
-      first = cells.iloc[0].to_dict()
       side = 'lowest' if best == means.index.min() else 'highest'
       named = f'n={first["n_latents"]:g}, {sparsity.named(table, first)}'
       edges.append(f'{named}: {best:.3g} is the {side} of {len(means)}')

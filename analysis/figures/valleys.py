@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis import frames, learning_rate, sparsity, table
+from analysis import frames, learning_rate, setting, sparsity, table
 from analysis.figures import style
 from analysis.fit_result import Fit, fits_of
 from sae_jax import checks
@@ -86,10 +86,7 @@ def learning_rates(
   fig, panels = style.axes(1 if fit is None else 2)
   ax = panels[0]
   handles = []
-  for i, row in enumerate(found.to_dict('records')):
-    keys = [key for key in found.columns[: found.columns.get_loc('rates')] if key in cells]
-    equal = [(cells[key] == row[key]) | (cells[key].isna() & pd.isna(row[key])) for key in keys]  # a k may be missing
-    mine = cells[np.logical_and.reduce([one.to_numpy() for one in equal])]
+  for i, (row, (_, mine)) in enumerate(zip(found.to_dict('records'), setting.groups(cells), strict=True)):
     mine = mine.rename(columns={'nmse': 'y'})
     look = style.look(i, len(found))
     text = f'$n$ = {row["n_latents"]:g}: '
