@@ -128,7 +128,10 @@ def _said(places: Sequence[Place]) -> str:
 def tables(found: Explained) -> list[Table]:
   """The verdicts, the families at equal n and L0, the same over one of them, and the baselines."""
   rows = [[one.claim, one.where, one.verdict, one.why] for one in verdicts(found)]
-  errors = 'Standard errors are over latents, windows or places; over seeds where these scatter more.'
+  errors = (
+    'Standard errors of scores are over latents, or over seeds where these scatter more; of the rest over windows or '
+    'places and, added in squares, over seeds.'
+  )
   made = [
     Table('Claims of the paper', ['claim', 'where', 'verdict', 'numbers, 90 % intervals'], rows),
     _values(

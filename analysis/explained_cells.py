@@ -1,10 +1,21 @@
 """Cells whose latents were explained by patterns of tokens, and their values at equal n and L0.
 
 A family is read off between its cells, as the NMSE is at equal L0. Beyond the outermost one it is not, since a share could
-leave 0 to 1 there: a cell near that L0 counts itself. Errors of what is of latents are over latents, which are each
-autoencoder's own, so they add in squares. Windows and places are the same for all autoencoders, so errors over them add as
-they are, which is too much rather than too little. Where settings have several seeds, an error is at least the scatter
-between these.
+leave 0 to 1 there: a cell near that L0 counts itself.
+
+Errors come from what is sampled, and from chance in training. The first of scores of latents are over latents, and those
+of the rest over windows and places.
+
+Latents are each autoencoder's own, so their errors add in squares over autoencoders. Other latents are a part of what
+differs between seeds: the scatter of seeds has the error over latents in it, and to add both would count that twice. So
+the larger one is taken.
+
+Windows and places are the same for all autoencoders. So errors over them add as they are, which is too much rather than
+too little. Two seeds see the same windows, and their scatter has nothing of this error: it is added in squares.
+
+The scatter of seeds is one number a value, from all settings of all families that have several, for one setting has too
+few. Cells of settings with one seed take it too, for training is no less a matter of chance there. It is relative, but
+absolute for differences, which can be near 0.
 """
 
 import dataclasses
@@ -30,6 +41,7 @@ OF = 'topk'  # of which the paper's claims are
 OVER = 'relu'  # against which they are
 _NEAR = 1.25  # factor within which the L0 of a single cell stands for another one
 _OWN = 'n2g/'  # begins the columns of what is sampled anew in every autoencoder
+_DIFFERENCES = ('_over_true', '_over_bigram')  # end the columns of one loss less another
 PRECISION, RECALL, F1 = (f'{_OWN}{name}' for name in ('precision', 'recall', 'f1'))
 
 
@@ -139,8 +151,8 @@ class Explained:
 
   def _error(self, weight_C: Array, column: str) -> float:
     """Of a weighted sum of cells."""
-    error_C = np.abs(_parts(weight_C, self._errors(column)))
-    return float(np.sqrt((error_C**2).sum()) if column.startswith(_OWN) else error_C.sum())
+    shared_C, own_C = (np.abs(_parts(weight_C, error_C)) for error_C in self._errors(column))
+    return float(np.hypot(shared_C.sum(), np.sqrt((own_C**2).sum())))
 
   def _reach(self, weight_C: Array, column: str) -> Array:
     """The ends of the interval of a weighted sum, from its middle."""
@@ -149,15 +161,24 @@ class Explained:
   def _values(self, column: str) -> Array:
     return self.cells.get(column, pd.Series(np.nan, self.cells.index)).to_numpy(float)
 
-  def _errors(self, column: str) -> Array:
-    """Of every cell: as measured or, where that is larger, as seeds of one setting scatter."""
+  def _errors(self, column: str) -> tuple[Array, Array]:
+    """Of every cell, what is the same draw for all of them and what is drawn anew for each; NaN where neither is known."""
+    measured_C, seeds_C = self._values(column + SE), self._seeds(column)
+    if column.startswith(_OWN):
+      return np.zeros(len(measured_C)), np.fmax(measured_C, seeds_C)
+    known_C = np.isfinite(measured_C) | np.isfinite(seeds_C)
+    return np.where(known_C, np.nan_to_num(measured_C), np.nan), np.nan_to_num(seeds_C)
+
+  def _seeds(self, column: str) -> Array:
+    """How far seeds of one setting scatter, for every cell; NaN where no setting has two."""
     value_C = self._values(column)
-    groups = [value_C[at] for at in self.cells.groupby('setting').indices.values() if np.isfinite(value_C[at]).all()]
-    groups = [v for v in groups if v.mean()]  # a count of nothing, always 0, has no relative scatter
-    squares = sum(float(((v / v.mean() - 1) ** 2).sum()) for v in groups if len(v) > 1)
-    freedom = sum(len(v) - 1 for v in groups)
-    seeds_C = np.abs(value_C) * (np.sqrt(squares / freedom) if freedom else np.nan)
-    return np.fmax(self._values(column + SE), seeds_C)
+    groups = [value_C[at][np.isfinite(value_C[at])] for at in self.cells.groupby('setting').indices.values()]
+    is_signed = column.endswith(_DIFFERENCES) or bool((value_C < 0).any())
+    unit_C = np.ones(len(value_C)) if is_signed else np.abs(value_C)
+    # A count of nothing, always 0, has no relative scatter.
+    off = [(v - v.mean()) / (1 if is_signed else v.mean()) for v in groups if len(v) > 1 and (is_signed or v.mean())]
+    freedom = sum(len(o) - 1 for o in off)
+    return unit_C * (np.sqrt(sum(float((o**2).sum()) for o in off) / freedom) if freedom else np.nan)
 
 
 def find(table: pd.DataFrame) -> Explained:

@@ -95,6 +95,40 @@ def test_errors_add_in_squares_over_latents_and_as_they_are_over_windows(found):
   assert ratio == pytest.approx((1, 1, 1))  # of a place with itself nothing is unknown
 
 
+def two_seeds(column, values, se):
+  """Two families, of which the first has two seeds, and the place of each."""
+  rows = {'activation': ['topk', 'topk', 'relu'], 'setting': ['a', 'a', 'b'], column: values, f'{column}_se': se}
+  weights = np.array([0.5, 0.5, 0]), np.array([0, 0, 1.0])
+  places = [explained_cells.Place(name, 1, 8.0, 8.0, w) for name, w in zip(('topk', 'relu'), weights, strict=True)]
+  return explained_cells.Explained(pd.DataFrame(rows), places), places
+
+
+def test_scatter_of_seeds_is_beside_that_of_windows_and_holds_that_of_latents():
+  scatter = np.std([3.0, 3.2], ddof=1) / 3.1
+  found, (both, single) = two_seeds('simulate/kl', [3.0, 3.2, 4.0], [0.3, 0.3, 0.2])
+  # The two seeds see the same windows, and are draws of their own.
+  assert found.value(both, 'simulate/kl')[1] == pytest.approx(np.hypot(0.3, scatter * np.hypot(3.0, 3.2) / 2))
+  assert found.value(single, 'simulate/kl')[1] == pytest.approx(np.hypot(0.2, 4.0 * scatter))
+  found, (both, single) = two_seeds(RECALL, [3.0, 3.2, 4.0], [0.01, 0.5, 0.6])
+  assert found.value(both, RECALL)[1] == pytest.approx(np.hypot(3.0 * scatter, 0.5) / 2)
+  assert found.value(single, RECALL)[1] == 0.6
+
+
+@pytest.mark.parametrize(
+  ('column', 'values'), [('simulate/kl_over_bigram', [0.02, 0.12, 2.0]), ('x/y', [-0.05, 0.05, 2.0])]
+)
+def test_scatter_of_what_can_be_near_0_is_absolute(column, values):
+  found, (_, single) = two_seeds(column, values, [0.0, 0.0, 0.05])
+  assert found.value(single, column)[1] == pytest.approx(np.hypot(0.05, np.std(values[:2], ddof=1)))
+
+
+def test_errors_are_not_known_where_nothing_says_them():
+  found, (both, single) = two_seeds('simulate/kl', [3.0, 3.2, 4.0], [np.nan] * 3)
+  assert found.value(single, 'simulate/kl')[1] == pytest.approx(4.0 * np.std([3.0, 3.2], ddof=1) / 3.1)
+  found.cells['setting'] = ['a', 'b', 'c']
+  assert np.isnan(found.value(both, 'simulate/kl')[1]) and np.isnan(found.value(single, 'simulate/kl')[1])
+
+
 def test_seeds_that_scatter_more_than_latents_make_the_error(ledger, tmp_path):
   copy = shutil.copytree(ledger, tmp_path / 'runs')
   c = planted_ledger.cell(2048, 7, 0.1 * 2048**-0.5, **{'train.seed': 1})
