@@ -41,8 +41,9 @@ OF = 'topk'  # of which the paper's claims are
 OVER = 'relu'  # against which they are
 _NEAR = 1.25  # factor within which the L0 of a single cell stands for another one
 _OWN = 'n2g/'  # begins the columns of what is sampled anew in every autoencoder
+_NAMED = 6  # in a message
 _DIFFERENCES = ('_over_true', '_over_bigram')  # end the columns of one loss less another
-PRECISION, RECALL, F1 = (f'{_OWN}{name}' for name in ('precision', 'recall', 'f1'))
+PRECISION, RECALL, F1, ELIGIBLE = (f'{_OWN}{name}' for name in ('precision', 'recall', 'f1', 'eligible'))
 
 
 class Place(NamedTuple):
@@ -182,24 +183,62 @@ class Explained:
 
 
 def find(table: pd.DataFrame) -> Explained:
-  """What a ledger's finished cells say. Raises `UserError` where no latents were explained."""
+  """What a ledger's finished cells say. Raises `UserError` where no latents were explained, or none can be compared."""
   if RECALL not in table or table[RECALL].isna().all():
+    raise UserError(_unexplained(table))
+  mine = table[table[RECALL].notna()]
+  cells, _ = family_cells.readable(mine)
+  if cells.empty:
     raise UserError(
-      f'no finished cell has {RECALL}; python -m sweeps.measure --ledger=DIR --measures=n2g,simulate,ablation measures it'
+      f'of cells with explained latents the least NMSE is {mine["nmse"].min():.3g} and the largest L0 '
+      f'{mine["l0"].max():.3g}, and only those with an NMSE below 1 and an L0 above 0 are compared; train them longer or '
+      'at another learning rate, or explain other cells'
     )
-  cells, _ = family_cells.readable(table[table[RECALL].notna()])
   cells, _ = family_cells.budget(cells)
   curves, _ = equal_l0.curves(cells)
   asked = cells['k'].dropna().unique() if 'k' in cells else []
   usual = str(cells['activation'].value_counts().index[0])
-  l0s = sorted(asked) if len(asked) else sorted(sparsity.at(cells, {'activation': usual})['l0'].round().unique())
+  own = sparsity.at(cells, {'activation': usual})['l0']
+  l0s = sorted(asked if len(asked) else own.where(own < 1, own.round()).unique())  # below 1 none rounds to 0
   places = [
     Place(family, n, float(l0), *found)
     for (family, n), (u_S, weight_SC) in curves.items()
     for l0 in l0s
     if (found := _at(u_S, weight_SC, float(l0))) is not None
   ]
+  if not places:
+    raise UserError(
+      f'no cell with explained latents comes within {100 * (_NEAR - 1):.0f} % of an L0 that was asked for '
+      f'({", ".join(f"{l0:g}" for l0 in l0s)}), nor do two of a family and size lie on both sides of one: '
+      f'{_listed([_reach(*name, u_S) for name, (u_S, _) in curves.items()])}; explain cells that come nearer, or train some'
+    )
   return Explained(cells, sorted(places, key=lambda p: (p.n, p.l0, p.family != OF, p.family != OVER, p.family)))
+
+
+def _unexplained(table: pd.DataFrame) -> str:
+  """Why no cell has a recall, and what to do."""
+  measured = table[ELIGIBLE].dropna() if ELIGIBLE in table else pd.Series(dtype=float)
+  if measured.empty:
+    return f'no finished cell has {RECALL}; python -m sweeps.measure --ledger=DIR --measures=n2g,simulate,ablation measures it'
+  if not measured.any():
+    return (
+      f'no latent was explained in any of {len(measured)} cells with n2g ({ELIGIBLE} is 0): each is active at too few '
+      'tokens of the text that examples are taken from; explain autoencoders with more active latents, or fewer in all'
+    )
+  return (
+    f'of {len(measured)} cells with n2g none has {RECALL}: no explained latent is active on the held-out text; measure '
+    'on more of it with python -m sweeps.measure --windows=N'
+  )
+
+
+def _reach(family: str, n: float, u_S: Array) -> str:
+  """The L0s of the cells on a curve, in words."""
+  ends = dict.fromkeys(f'{np.exp(u):.3g}' for u in (u_S[0], u_S[-1]))
+  return f'{family} with n = {n:,.0f} has L0 = {" to ".join(ends)}'
+
+
+def _listed(said: Sequence[str]) -> str:
+  return '; '.join(said[:_NAMED]) + (f' and {len(said) - _NAMED} more' if len(said) > _NAMED else '')
 
 
 def _at(u_S: Array, weight_SC: Array, l0: float) -> tuple[float, Array] | None:

@@ -213,6 +213,35 @@ def test_one_family_is_drawn_by_its_sparsities(ledger, tmp_path):
   assert 'no n and L0 has both topk and relu: not known' in said['F1 of topk is above that of relu'].why
 
 
+def one_cell(path, *, said=None, **changes):
+  """A ledger of one cell, asked for an L0 of 7, with an n2g that says this."""
+  folder = cells.write(str(path), planted_ledger.cell(1024, 7, 0.003), **{'nmse': 0.2, 'l0': 7.0} | changes)
+  said = {'eligible': 0.5, 'recall': 0.3, 'precision': 0.7, 'f1': 0.4} if said is None else said
+  planted_measures.finished(folder, 'n2g', {name: (value, 0.01) for name, value in said.items()}, [{'x': 1}])
+  return str(path)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'l0': 4.0}, ('within 25 % of an L0 that was asked for (7)', 'topk with n = 1,024 has L0 = 4;', 'come nearer')),
+    ({'nmse': 1.2}, ('the least NMSE is 1.2 ', 'only those with an NMSE below 1', 'train them longer')),
+    ({'said': {'eligible': 0.0}}, ('no latent was explained in any of 1 cells', 'n2g/eligible is 0', 'more active')),
+    ({'said': {'eligible': 0.1}}, ('1 cells with n2g none has n2g/recall', 'active on the held-out', '--windows=N')),
+  ],
+)
+def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys, changes, words):
+  with pytest.raises(SystemExit) as code:
+    explained.main([f'--ledger={one_cell(tmp_path, **changes)}', f'--out={tmp_path / "out"}'])
+  (line,) = capsys.readouterr().err.splitlines()
+  assert code.value.code == 2 and all(word in line for word in words), line
+
+
+def test_l0s_below_1_are_not_rounded_to_0(tmp_path):
+  table = read_ledger.load_ledger(one_cell(tmp_path, l0=0.4)).assign(k=np.nan)
+  assert [place.l0 for place in explained_cells.find(table).places] == [0.4]
+
+
 def test_arrays_of_another_digest_and_ledgers_without_explanations_are_refused(ledger, tmp_path, capsys):
   copy = shutil.copytree(ledger, tmp_path / 'runs')
   cell = found_in(copy).shown[0][1]['id']
