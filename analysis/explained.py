@@ -126,7 +126,7 @@ def _said(places: Sequence[Place]) -> str:
 
 
 def tables(found: Explained) -> list[Table]:
-  """The verdicts, the families at equal n and L0, the same over one of them, and the baselines."""
+  """The verdicts, the families at equal n and L0, the same over one of them, the baselines, and the warnings."""
   rows = [[one.claim, one.where, one.verdict, one.why] for one in verdicts(found)]
   errors = (
     'Standard errors of scores are over latents, or over seeds where these scatter more; of the rest over windows or '
@@ -149,6 +149,7 @@ def tables(found: Explained) -> list[Table]:
       _ABLATION,
       'About the share of predictions at 16 positions that change; a Gaussian change of all scores 0.64.',
     ),
+    Table('Warnings', ['code', 'message'], [[one['code'], one['message']] for one in found.warnings]),
   ]
   return [one for one in made if one.rows]
 
@@ -220,6 +221,8 @@ def main(argv: list[str]) -> int:
   paths = write(found, args.ledger, args.out)
   for one in verdicts(found):
     print(f'{one.claim} ({one.where}): {one.verdict}; {one.why}')
+  for warning in found.warnings:
+    print(f'warning: {warning["code"]}: {warning["message"]}')
   print(f'written: {", ".join(paths)}')
   return 0
 

@@ -33,6 +33,7 @@ from analysis import equal_l0, family_cells, sparsity
 from analysis.fitting.uncertainty import TAILS, Estimate
 from analysis.law import Array
 from analysis.measured import SE
+from analysis.table import warning
 from sae_jax import files, schema
 from sae_jax.errors import UserError
 from sae_jax.measures import results
@@ -69,10 +70,12 @@ class Explained:
   Attributes:
     cells: a row an autoencoder, with columns of measures.
     places: by size, L0 and family.
+    warnings: of the ledger, and of what is in no comparison.
   """
 
   cells: pd.DataFrame
   places: list[Place]
+  warnings: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
   def value(self, place: Place, column: str) -> tuple[float, float]:
     """A value and its standard error; NaN where a cell lacks it."""
@@ -183,19 +186,23 @@ class Explained:
 
 
 def find(table: pd.DataFrame) -> Explained:
-  """What a ledger's finished cells say. Raises `UserError` where no latents were explained, or none can be compared."""
+  """What a ledger's finished cells say, with the warnings in their `attrs`.
+
+  Raises `UserError` where no latents were explained, or none can be compared.
+  """
+  said = list(table.attrs.get('warnings', []))
   if RECALL not in table or table[RECALL].isna().all():
     raise UserError(_unexplained(table))
   mine = table[table[RECALL].notna()]
-  cells, _ = family_cells.readable(mine)
+  cells, doubts = family_cells.readable(mine)
   if cells.empty:
     raise UserError(
       f'of cells with explained latents the least NMSE is {mine["nmse"].min():.3g} and the largest L0 '
       f'{mine["l0"].max():.3g}, and only those with an NMSE below 1 and an L0 above 0 are compared; train them longer or '
       'at another learning rate, or explain other cells'
     )
-  cells, _ = family_cells.budget(cells)
-  curves, _ = equal_l0.curves(cells)
+  cells, others = family_cells.budget(cells)
+  curves, beaten = equal_l0.curves(cells)
   asked = cells['k'].dropna().unique() if 'k' in cells else []
   usual = str(cells['activation'].value_counts().index[0])
   own = sparsity.at(cells, {'activation': usual})['l0']
@@ -212,14 +219,35 @@ def find(table: pd.DataFrame) -> Explained:
       f'({", ".join(f"{l0:g}" for l0 in l0s)}), nor do two of a family and size lie on both sides of one: '
       f'{_listed([_reach(*name, u_S) for name, (u_S, _) in curves.items()])}; explain cells that come nearer, or train some'
     )
-  return Explained(cells, sorted(places, key=lambda p: (p.n, p.l0, p.family != OF, p.family != OVER, p.family)))
+  said += [*_without(table), *doubts, *family_cells.other_budgets(others), *beaten]
+  reached = {(place.family, place.n) for place in places}
+  if away := [_reach(*name, u_S) for name, (u_S, _) in curves.items() if name not in reached]:
+    text = f'families come near no L0 of {", ".join(f"{l0:g}" for l0 in l0s)} and are in no comparison'
+    said.append(warning('no_equal_l0', f'{len(away)} {text}: {_listed(away)}'))
+  return Explained(cells, sorted(places, key=lambda p: (p.n, p.l0, p.family != OF, p.family != OVER, p.family)), said)
+
+
+def _without(table: pd.DataFrame) -> list[dict[str, str]]:
+  """A warning that names the cells whose latents were not explained; none when there are none."""
+  lacking = table[table[RECALL].isna()]
+  if lacking.empty:
+    return []
+  named = [
+    f'{row["id"] if "id" in row else row["activation"]} n={row["n_latents"]:g}' for row in lacking.to_dict('records')
+  ]
+  text = f'{len(lacking)} of {len(table)} finished cells have no {RECALL} and are in no comparison'
+  return [warning('not_explained', f'{text}: {_listed(named)}')]
 
 
 def _unexplained(table: pd.DataFrame) -> str:
   """Why no cell has a recall, and what to do."""
   measured = table[ELIGIBLE].dropna() if ELIGIBLE in table else pd.Series(dtype=float)
   if measured.empty:
-    return f'no finished cell has {RECALL}; python -m sweeps.measure --ledger=DIR --measures=n2g,simulate,ablation measures it'
+    doubts = [one['message'] for one in table.attrs.get('warnings', []) if one['code'].startswith('measures_')]
+    return (
+      f'no finished cell has {RECALL}; python -m sweeps.measure --ledger=DIR --measures=n2g,simulate,ablation measures it'
+      + (f' ({"; ".join(doubts)})' if doubts else '')
+    )
   if not measured.any():
     return (
       f'no latent was explained in any of {len(measured)} cells with n2g ({ELIGIBLE} is 0): each is active at too few '

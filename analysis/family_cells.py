@@ -48,6 +48,16 @@ def budget(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
   return rows[on].reset_index(drop=True), rows[~on].reset_index(drop=True)
 
 
+def other_budgets(others: pd.DataFrame) -> list[dict[str, str]]:
+  """A warning that names cells of another number of tokens; none when there are none."""
+  if others.empty:
+    return []
+  said = [f'{_named(others, row)}: {row["tokens"]:,.0f}' for row in others[:_NAMED].to_dict('records')]
+  more = f' and {len(others) - _NAMED} more' if len(others) > _NAMED else ''
+  text = f'{len(others)} cells had another number of tokens than most of their size and are left out'
+  return [table.warning('other_tokens', f'{text} ({"; ".join(said)}{more})')]
+
+
 def suspects(cells: pd.DataFrame) -> list[dict[str, str]]:
   """A warning a kind that names the cells one should look at before one believes them."""
   nothing = pd.Series(np.nan, cells.index)

@@ -237,6 +237,44 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys, change
   assert code.value.code == 2 and all(word in line for word in words), line
 
 
+def test_all_that_is_in_no_comparison_is_said_and_stands_beside_the_tables(tmp_path, capsys, monkeypatch):
+  rows = [
+    # activation, n_latents, k, l0, nmse, tokens, recall
+    ('topk', 1024, 7, 7.0, 0.2, 100, 0.3),
+    ('topk', 1024, 13, 13.0, 0.5, 100, 0.3),  # more active latents, and worse
+    ('topk', 1024, 3, 3.0, 0.3, 100, 0.3),
+    ('topk', 1024, 5, 5.0, 0.25, 900, 0.3),
+    ('topk', 2048, 7, 7.0, 1.5, 100, 0.3),
+    ('topk', 4096, 7, 7.0, 0.2, 100, np.nan),
+    ('relu', 1024, np.nan, 30.0, 0.2, 100, 0.3),
+  ]
+  table = pd.DataFrame(rows, columns=['activation', 'n_latents', 'k', 'l0', 'nmse', 'tokens', RECALL])
+  table.insert(0, 'id', [f'cell{i}' for i in range(len(rows))])
+  stale = {'code': 'measures_stale', 'message': '1 measures of cells are left out: old'}
+  table.attrs['warnings'] = [stale]
+  monkeypatch.setattr(read_ledger, 'load_ledger', lambda path: table)
+  monkeypatch.setattr(figures, 'drawn', lambda found, ledger: {})
+  with pytest.raises(SystemExit) as code:
+    explained.main(['--ledger=x', f'--out={tmp_path}'])
+  assert code.value.code == 0
+  printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith('warning: ')]
+  named = {
+    'measures_stale': 'old',
+    'not_explained': '1 of 7 finished cells have no n2g/recall and are in no comparison: cell5 n=4096',
+    'no_better_than_mean': 'cell4',
+    'other_tokens': 'cell3 n=1024 k=5: 900',
+    'beaten': 'topk 1024 k=13 (NMSE 0.5)',
+    'no_equal_l0': 'relu with n = 1,024 has L0 = 30',
+  }
+  assert [line.split(': ')[1] for line in printed] == [*named]
+  assert all(word in line for word, line in zip(named.values(), printed, strict=True)), '\n'.join(printed)
+  text = (tmp_path / 'tables.md').read_text()
+  assert all(f'| {code} | ' in text for code in named) and '### Warnings' in text
+  table[RECALL] = np.nan
+  with pytest.raises(UserError, match=r'no finished cell has n2g/recall; .* measures it \(1 measures .*: old\)'):
+    explained_cells.find(table)
+
+
 def test_l0s_below_1_are_not_rounded_to_0(tmp_path):
   table = read_ledger.load_ledger(one_cell(tmp_path, l0=0.4)).assign(k=np.nan)
   assert [place.l0 for place in explained_cells.find(table).places] == [0.4]
