@@ -120,9 +120,18 @@ def _judged(number: Estimate, way: str, bound: float) -> str:
 
 
 def _said(places: Sequence[Place]) -> str:
+  """What a mean is over: the sizes and L0s, and which of their combinations it lacks."""
   sizes, l0s = (sorted({getattr(place, name) for place in places}) for name in ('n', 'l0'))
+  if not places:
+    return 'at no n and L0'
   said = f'mean over n = {", ".join(f"{n:,.0f}" for n in sizes)} and L0 = {", ".join(f"{value:g}" for value in l0s)}'
-  return said if places else 'at no n and L0'
+  there = {(place.n, place.l0) for place in places}
+  missing = [f'n = {n:,.0f} at L0 = {l0:g}' for n in sizes for l0 in l0s if (n, l0) not in there]
+  if not missing:
+    return said
+  return (
+    f'{said} ({len(missing)} of {len(missing) + len(there)} combinations missing: {explained_cells.listed(missing)})'
+  )
 
 
 def tables(found: Explained) -> list[Table]:

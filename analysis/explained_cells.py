@@ -217,13 +217,13 @@ def find(table: pd.DataFrame) -> Explained:
     raise UserError(
       f'no cell with explained latents comes within {100 * (_NEAR - 1):.0f} % of an L0 that was asked for '
       f'({", ".join(f"{l0:g}" for l0 in l0s)}), nor do two of a family and size lie on both sides of one: '
-      f'{_listed([_reach(*name, u_S) for name, (u_S, _) in curves.items()])}; explain cells that come nearer, or train some'
+      f'{listed([_reach(*name, u_S) for name, (u_S, _) in curves.items()])}; explain cells that come nearer, or train some'
     )
   said += [*_without(table), *doubts, *family_cells.other_budgets(others), *beaten]
   reached = {(place.family, place.n) for place in places}
   if away := [_reach(*name, u_S) for name, (u_S, _) in curves.items() if name not in reached]:
     text = f'families come near no L0 of {", ".join(f"{l0:g}" for l0 in l0s)} and are in no comparison'
-    said.append(warning('no_equal_l0', f'{len(away)} {text}: {_listed(away)}'))
+    said.append(warning('no_equal_l0', f'{len(away)} {text}: {listed(away)}'))
   return Explained(cells, sorted(places, key=lambda p: (p.n, p.l0, p.family != OF, p.family != OVER, p.family)), said)
 
 
@@ -236,7 +236,7 @@ def _without(table: pd.DataFrame) -> list[dict[str, str]]:
     f'{row["id"] if "id" in row else row["activation"]} n={row["n_latents"]:g}' for row in lacking.to_dict('records')
   ]
   text = f'{len(lacking)} of {len(table)} finished cells have no {RECALL} and are in no comparison'
-  return [warning('not_explained', f'{text}: {_listed(named)}')]
+  return [warning('not_explained', f'{text}: {listed(named)}')]
 
 
 def _unexplained(table: pd.DataFrame) -> str:
@@ -265,7 +265,8 @@ def _reach(family: str, n: float, u_S: Array) -> str:
   return f'{family} with n = {n:,.0f} has L0 = {" to ".join(ends)}'
 
 
-def _listed(said: Sequence[str]) -> str:
+def listed(said: Sequence[str]) -> str:
+  """The first few in words, and how many more there are."""
   return '; '.join(said[:_NAMED]) + (f' and {len(said) - _NAMED} more' if len(said) > _NAMED else '')
 
 

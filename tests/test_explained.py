@@ -122,6 +122,19 @@ def test_scatter_of_what_can_be_near_0_is_absolute(column, values):
   assert found.value(single, column)[1] == pytest.approx(np.hypot(0.05, np.std(values[:2], ddof=1)))
 
 
+def test_a_mean_names_the_combinations_of_n_and_l0_that_it_lacks():
+  cells_ = pd.DataFrame(
+    {'activation': 'topk', 'setting': list('abcd'), 'simulate/kl_over_bigram': [0.1, 0.2, 0.3, np.nan]}
+  )
+  sizes, l0s = (1024, 1024, 2048, 2048), (8, 16, 8, 16)
+  places = [explained_cells.Place('topk', *at, at[1], one) for *at, one in zip(sizes, l0s, np.eye(4), strict=True)]
+  whys = [one.why for one in explained.verdicts(explained_cells.Explained(cells_, places)) if 'bigram' in one.claim]
+  said = 'of topk, mean over n = 1,024, 2,048 and L0 = 8, 16'
+  assert len(whys) == 1 and f'{said} (1 of 4 combinations missing: n = 2,048 at L0 = 16): ' in whys[0]
+  cells_.loc[3, 'simulate/kl_over_bigram'] = 0.4
+  assert any(f'{said}: ' in one.why for one in explained.verdicts(explained_cells.Explained(cells_, places)))
+
+
 def test_errors_are_not_known_where_nothing_says_them():
   found, (both, single) = two_seeds('simulate/kl', [3.0, 3.2, 4.0], [np.nan] * 3)
   assert found.value(single, 'simulate/kl')[1] == pytest.approx(4.0 * np.std([3.0, 3.2], ddof=1) / 3.1)
