@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis import explained, explained_cells, read_ledger
-from analysis.explained_cells import PRECISION, RECALL
+from analysis.explained_cells import F1, PRECISION, RECALL
 from analysis.figures import explained as figures
 from analysis.figures import style
 from sae_jax.errors import UserError
@@ -120,6 +120,23 @@ def test_scatter_of_seeds_is_beside_that_of_windows_and_holds_that_of_latents():
 def test_scatter_of_what_can_be_near_0_is_absolute(column, values):
   found, (_, single) = two_seeds(column, values, [0.0, 0.0, 0.05])
   assert found.value(single, column)[1] == pytest.approx(np.hypot(0.05, np.std(values[:2], ddof=1)))
+
+
+def test_verdicts_on_n_and_l0_carry_the_share_that_is_explained():
+  rows = {'activation': 'topk', 'n_latents': [256, 4096], 'l0': 8.0, 'setting': ['a', 'b'], F1: [0.30, 0.29]}
+  frame = pd.DataFrame(rows | {'n2g/eligible': [0.977, 0.405], 'n2g/silent': [0.044, 0.181]})
+  places = [
+    explained_cells.Place('topk', n, 8.0, 8.0, one) for n, one in zip(rows['n_latents'], np.eye(2), strict=True)
+  ]
+  found = explained_cells.Explained(frame, places)
+  said = [one.why for one in explained.verdicts(found) if 'larger' in one.claim or 'sparser' in one.claim]
+  shares = ['of explained latents alone, 0.405 to 0.977 of all', '0.405 to 0.977 of all explained, the others 0']
+  assert [share in why for share, why in zip(np.repeat(shares, 2), said, strict=True)] == [True] * 4
+  main = explained.tables(found)[1]
+  assert main.heads[3:] == ['explained', 'never predicted', 'F1']
+  assert [row[3:] for row in main.rows] == [['0.977', '0.044', '0.3'], ['0.405', '0.181', '0.29']]
+  without = explained_cells.Explained(frame.drop(columns='n2g/eligible'), places)
+  assert any(one.why.startswith('power of n in F1 of topk: ') for one in explained.verdicts(without))
 
 
 def test_a_mean_names_the_combinations_of_n_and_l0_that_it_lacks():
