@@ -45,12 +45,36 @@ def test_a_kernel_that_another_process_built_meanwhile_stays(monkeypatch, tmp_pa
 
 
 @needs_compiler
-def test_a_kernel_that_cannot_be_loaded_is_built_again(tmp_path):
-  path = tmp_path / 'kernel.so'
-  path.write_bytes(b'')
-  here = pathlib.Path(native.__file__).parent
-  sources = {name: (here / name).read_bytes() for name in native._SOURCES}
-  assert hasattr(native._built(sources, ['env', 'c++'], path), 'sae_jax_columns')  # a compiler with an argument
+def test_a_kernel_that_is_not_whole_is_built_again_and_never_loaded(tmp_path):
+  path, source = tmp_path / 'kernel.so', {'one.cc': b'extern "C" int one() { return 1; }'}
+  compiler = ['env', 'c++']  # with an argument
+  native._built(source, compiler, path)
+  whole = path.read_bytes()
+  # What a full disk, a loss of power, and a version without a digest leave. To load one may end the process.
+  for left in (b'', whole[:64], whole[: len(whole) // 4], whole[:-1], whole[:-200] + bytes(200), whole[:-32]):
+    other = tmp_path / f'{len(left)}-{left[-1:].hex()}.so'
+    other.write_bytes(left)
+    assert native._built(source, compiler, other).one() == 1
+    assert native._is_whole(other.read_bytes())
+
+
+@needs_compiler
+def test_a_kernel_that_cannot_be_loaded_is_not_built_at_every_start(monkeypatch, tmp_path):
+  library = b'of another machine'
+  (tmp_path / 'kernel.so').write_bytes(library + native.hashlib.sha256(library).digest())
+  monkeypatch.setattr(native.subprocess, 'run', None)
+  with pytest.raises(OSError):
+    native._built({}, ['c++'], tmp_path / 'kernel.so')
+
+
+@needs_compiler
+@pytest.mark.parametrize('cxx', ['c++ "', 'c++ -include /dev/null'])
+def test_a_compiler_that_is_none_or_makes_something_else_is_none(monkeypatch, tmp_path, cxx):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  monkeypatch.setenv('CXX', cxx)
+  monkeypatch.setattr(native, '_SYMBOLS', ('no_such_kernel',))
+  monkeypatch.setattr(native, '_SOURCES', ('blocks.h',))  # without a unit: the linker has nothing to do
+  assert not native.available.__wrapped__()
 
 
 @needs_compiler

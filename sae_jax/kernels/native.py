@@ -4,7 +4,6 @@ The machine's C++ compiler builds them when they are first asked for, into the u
 there are no kernels, and XLA's own ways are taken.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -29,7 +28,10 @@ _COMPILE_SECONDS = 120
 @functools.cache
 def available() -> bool:
   """Whether this process has the kernels. The first call builds or loads them."""
-  compiler = shlex.split(os.environ.get('CXX', '')) or ['c++']
+  try:
+    compiler = shlex.split(os.environ.get('CXX', '')) or ['c++']
+  except ValueError:  # a quotation that does not end
+    return False
   if not shutil.which(compiler[0]):
     return False
   here = importlib.resources.files(__package__)
@@ -38,20 +40,26 @@ def available() -> bool:
   key = hashlib.sha256(repr(about).encode()).hexdigest()
   try:
     library = _built(sources, compiler, _cache() / f'kernels-{key[:16]}.so')
-  # No folder to write to, no header, a compiler too old, …; a user without a home is a RuntimeError.
-  except (OSError, RuntimeError, subprocess.SubprocessError):
+    kernels = {symbol: getattr(library, symbol) for symbol in _SYMBOLS}
+  # No folder to write to, no header, a compiler too old, …; a user without a home is a RuntimeError. What a compiler made
+  # may not fit this machine, or lack a kernel, which is an AttributeError.
+  except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError):
     return False
-  for symbol in _SYMBOLS:
-    jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform='cpu')
+  for symbol, kernel in kernels.items():
+    jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(kernel), platform='cpu')
   return True
 
 
 def _built(sources: dict[str, bytes], compiler: list[str], path: pathlib.Path) -> ctypes.CDLL:
-  """The library at this path, compiled where it is not there or cannot be loaded."""
+  """The library at this path, compiled where it is not there or is not whole.
+
+  Its SHA-256 stands behind it in the file. A library that a full disk or a loss of power cut short would end this process
+  while it is loaded, and every later one.
+  """
   if path.exists():
-    with contextlib.suppress(OSError):
+    if _is_whole(path.read_bytes()):
       return ctypes.CDLL(str(path))
-    path.unlink(missing_ok=True)  # cut short by a full disk or a loss of power
+    path.unlink(missing_ok=True)
   path.parent.mkdir(parents=True, exist_ok=True)
   # Made under another name: several processes may build at once, and one may be killed.
   with tempfile.TemporaryDirectory(dir=path.parent) as name:
@@ -61,9 +69,19 @@ def _built(sources: dict[str, bytes], compiler: list[str], path: pathlib.Path) -
     units = [str(pathlib.Path(name, source)) for source in sources if source.endswith('.cc')]
     command = [*compiler, *_FLAGS, f'-I{jax.ffi.include_dir()}', *units, '-o', str(made)]
     subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_SECONDS)
+    library = made.read_bytes()
+    with open(made, 'wb') as f:
+      f.write(library + hashlib.sha256(library).digest())
+      f.flush()
+      os.fsync(f.fileno())
     if not path.exists():  # never under another process: on a network's disk its pages would be gone
       made.replace(path)
   return ctypes.CDLL(str(path))
+
+
+def _is_whole(data: bytes) -> bool:
+  size = hashlib.sha256().digest_size
+  return hashlib.sha256(data[:-size]).digest() == data[-size:]
 
 
 def _cache() -> pathlib.Path:
