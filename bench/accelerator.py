@@ -23,6 +23,8 @@ from sae_jax import flags
 from sae_jax.errors import UserError, one_line_errors
 from sae_jax.families.family import NAMES
 
+_ANSWER_SECONDS = 180  # in which a device is opened: on a large TPU slice that takes a minute or two
+
 
 class Sizes(NamedTuple):
   """Shapes are D, N, B, K."""
@@ -111,16 +113,24 @@ def table(record: Row) -> str:
 def _backend() -> str:
   """The platform that jax takes, 'cpu' where the one that was asked for is not there.
 
-  Another process is asked: this one must use no device, for the parts are forked from it.
+  Another process is asked: this one must use no device, for the parts are forked from it. Raises `UserError` where it
+  cannot say.
   """
   named = jax.config.jax_platforms
-  asked = subprocess.run(
-    [sys.executable, '-c', 'import jax; print(jax.default_backend())'],
-    env=os.environ | ({'JAX_PLATFORMS': named} if named else {}),
-    capture_output=True,
-    text=True,
-  )
-  return asked.stdout.split()[-1] if asked.returncode == 0 else 'cpu'
+  try:
+    asked = subprocess.run(
+      [sys.executable, '-c', 'import jax; print(jax.default_backend())'],
+      env=os.environ | ({'JAX_PLATFORMS': named} if named else {}),
+      capture_output=True,
+      text=True,
+      timeout=_ANSWER_SECONDS,
+    )
+  except subprocess.TimeoutExpired:
+    raise UserError(f'jax opened no device within {_ANSWER_SECONDS} s; see whether another process holds it') from None
+  if asked.returncode:
+    why = (asked.stderr.strip().splitlines() or ['no word of why'])[-1]
+    raise UserError(f'jax cannot open a device: {why}')
+  return asked.stdout.split()[-1]
 
 
 @one_line_errors

@@ -162,6 +162,24 @@ def test_a_machine_without_an_accelerator_is_refused(capsys, monkeypatch):
   assert stopped.value.code == 2 and '--dry_run' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+  ('script', 'message'),
+  [
+    ('sleep 600', 'jax opened no device within 1 s'),
+    ('echo broken driver >&2; exit 3', 'cannot open a device: broken driver'),
+  ],
+)
+def test_a_device_that_does_not_open_is_one_line(script, message, monkeypatch, tmp_path, capsys):
+  stand_in = tmp_path / 'python'
+  stand_in.write_text(f'#!/bin/sh\nexec 3>&1\n{script}\n')
+  stand_in.chmod(0o755)
+  monkeypatch.setattr(accelerator, '_ANSWER_SECONDS', 1)
+  monkeypatch.setattr(sys, 'executable', str(stand_in))
+  with pytest.raises(SystemExit):
+    accelerator.main([])
+  assert message in capsys.readouterr().err
+
+
 # ----- what is wrong is said to be
 
 
