@@ -21,7 +21,7 @@ import numpy as np
 from bench import command, sweep
 from bench.alternate import machine
 from bench.side_by_side import PEERS
-from sae_jax import files, sharding
+from sae_jax import files, metrics, sharding
 from sae_jax.config import Cell
 from sae_jax.data.source import open_source
 from sae_jax.errors import UserError, one_line_errors
@@ -35,6 +35,7 @@ _RATES = (5e-4, 1e-3, 2e-3)  # for n = 2^14; ours is the middle one
 _MOST_RATES = 8
 _DEAD_TOKENS = 10_000_000  # their default, which runs as short as these never reach
 _ERRORS_AGREE = 1e-3
+_PRELOADED = ('LD_PRELOAD', 'CXX')  # another library of matrices, other kernels of ours
 _RAW, _EMA = 'sae_jax raw', 'sae_jax EMA'
 
 
@@ -49,8 +50,11 @@ def measure(
   work.mkdir(parents=True, exist_ok=True)
   path = sweep.grid_file(work, every, {'data.path': os.path.abspath(store), 'train.tokens': tokens})
   cells = [cell for _, cell in grid.build(str(path)).cells]
-  # Other cells, of another store or recipe, are others' work.
-  folder = work / hashlib.sha256(' '.join(cell.id for cell in cells).encode()).hexdigest()[:12]
+  # Other cells, of another store or recipe, are others' work. So is what another machine or another library took.
+  where = machine()
+  of = [where[key] for key in ('cpu', 'cores', 'versions')] + [os.environ.get(key) for key in _PRELOADED]
+  about = json.dumps([[cell.id for cell in cells], *of])
+  folder = work / hashlib.sha256(about.encode()).hexdigest()[:12]
   folder.mkdir(exist_ok=True)
   runs = {name: _ours(path, folder, size) for name, size in ((sweep.TOGETHER, len(cells)), (sweep.APART, 1))}
   results = runs[sweep.TOGETHER].pop('results')
@@ -69,18 +73,19 @@ def measure(
       name: {ours: [a / b for a, b in zip(values, nmse[ours], strict=True)] for ours in (_RAW, _EMA)}
       for name, values in nmse.items()
     },
-    'machine': machine(),
+    'machine': where,
   }
 
 
 def _ours(path: pathlib.Path, folder: pathlib.Path, size: int) -> dict[str, Any]:
   """What a launch of the grid at `path` in groups of `size` took, and the NMSE and the parameters of each of its cells."""
   done, ledger = folder / f'group{size}.json', folder / f'group{size}'
-  if not done.exists():
+  commit = metrics.git_commit()
+  if not done.exists() or json.loads(done.read_text())['git_commit'] != commit:
     shutil.rmtree(ledger, ignore_errors=True)  # half a launch cannot be timed
     took, results = sweep.launch(path, ledger, size)
     kept = ('nmse_raw', 'nmse_ema', 'params_digest')
-    record = took | {'results': {id: {key: r[key] for key in kept} for id, r in results.items()}}
+    record = took | {'git_commit': commit, 'results': {id: {key: r[key] for key in kept} for id, r in results.items()}}
     files.replace(str(done), json.dumps(record).encode())
   return json.loads(done.read_text())
 
@@ -98,6 +103,8 @@ def _theirs(library: str, python: str, folder: pathlib.Path, cells: list[Cell]) 
   by_dead = {tokens: trained([sparsest], rate, tokens)[0]['nmse'] for tokens in (ours, _DEAD_TOKENS)}
   dead_tokens = min(by_dead, key=lambda tokens: by_dead[tokens])
   done = trained(cells, rate, dead_tokens, 'cells')
+  if any(one['versions'] != done[0]['versions'] for one in done):
+    raise UserError(f'the cells of {library} in {folder} are of several versions of it; delete that folder')
   return {
     'seconds': max(one['start_s'] for one in done) + sum(one['seconds'] for one in done),
     'cpu_s': max(one['start_cpu_s'] for one in done) + sum(one['cpu_s'] for one in done),

@@ -10,7 +10,7 @@ import safetensors.numpy
 from bench import sweep, whole_sweep
 from bench.stored import Stored
 from experiments import demo
-from sae_jax import schema
+from sae_jax import metrics, schema
 from sae_jax.data import feed, source, store_writer
 from sae_jax.errors import UserError
 from sae_jax.sharding import make_mesh
@@ -145,9 +145,30 @@ def test_whole_sweep_counts_each_library_once_and_goes_on_where_it_was_cut(comma
   assert 'dead after 10,000,000 tokens. NMSE of the sparsest cell by these tokens: 512 1.8000, 10,000,000 0.8000' in (
     whole_sweep.table(row)
   )
+  assert row['runs'][sweep.TOGETHER]['git_commit'] == metrics.git_commit()
   commands.clear()
   for library in ('sparsify', 'dictionary_learning'):
     (cut,) = tmp_path.glob(f'work/*/{library}/cells-*/n1024-k32.json')
     cut.unlink()
   assert measured('sparsify', 'dictionary_learning') == row
   assert commands == ['sparsify 1', 'dictionary_learning 4 together']
+
+
+def test_whole_sweep_times_again_what_another_version_of_the_code_or_of_a_library_took(
+  commands, store, tmp_path, monkeypatch
+):
+  def measured():
+    commands.clear()
+    return whole_sweep.measure(store, 'python', tmp_path / 'work', TOKENS, 5, ['sparsify'])
+
+  measured()
+  monkeypatch.setattr(metrics, 'git_commit', lambda: 'another')
+  assert measured()['runs'][sweep.APART]['git_commit'] == 'another' and commands == ['group4', 'group1']
+  monkeypatch.setenv('LD_PRELOAD', '')  # a matrix library may be told something by it
+  measured()
+  assert commands[:3] == ['group4', 'group1', 'sparsify 1']
+  cells_done = tmp_path.glob('work/*/sparsify/cells-*/n1024-k32.json')
+  one = max(cells_done, key=lambda path: path.stat().st_mtime_ns)
+  one.write_text(json.dumps(json.loads(one.read_text()) | {'versions': {'torch': '0'}}))
+  with pytest.raises(UserError, match='of several versions of it; delete that folder'):
+    measured()
