@@ -2,18 +2,27 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from bench.alternate import warn
 from sae_jax import files, flags
+from sae_jax.errors import UserError
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
   """Of `python -m bench.<name>`, with --json."""
   made = argparse.ArgumentParser(prog=f'python -m bench.{name}', description=doc.splitlines()[0])
-  made.add_argument('--json', metavar='OUT', help='write everything measured here')
+  made.add_argument('--json', metavar='OUT', type=_file, help='write everything measured here')
   return made
+
+
+def _file(text: str) -> str:
+  """Of --json; asked before anything is measured."""
+  if not text or os.path.isdir(text):
+    raise UserError(f'--json={text!r} is no name of a file; e.g. --json=found.json')
+  return text
 
 
 def add_rounds(made: argparse.ArgumentParser) -> None:
@@ -48,8 +57,13 @@ def report(record: Any, table: str, out: str | None) -> int:
   print(table)
   warn(load_of_others(record))
   if out:
-    files.replace(out, json.dumps(record, indent=1).encode() + b'\n')
+    write(out, record)
   return 0
+
+
+def write(out: str, record: Any) -> None:
+  """Writes a record where --json says. Raises `UserError` where that cannot be."""
+  files.write_output(out, json.dumps(record, indent=1).encode() + b'\n', '--json')
 
 
 def load_of_others(record: Any) -> float:

@@ -4,7 +4,6 @@ Of a cell whose ledger has a bank that holds its examples: a token of the bank, 
 and an ablation. What autoencoders share is not counted, what is made of this one alone is made anew.
 """
 
-import json
 import pathlib
 import shutil
 import tempfile
@@ -89,7 +88,7 @@ def main(argv: list[str]) -> int:
   )
   print(f'ablation: {costs["ablation"]["cpu_s"] / found["edits"]:.3f} CPU-seconds an edit of a window')
   if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(found, indent=1))
+    command.write(args.json, found)
   return 0
 
 

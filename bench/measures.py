@@ -4,7 +4,6 @@ Inputs that all autoencoders share are made first and not counted. Each measure 
 The downstream loss and the logits of the same windows take turns.
 """
 
-import json
 import pathlib
 import shutil
 import statistics
@@ -74,7 +73,7 @@ def main(argv: list[str]) -> int:
   for name, cost in found['measures'].items():
     print(f'{name}: {cost["cpu_s"]:.1f} CPU-seconds, {cost["wall_s"]:.1f} s, {cost["units"]} units')
   if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(found, indent=1))
+    command.write(args.json, found)
   return 0
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from bench import command
@@ -19,19 +20,27 @@ from bench.alternate import ROOT, cpu_time, machine
 from bench.overhead_cell import PROCESS, STEPS
 from sae_jax.errors import UserError, one_line_errors
 
-CELLS = ('256,8', '4096,64')
+CELLS = ((256, 8), (4096, 64))
 _PLANTED = ('--config.sae.d_model=576', '--config.data.source=planted', '--config.train.tokens=65_536')
 
 
-def measure(cells: list[str], store: str | None) -> dict[str, Any]:
+def size(text: str) -> tuple[int, int]:
+  """For `add_argument('--cell', type=size)`: N,K as two positive numbers."""
+  parts = text.split(',')
+  if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+    raise UserError(f'--cell={text} is not N,K; e.g. --cell=256,8')
+  return int(parts[0]), int(parts[1])
+
+
+def measure(cells: Sequence[tuple[int, int]], store: str | None) -> dict[str, Any]:
   """Seconds and CPU-seconds by part, of each cell with a cold and a warm cache."""
   rows = []
-  for n_latents, k in (cell.split(',') for cell in cells):
+  for n_latents, k in cells:
     data = (f'--config.data.path={pathlib.Path(store).absolute()}',) if store else _PLANTED
     flags = (f'--config.sae.n_latents={n_latents}', f'--config.sae.k={k}', *data)
     with tempfile.TemporaryDirectory() as folder:
       made = {name: _run(pathlib.Path(folder), name, flags) for name in ('cold', 'warm')}
-    rows.append({'n_latents': int(n_latents), 'k': int(k)} | made)
+    rows.append({'n_latents': n_latents, 'k': k} | made)
   return {'store': bool(store), 'rows': rows, 'machine': machine()}
 
 
@@ -78,9 +87,10 @@ def _run(folder: pathlib.Path, name: str, flags: tuple[str, ...]) -> dict[str, A
 def main(argv: list[str]) -> int:
   parser = command.parser('overhead', __doc__)
   parser.add_argument('--store', metavar='DIR', help='the store of make demo (default: planted activations)')
-  parser.add_argument('--cell', metavar='N,K', action='append', help=f'may repeat (default: {" and ".join(CELLS)})')
+  usual = ' and '.join(f'{n_latents},{k}' for n_latents, k in CELLS)
+  parser.add_argument('--cell', metavar='N,K', type=size, action='append', help=f'may repeat (default: {usual})')
   args = parser.parse_args(argv)
-  record = measure(args.cell or list(CELLS), args.store)
+  record = measure(args.cell or CELLS, args.store)
   return command.report(record, lines(record), args.json)
 
 

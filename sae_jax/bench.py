@@ -174,7 +174,9 @@ def main(argv: list[str]) -> int:
     action='append',
     help='instead of the standard shapes; may repeat',
   )
-  parser.add_argument('--repeats', type=int, default=7, help='rounds a median is taken over (default 7)')
+  parser.add_argument(
+    '--repeats', type=flags.whole('--repeats'), default=7, help='rounds a median is taken over (default 7)'
+  )
   args = parser.parse_args(argv)
   heap.one_arena()
   rows = []
@@ -188,7 +190,7 @@ def main(argv: list[str]) -> int:
     )
     print('  ' + ', '.join(f'{name} {ms:.0f}' for name, ms in row['parts'].items()))
   if args.json:
-    files.replace(args.json, json.dumps(rows, indent=1).encode() + b'\n')
+    files.write_output(args.json, json.dumps(rows, indent=1).encode() + b'\n', '--json')
   return 0
 
 

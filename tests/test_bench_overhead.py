@@ -8,9 +8,27 @@ import time
 
 import pytest
 
-from bench import overhead, overhead_cell
+from bench import command, overhead, overhead_cell
+from sae_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize('text', ['256', '256,8,3', '256,0', 'a,b', ''])
+def test_what_is_no_cell_is_one_line(text):
+  with pytest.raises(UserError, match='is not N,K'):
+    overhead.size(text)
+  assert overhead.size('256,8') == (256, 8)
+
+
+def test_a_record_that_cannot_be_written_is_one_line_and_said_before_anything_is_measured(tmp_path):
+  parser = command.parser('one', 'Measures nothing.')
+  for text in (str(tmp_path), ''):
+    with pytest.raises(UserError, match='is no name of a file'):
+      parser.parse_args([f'--json={text}'])
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match=r'cannot write .* choose another --json'):
+    command.report({}, '', str(tmp_path / 'file' / 'found.json'))
 
 
 def test_time_within_a_part_is_the_inner_ones_and_the_first_call_has_its_own(monkeypatch):
