@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -209,30 +210,29 @@ class Bank:
       encode()
     return found_NR
 
+  def strong(self, judged: Judged, examples: Examples, share: float) -> list[np.ndarray]:
+    """Of each latent that can be explained, the ids of all tokens at which it reaches a share of its largest value."""
+    least_F = np.full(judged.form.size.n_latents, np.inf)
+    least_F[examples.latent_E] = share * examples.max_E
+    pairs = [
+      self._pairs(latent_A[strong_A], token_A[strong_A])
+      for latent_A, _, value_A, token_A in self._firings(judged)
+      if (strong_A := value_A >= least_F[latent_A]).any()
+    ]
+    return self._split(pairs, examples.latent_E)
+
   def _examples(self, judged: Judged) -> Arrays:
-    n, vocabulary = judged.form.size.n_latents, self._inputs.subject.arch.vocabulary
+    n = judged.form.size.n_latents
     firings_F, max_F, best, seen = np.zeros(n, np.int64), np.zeros(n, np.float32), Best(n, EXAMPLES), []
-    for i in range(-(-len(self.windows) // BLOCK_WINDOWS)):
-      some = self.windows[i * BLOCK_WINDOWS : (i + 1) * BLOCK_WINDOWS]
-      x_WTD = self._kept.get(
-        f'windows.{i:04d}', lambda ids_WT=some.ids_WT: {'x_WTD': self._inputs.activations(ids_WT)}
-      )['x_WTD']
-      places_WT = np.asarray(windows.places(x_WTD, self._inputs.positions))
-      counted_WTD = np.take_along_axis(x_WTD, places_WT[..., None], axis=1)
-      token_A, latent_A, value_A = active(counted_WTD, judged, self._inputs)
+    for latent_A, place_A, value_A, token_A in self._firings(judged):
       firings_F += np.bincount(latent_A, minlength=n)
       np.maximum.at(max_F, latent_A, value_A)
-      window_A, position_A = token_A // places_WT.shape[1], places_WT.reshape(-1)[token_A]
-      place_A = (i * BLOCK_WINDOWS + window_A) * self._inputs.window_tokens + position_A
-      token_A = some.ids_WT[window_A, position_A]
       best.add(latent_A, rank(place_A), place_A, value_A, token_A)
-      seen.append(np.unique(latent_A.astype(np.int64) * vocabulary + token_A))
+      seen.append(self._pairs(latent_A, token_A))
     least = max(self._asked.firings, EXAMPLES)
     latent_E = np.flatnonzero(firings_F >= least)
     latent_E = latent_E[np.argsort(-firings_F[latent_E], kind='stable')]
-    pair_S = np.unique(np.concatenate(seen))
-    bounds_F1 = np.searchsorted(pair_S, np.arange(n + 1) * vocabulary)
-    parts = [pair_S[bounds_F1[latent] : bounds_F1[latent + 1]] % vocabulary for latent in latent_E]
+    parts = self._split(seen, latent_E)
     return {
       'latent_E': latent_E.astype(np.int32),
       'firings_E': firings_F[latent_E],
@@ -242,6 +242,31 @@ class Bank:
       'seen_first_E1': np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),
       'seen_token_S': np.concatenate([*parts, np.zeros(0, np.int64)]).astype(np.int32),
     }
+
+  def _firings(self, judged: Judged) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Where latents are active in the text, a block at a time: latent_A, place_A, value_A, and the ids token_A."""
+    for i in range(-(-len(self.windows) // BLOCK_WINDOWS)):
+      some = self.windows[i * BLOCK_WINDOWS : (i + 1) * BLOCK_WINDOWS]
+      x_WTD = self._kept.get(
+        f'windows.{i:04d}', lambda ids_WT=some.ids_WT: {'x_WTD': self._inputs.activations(ids_WT)}
+      )['x_WTD']
+      places_WT = np.asarray(windows.places(x_WTD, self._inputs.positions))
+      counted_WTD = np.take_along_axis(x_WTD, places_WT[..., None], axis=1)
+      token_A, latent_A, value_A = active(counted_WTD, judged, self._inputs)
+      window_A, position_A = token_A // places_WT.shape[1], places_WT.reshape(-1)[token_A]
+      place_A = (i * BLOCK_WINDOWS + window_A) * self._inputs.window_tokens + position_A
+      yield latent_A, place_A, value_A, some.ids_WT[window_A, position_A]
+
+  def _pairs(self, latent_A: np.ndarray, token_A: np.ndarray) -> np.ndarray:
+    """Each pair of a latent and the id of a token once, as one number."""
+    return np.unique(latent_A.astype(np.int64) * self._inputs.subject.arch.vocabulary + token_A)
+
+  def _split(self, pairs: list[np.ndarray], latent_E: np.ndarray) -> list[np.ndarray]:
+    """The ids that are paired with each of some latents, each once."""
+    pair_S = np.unique(np.concatenate([*pairs, np.zeros(0, np.int64)]))
+    vocabulary = self._inputs.subject.arch.vocabulary
+    first_E, next_E = (np.searchsorted(pair_S, (latent_E + more) * np.int64(vocabulary)) for more in (0, 1))
+    return [pair_S[first:after] % vocabulary for first, after in zip(first_E, next_E, strict=True)]
 
   def computed(self, place_P: np.ndarray) -> Arrays:
     """The model's activations at the last token of every prompt of some tokens, as a segment keeps them."""

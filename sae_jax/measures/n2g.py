@@ -2,7 +2,8 @@
 
 Neuron to Graph (Foote et al. 2023), simplified as in Gao et al. 2024, section 4.3. A latent is explained from 16 tokens
 of the training text where it is active; see `explain` and `bank`. Then its trie says at which held-out tokens it is
-active. Tokens have their natural density: nearly all are negative. A latent that is active too seldom is not explained.
+active. Tokens have their natural density: nearly all are negative. A latent that is active too seldom is not explained,
+nor is one whose trie is empty: by the original rule, one that reaches half of its largest activation at no example.
 Arrays of a unit are per explained latent: see `_FIELDS`, and the tries as `tries.Table`.
 """
 
@@ -59,25 +60,34 @@ class N2G:
     share = explained.share(unit - PARTS, judged, inputs, self.asked, self.rule)
     some = slice(share.range.start, share.range.stop)
     truth = by_latent.codes('held_out', judged, inputs)
-    arrays = self._judge(share, truth, bank, examples) | tries.table(share.tries)._asdict()
+    strong = []
+    if self.rule == 'original':
+      strong = inputs.once('strong', (judged, bank), lambda: bank.strong(judged, examples, original.LEAST))
+    arrays = self._judge(share, truth, bank, examples, strong)
     arrays |= {'starts_E': share.starts_E, 'latent_E': examples.latent_E[some], 'firings_E': examples.firings_E[some]}
-    counts = {'explained': len(share.range), 'latents': judged.form.size.n_latents, 'tokens': len(truth.text)}
+    explained_E = np.array([bool(trie.children) for trie in share.tries], bool)
+    arrays = {name: array[explained_E] for name, array in arrays.items()}
+    arrays |= tries.table([trie for trie in share.tries if trie.children])._asdict()
+    counts = {'explained': int(explained_E.sum()), 'latents': judged.form.size.n_latents, 'tokens': len(truth.text)}
     return Unit(counts, arrays)
 
   def _judge(
-    self, share: explained.Share, truth: by_latent.Codes, bank: Bank, examples: Examples
+    self, share: explained.Share, truth: by_latent.Codes, bank: Bank, examples: Examples, strong: list[np.ndarray]
   ) -> dict[str, np.ndarray]:
     found = {name: np.zeros(len(share.range), np.int64) for name in _FIELDS}
     is_original = self.rule == 'original'
     for e, (i, trie) in enumerate(zip(share.range, share.tries, strict=True)):
       where_A, value_A = truth.of(examples.latent_E[i])
       true_B = np.zeros(len(truth.text), bool)
-      true_B[where_A[value_A >= (original.LEAST * examples.max_E[i] if is_original else 0)]] = True
+      # What counts as active counts so for the simpler explanations too.
+      least = original.LEAST * examples.max_E[i] if is_original else 0
+      true_B[where_A[value_A >= least]] = True
+      last_N = bank.tokens_before(examples.place_EX[i][examples.value_EX[i] >= least])[:, 0]
       found['true_E'][e] = true_B.sum()
       tests = {
         '': original.active(trie, truth.text) if is_original else tries.predict(trie, truth.text)[0],
-        'last_token_': truth.text.where_any(bank.tokens_before(examples.place_EX[i])[:, 0]),
-        'token_max_': truth.text.where_any(examples.seen(i)),
+        'last_token_': truth.text.where_any(last_N),
+        'token_max_': truth.text.where_any(strong[i] if is_original else examples.seen(i)),
       }
       for test, predicted_A in tests.items():
         found[f'{test}predicted_E'][e] = len(predicted_A)
@@ -113,7 +123,8 @@ class N2G:
   def flops(self, judged: Judged, inputs: Inputs) -> float:
     """With the encodings of two prompts a latent, and without the model, whose part the bank keeps."""
     size, rows = judged.form.size, (self.suffix + 1) * (self.suffix + 2) / 2
-    encoded = self.windows * inputs.window_tokens + 2 * size.n_latents * rows
+    reads = 1 + (self.rule == 'original')  # which tokens reach half of the largest value is read after that is known
+    encoded = reads * self.windows * inputs.window_tokens + 2 * size.n_latents * rows
     return encoded * 2.0 * size.n_latents * size.d_model
 
 
