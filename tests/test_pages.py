@@ -53,10 +53,10 @@ def shared(folder):
   return run.inputs_of(run.target(str(folder)), measured.SCOPE, run.inputs_folder(str(folder)))
 
 
-def plant(folder, explained=(3, 5, 9), **changes):
+def plant(folder, explained=(3, 5, 9), settings=None, **changes):
   """A result of n2g: two latents with patterns, and one with an empty trie."""
   of, on = run.target(str(folder)), shared(folder)
-  key = results.Key('n2g', 1, {}, of.tensors, of.weights, on.identity)
+  key = results.Key('n2g', 1, settings or {}, of.tensors, of.weights, on.identity)
   arrays = {
     'latent_E': np.array(explained, np.int32),
     'firings_E': np.array([40, 50, 60]),
@@ -150,12 +150,26 @@ def test_pages_show_the_numbers_that_were_measured(cell, toy, tmp_path):
   assert three.index('after START') < three.index('after ANY')  # the larger activation first
   assert '<dd>0.50</dd>' in three and '<dd>0.12</dd>' in three and '<dd>0.20</dd>' in three
   assert 'it is active:\n16; that the patterns name: 4; both: 2.' in three
+  assert 'largest activation' not in three + four and 'predicted activations' in three
   assert 'active too seldom' in four and 'no pattern was found' in nine and 'not\nmeasured' in four
   rows = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / 'index.html').read_text())[1])['rows']
   assert [row[0] for row in rows] == [0, 3, 4, 5, 9]
   assert rows[1][3:5] == [0.5, 0.12] and rows[1][6] == "'a' after START; 'a' after ANY after 'b'"
   assert rows[3][3:5] == [None, 0.0]
   assert rows[0][1] == 0 and 'active on none' in (tmp_path / 'latents' / '00.html').read_text()
+
+
+def test_by_the_original_rule_numbers_are_called_shares_of_the_largest_activation(cell, toy, tmp_path):
+  copy = shutil.copytree(cell, tmp_path / 'cell')
+  plant(copy, settings={'rule': 'original'})
+  pages_of(copy, tmp_path / 'out', '--ablate=0', '--latents=3-4')
+  index, three, four = (
+    (tmp_path / 'out' / name).read_text() for name in ('index.html', 'latents/03.html', 'latents/04.html')
+  )
+  assert 'the share of its largest activation in the\ntraining text that each predicts' in three
+  assert 'where it reaches half of that:\n16; that the patterns name: 4' in three and 'where it is active:' not in three
+  assert 'predicted shares of its largest activation' in three and 'none of its examples reaches half' in four
+  assert 'precision, recall: of where it reaches half' in index
 
 
 def test_without_n2g_pages_say_so(tmp_path, toy):

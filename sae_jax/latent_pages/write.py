@@ -20,7 +20,7 @@ from sae_jax.measures import run
 from sae_jax.measures.inputs import Inputs
 from sae_jax.measures.measure import Judged
 
-_VERSION = 3  # of the pages; a page of another is written again
+_VERSION = 4  # of the pages; a page of another is written again
 _NUMBERS = 2**28  # logits that are gathered at once
 _NEAREST, _ROWS = 8, 512
 _SENTENCES = 12  # on a page
@@ -54,12 +54,10 @@ class Site:
     explained = run.finished(of, 'n2g', inputs)
     (unit,) = found.units
     self._arrays = unit.arrays
+    # By that rule activations are shares of the largest, and those from half on count.
+    self._of_largest = explained is not None and explained.settings.get('rule') == 'original'
     try:
-      self._tries = (
-        None
-        if explained is None
-        else graph.tries(explained.units, deepest=explained.settings.get('rule') == 'original')
-      )
+      self._tries = None if explained is None else graph.tries(explained.units, deepest=self._of_largest)
     except (LookupError, ValueError) as error:
       raise UserError(
         f'n2g of {of.id} cannot be believed ({error}); delete its n2g.jsonl and measures.json and take it again'
@@ -213,6 +211,7 @@ class Site:
       max=f'{self._arrays["max"][latent]:.3g}',
       bars=bars(self._arrays['value_histogram'][latent], self._arrays['value_edges']),
       n2g=self._tries is not None,
+      of_largest=self._of_largest,
       trie=None if trie is None else self._explanation(trie),
       ablate=self._ablate,
       **parts,
@@ -252,6 +251,7 @@ class Site:
       about=self._about,
       tokens=self._tokens,
       n2g=self._tries is not None,
+      of_largest=self._of_largest,
       data={'digits': self._digits, 'rows': rows},
       count=len(rows),
     )
