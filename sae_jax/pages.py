@@ -2,7 +2,7 @@
 
 DIR/index.html lists the latents; each has a page of its own. They need no network and no server. What is shown was
 measured before: the measure `latents` must be there, and `n2g` adds explanations. A run that was killed goes on, and
-pages that are there already are kept.
+pages that are there already are kept. Pages of earlier runs that the list does not name are removed.
 """
 
 import argparse
@@ -66,14 +66,15 @@ def main(argv: list[str]) -> int:
   latents = chosen(args.latents, of.config.sae.n_latents)
   inputs = run.inputs_of(of, Scope(args.windows, args.train_windows), run.inputs_folder(args.cell))
   site = write.Site(of, inputs, latents, args.ablate, args.out)
-  missing = len(site.missing())
+  missing, left_over = len(site.missing()), len(site.left_over())
   if args.dry_run:
-    print(f'{missing} of {len(latents)} pages to write into {args.out}; {site.said_of_n2g}')
+    tidied = f', {left_over} of earlier runs to remove' if left_over else ''
+    print(f'{missing} of {len(latents)} pages to write into {args.out}{tidied}; {site.said_of_n2g}')
     return 0
   with contextlib.closing(Shown(of.id, 1)) as progress:
     size = site.write(progress)
-  took = time.monotonic() - began
-  print(f'{missing} pages written, {len(latents) - missing} kept, {size / 1e6:.1f} MB in all, {took:.0f} s')
+  took, tidied = time.monotonic() - began, f'{left_over} of earlier runs removed, ' if left_over else ''
+  print(f'{missing} pages written, {len(latents) - missing} kept, {tidied}{size / 1e6:.1f} MB in all, {took:.0f} s')
   print(f'pages: {args.out.rstrip("/")}/index.html')
   return 0
 

@@ -334,8 +334,17 @@ def test_killed_it_leaves_whole_pages_and_goes_on_with_the_others(cell, toy, tmp
   tree = [{p.name: p.read_bytes() for p in (tmp_path / one).rglob('*.html')} for one in ('whole', 'broken')]
   assert tree[0] == tree[1]
   assert {name: (tmp_path / 'broken/latents' / name).stat().st_mtime_ns for name in there} == there
-  pages_of(cell, tmp_path / 'broken', '--ablate=0', '--latents=0-5')  # other links: none is kept
-  assert '6 pages written, 0 kept' in capsys.readouterr().out
+  # Other links: none is kept. What earlier runs wrote goes, here too of an autoencoder with more latents, and nothing else.
+  folder, own = tmp_path / 'broken/latents', ['31.html', '6.html.html', 'mine-06.html', 'notes.txt']
+  page = (folder / '06.html').read_text()
+  for name, text_of in zip(['0009.html', *own], [page, 'mine', page, page, page], strict=True):
+    (folder / name).write_text(text_of)
+  capsys.readouterr()
+  pages_of(cell, tmp_path / 'broken', '--ablate=0', '--latents=0-5', '--dry_run')
+  assert '6 of 6 pages to write' in (said := capsys.readouterr().out) and ', 2 of earlier runs to remove;' in said
+  pages_of(cell, tmp_path / 'broken', '--ablate=0', '--latents=0-5')
+  assert '6 pages written, 0 kept, 2 of earlier runs removed' in capsys.readouterr().out
+  assert sorted(path.name for path in folder.iterdir()) == sorted([*(f'0{f}.html' for f in range(6)), *own])
 
 
 REFUSED = {

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ _VERSION = 4  # of the pages; a page of another is written again
 _NUMBERS = 2**28  # logits that are gathered at once
 _NEAREST, _ROWS = 8, 512
 _SENTENCES = 12  # on a page
+_MARK = b'<meta name="made-of" content="%s">'
+_PAGES = 'latents'  # the folder of all pages but the list
 
 TEMPLATES = templates.environment(pathlib.Path(__file__).parent / 'templates')
 
@@ -71,7 +74,7 @@ class Site:
     return files.join(self._out, self._name(latent))
 
   def _name(self, latent: int) -> str:
-    return f'latents/{latent:0{self._digits}}.html'
+    return f'{_PAGES}/{latent:0{self._digits}}.html'
 
   @functools.cached_property
   def _digits(self) -> int:
@@ -79,7 +82,7 @@ class Site:
 
   def missing(self) -> np.ndarray:
     """The latents without a page that was made from the same."""
-    mark = f'<meta name="made-of" content="{self._stamp}">'.encode()
+    mark = _MARK % self._stamp.encode()
 
     def lacks(latent: int) -> bool:
       try:
@@ -89,8 +92,22 @@ class Site:
 
     return np.array([latent for latent in self._latents.tolist() if lacks(latent)], int)
 
+  def left_over(self) -> list[str]:
+    """The pages of earlier runs that the list does not name. A file that does not say what it was made from is none."""
+    own, mark = {self._name(latent) for latent in self._latents.tolist()}, re.compile(_MARK % b'[0-9a-f]{32}')
+
+    def is_page(name: str) -> bool:
+      path = files.join(self._out, name)
+      try:
+        return not files.is_link(path) and mark.search(files.read(path, schema.LARGE)) is not None
+      except (OSError, schema.Broken):
+        return False
+
+    names = [f'{_PAGES}/{name}' for name in files.listdir(files.join(self._out, _PAGES))]
+    return [n for n in names if n not in own and re.fullmatch(rf'{_PAGES}/[0-9]+\.html', n) and is_page(n)]
+
   def write(self, progress: Shown) -> int:
-    """Writes the pages that are missing, then the list; the bytes of the folder."""
+    """Writes the pages that are missing, then the list, and removes what is left over; the bytes of the folder."""
     judged = run.judged(self._of)
     direct = effects.direct(judged, self._inputs, self._latents)
     missing = self.missing()
@@ -98,6 +115,11 @@ class Site:
     for first in range(0, len(missing), at_once):
       self._write_some(missing[first : first + at_once], judged, direct, progress)
     files.write_output(files.join(self._out, 'index.html'), self._index(direct).encode(), '--out')
+    try:
+      for name in self.left_over():
+        files.remove(files.join(self._out, name))
+    except OSError as error:
+      raise UserError(f'cannot tidy {self._out} ({error.strerror}); choose another --out') from None
     return files.size(self._out)
 
   def _write_some(self, some: np.ndarray, judged: Judged, direct: effects.Effects | None, progress: Shown) -> None:
