@@ -351,8 +351,11 @@ REFUSED = {
   '--latents=3-': '--latents=3- is not a list of numbers and ranges',
   '--latents=1,32': '--latents=1,32: 32 is not within the latents 0 to 31',
   '--latents=5-3': '5-3 is not within',
-  '--windows=10': 'latents of {id} is of other windows; give --windows and --train_windows as they were',
-  '--weights=raw': 'latents of {id} is of an autoencoder that was replaced since',
+  '--windows=10': (
+    'latents of {id} is of other windows; give --windows and --train_windows as they were; or take it again: '
+    '{again} --windows=10 --train_windows=9\n'
+  ),
+  '--weights=raw': 'latents of {id} is of the ema weights; give --weights=ema; or take it again: {again} --weights=raw {n}',
 }
 
 
@@ -362,7 +365,9 @@ def test_what_cannot_be_shown_is_refused_in_one_line(cell, toy, tmp_path, capsys
     pages.main([f'--cell={cell}', f'--out={tmp_path}', *FLAGS, flag])
   error = capsys.readouterr().err
   assert code.value.code == 2 and error.count('\n') == 1, error
-  assert REFUSED[flag].format(id=measured.cell().id) in error and not list(tmp_path.iterdir())
+  again = f'python -m sae_jax.measure --cell={cell} --measures=latents'
+  said = REFUSED[flag].format(id=measured.cell().id, again=again, n=' '.join(FLAGS))
+  assert said in error and not list(tmp_path.iterdir())
 
 
 def test_missing_stale_and_broken_measures_are_refused(tmp_path, toy, capsys, monkeypatch):
@@ -397,6 +402,8 @@ def test_missing_stale_and_broken_measures_are_refused(tmp_path, toy, capsys, mo
     (folder / 'measures' / 'n2g.jsonl').unlink()
     plant(folder, **broken)
     assert f'n2g of {measured.cell().id} cannot be believed' in error()
+  measured.finished(folder, measured.cell(), seed=5)
+  assert f'latents of {measured.cell().id} is of an autoencoder that was replaced since' in error()
 
 
 def browse(page: pathlib.Path, folder: pathlib.Path, script: str, width: int = 1000) -> dict:

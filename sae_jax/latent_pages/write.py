@@ -50,10 +50,7 @@ class Site:
     self._of, self._inputs, self._latents, self._ablate, self._out = of, inputs, latents, ablate, out
     found = run.finished(of, 'latents', inputs)
     if found is None:
-      raise UserError(
-        f'{of.folder} lacks the measure latents; take it with python -m sae_jax.measure --cell={of.folder} '
-        '--measures=latents'
-      )
+      raise UserError(f'{of.folder} lacks the measure latents; take it with {run.command(of, "latents", inputs)}')
     explained = run.finished(of, 'n2g', inputs)
     (unit,) = found.units
     self._arrays = unit.arrays

@@ -63,7 +63,12 @@ def target(folder: str, weights: str | None = None) -> Target:
     raise UserError(
       f'{shown} cannot be believed ({product.why(error)[:120]}); python -m sweeps.retry mends it'
     ) from None
-  return Target(folder, cell, info, weights or info.get('weights') or 'raw')
+  return Target(folder, cell, info, weights or _weights(info))
+
+
+def _weights(info: dict[str, Any]) -> str:
+  """Those that training found better."""
+  return info.get('weights') or 'raw'
 
 
 def judged(of: Target) -> Judged:
@@ -150,13 +155,16 @@ class Finished(NamedTuple):
 def finished(of: Target, name: str, inputs: Inputs) -> Finished | None:
   """What a measure found; None where it was not taken.
 
-  Raises `UserError` for what is of another autoencoder, another version or other inputs, and for broken files.
+  Raises `UserError` for what is of other weights, another autoencoder, another version or other inputs, and for broken
+  files.
   """
   if (result := _read(of).get(name)) is None:
     return None
-  again = f'python -m sae_jax.measure --cell={cell_state.printable(of.folder)} --measures={name}'
+  again, weights = command(of, name, inputs), cell_state.printable(result.key.weights)
   why = result.stale(of.tensors)
-  if not why and result.key.inputs != inputs.identity:
+  if result.key.weights != of.weights:
+    why = f'of the {weights} weights; give --weights={weights}'
+  elif not why and result.key.inputs != inputs.identity:
     why = 'of other windows; give --windows and --train_windows as they were'
   if why:
     raise UserError(f'{name} of {of.id} is {why}; or take it again: {again}')
@@ -168,6 +176,17 @@ def finished(of: Target, name: str, inputs: Inputs) -> Finished | None:
     raise UserError(
       f'{name} of {of.id} cannot be believed ({cell_state.printable(str(error))[:120]}); delete measures.json and take it again: {again}'
     ) from None
+
+
+def command(of: Target, name: str, inputs: Inputs) -> str:
+  """What takes a measure of these weights on these inputs."""
+  said = f'python -m sae_jax.measure --cell={cell_state.printable(of.folder)} --measures={name}'
+  if of.weights != _weights(of.info):
+    said += f' --weights={of.weights}'
+  for flag, stream, usual in (('windows', 'held_out', Scope.held_out), ('train_windows', 'train', Scope.train)):
+    if inputs.count(stream) != usual:
+      said += f' --{flag}={inputs.count(stream)}'
+  return said
 
 
 def inputs_of(of: Target, scope: Scope, folder: str) -> Inputs:
