@@ -137,8 +137,11 @@ def main(argv: list[str]) -> int:
       print(shown(f'{one.NAME}/{name}', value))
     if len(targets) == 2:
       rows = [results.records(of.folder, result[one.NAME]) for of, result in zip(targets, found, strict=True)]
-      for name, value in paired.differences(one, *rows).items():
+      differences = paired.differences(one, *rows)
+      for name, value in differences.items():
         print(shown(f'{one.NAME}/{name} - that of {targets[1].id}', value))
+      if not differences:
+        print(f'{one.NAME}: no differences; none of its values has an error over windows, tasks or places of both')
   return 0
 
 
