@@ -11,9 +11,11 @@ from sae_jax.errors import UserError
 from sae_jax.measures import by_latent, explain, explained, n2g, original, simulate, tries
 from sae_jax.measures.bank import EXAMPLES, Asked, Bank, rank
 from sae_jax.measures.bigram import bigram
+from sae_jax.measures.inputs import Inputs
 from sae_jax.measures.measure import Judged, Unit
+from sae_jax.subjects import text as documents
 from tests import measured
-from tests.test_harvest import toy  # noqa: F401
+from tests.test_harvest import toy, toy_text  # noqa: F401
 
 ASKED = Asked(windows=24, suffix=4, firings=16)
 
@@ -243,14 +245,17 @@ def test_a_bank_is_filled_by_parts_and_grows_without_changing(shared, judged, tm
   assert found[0].any()
 
 
-def test_a_bank_of_another_text_subject_or_cap_is_another(shared, monkeypatch):
+def test_a_bank_of_another_text_subject_or_cap_is_another(shared, tmp_path, monkeypatch):
   names = {Bank(shared, ASKED).identity}
   names.add(Bank(shared, dataclasses.replace(ASKED, suffix=3)).identity)
   names.add(Bank(shared, dataclasses.replace(ASKED, windows=20)).identity)
   names.add(Bank(shared, dataclasses.replace(ASKED, pad='q')).identity)
+  monkeypatch.setattr(documents, 'load', lambda name: [(name, body[::-1]) for name, body in toy_text(name)])
+  data = dataclasses.replace(measured.cell().data, text='backwards')  # texts that were read are held by name
+  names.add(Bank(Inputs(data, measured.SCOPE, str(tmp_path / 'other'), {}), ASKED).identity)
   monkeypatch.setitem(shared.subject.provenance, 'subject_sha256', 'other')
   names.add(Bank(shared, ASKED).identity)
-  assert len(names) == 5
+  assert len(names) == 6
 
 
 def test_a_bank_that_was_changed_is_refused(shared, tmp_path):
