@@ -205,7 +205,7 @@ def hand_written(name, params, idle_F, x_BD, data, latent, chunks, k_aux):
   return jax.device_get(jax.jit(f)(params, idle_F, x_BD))
 
 
-ALONE, ON_A_MESH = (1, 1, 1), (2, 4, 3)
+ALONE, ON_A_MESH, ROWS, LATENTS = (1, 1, 1), (2, 4, 3), (2, 1, 1), (1, 2, 1)
 # One of each way through the skeleton is in `make test`; compiling them all would take a tenth of it.
 FEW = ('topk', 'batchtopk', 'gated', 'cs294a')
 
@@ -214,24 +214,27 @@ def every(name: str) -> object:
   return name if name in FEW else pytest.param(name, marks=pytest.mark.chaos)
 
 
-# AuxK is compiled once a family, and its own tests are in test_sae.
+def rows(names, mesh, about, quick):
+  """Of the table: those of these names are in `make test`."""
+  for name in names:
+    yield pytest.param(name, mesh, id=f'{name} {about}', marks=() if name in quick else pytest.mark.chaos)
+
+
+# AuxK is compiled once a family, and its own tests are in test_sae. In float64 every search is XLA's own.
 @pytest.mark.parametrize(
   'name, mesh',
   [
-    *(pytest.param(name, ALONE, id=f'{name} alone') for name in NAMES),
-    *(
-      pytest.param(
-        name, ON_A_MESH, id=f'{name} on a mesh, in chunks, with AuxK', marks=() if name in FEW else pytest.mark.chaos
-      )
-      for name in NAMES
-    ),
+    *rows(NAMES, ALONE, 'alone', NAMES),
+    *rows(NAMES, ON_A_MESH, 'on a mesh, in chunks, with AuxK', FEW),
+    *rows(NAMES, ROWS, 'with rows on two devices', ('multitopk',)),
+    *rows(NAMES, LATENTS, 'with latents on two devices', ('multitopk',)),
   ],
 )
 def test_gradients_are_those_of_the_written_loss(name, mesh, x64):
   params = random_params(name)
   x_BD = jnp.asarray(np.random.default_rng(8).standard_normal((B, D)))
   idle_F = jnp.where(jnp.arange(F) < 9, 99, 1).astype(jnp.int32)
-  k_aux = AUX if mesh != ALONE and family(name).auxk else 0
+  k_aux = AUX if mesh == ON_A_MESH and family(name).auxk else 0
   grads, new_idle_F, sums = hand_written(name, params, idle_F, x_BD, *mesh, k_aux)
   dead_F = new_idle_F > 10
   assert dead_F.sum() == sums.n_dead == (0 if name == 'cs294a' else 9)

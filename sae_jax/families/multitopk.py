@@ -20,8 +20,9 @@ def parts(pre: topk.Preactivations, size: SAEConfig, shard: Shard, step: jax.Arr
   del step
   many = min(MORE * size.k, size.n_latents)
   v_BK, idx_BK, kept_BK = pre.best(many, shard)
-  # Of a search whose result is only used in slices XLA makes a full sort on a CPU.
-  v_BK, idx_BK = jax.lax.optimization_barrier((v_BK, idx_BK))
+  # Of a search whose result is only used in slices XLA makes a full sort on a CPU. Each array has a barrier of its own: one
+  # for both takes the search's result whole, and then XLA aborts where the mesh shares out rows alone.
+  v_BK, idx_BK = jax.lax.optimization_barrier(v_BK), jax.lax.optimization_barrier(idx_BK)
   z_BK = jax.nn.relu(jnp.where(kept_BK, v_BK, 0))
   m = min(size.k, v_BK.shape[1])
   if shard.axes.latent is None:
