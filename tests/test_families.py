@@ -6,6 +6,7 @@ hold for every row.
 
 import functools
 import json
+import math
 import pathlib
 import signal
 import subprocess
@@ -55,40 +56,41 @@ def mse(error_BD):
   return SCALE * jnp.mean(error_BD**2)
 
 
-def topk_loss(params, pre_BF, errors):
-  error_BD = errors(dense_topk(pre_BF, K))
+def topk_loss(params, pre_BF, errors, k):
+  error_BD = errors(dense_topk(pre_BF, k))
   return mse(error_BD), error_BD
 
 
-def multitopk_loss(params, pre_BF, errors):
-  error_BD = errors(dense_topk(pre_BF, K))
-  return mse(error_BD) + mse(errors(dense_topk(pre_BF, 4 * K))) / 8, error_BD
+def multitopk_loss(params, pre_BF, errors, k):
+  error_BD = errors(dense_topk(pre_BF, k))
+  return mse(error_BD) + mse(errors(dense_topk(pre_BF, min(4 * k, F)))) / 8, error_BD
 
 
-def batchtopk_loss(params, pre_BF, errors):
-  offered_BF = dense_topk(pre_BF, 4 * K)
-  error_BD = errors(dense_topk(offered_BF.reshape(1, -1), K * B).reshape(offered_BF.shape))
+def batchtopk_loss(params, pre_BF, errors, k):
+  offered_BF = dense_topk(pre_BF, min(4 * k, F))
+  error_BD = errors(dense_topk(offered_BF.reshape(1, -1), k * B).reshape(offered_BF.shape))
   return mse(error_BD), error_BD
 
 
-def matryoshka_loss(params, pre_BF, errors):
-  z_BF, index_F = dense_topk(pre_BF, K), np.arange(F)
+def matryoshka_loss(params, pre_BF, errors, k):
+  z_BF, index_F = dense_topk(pre_BF, k), np.arange(F)
   found = [errors(jnp.where(index_F[None] % 2 ** (3 - level) == 0, z_BF, 0)) for level in range(4)]
   return sum(mse(error_BD) for error_BD in found), found[-1]
 
 
-def ksparse_loss(params, pre_BF, errors):
-  error_BD = errors(dense_topk(pre_BF, 5))  # of 12 at the start, after 170 of 200 steps
+def ksparse_loss(params, pre_BF, errors, k):
+  left = min(4 * k, F) - k  # at the start; after 170 of 200 steps 5 of 12 latents are kept where k is 3
+  error_BD = errors(dense_topk(pre_BF, k + math.ceil(left * 30 / 200)))
   return mse(error_BD), error_BD
 
 
-def relu_loss(params, pre_BF, errors):
+def relu_loss(params, pre_BF, errors, k):
   z_BF = jax.nn.relu(pre_BF)
   error_BD = errors(z_BF)
   return mse(error_BD) + COEFFICIENT * jnp.mean(z_BF.sum(1)), error_BD
 
 
-def gated_loss(params, pre_BF, errors):
+def gated_loss(params, pre_BF, errors, k):
   gate_BF = jax.nn.relu(pre_BF)
   product_BF = pre_BF - params['b_enc_F'][None]
   magnitude_BF = jnp.exp(params['r_mag_F'])[None] * product_BF + params['b_mag_F'][None]
@@ -103,7 +105,7 @@ def surrogate(z_BF, *terms):
   return jax.lax.stop_gradient(z_BF) + linear
 
 
-def prolu_loss(straight_through, params, pre_BF, errors):
+def prolu_loss(straight_through, params, pre_BF, errors, k):
   b_BF = jnp.broadcast_to(params['b_enc_F'][None], pre_BF.shape)
   m_BF = pre_BF - b_BF
   open_BF = ((m_BF > 0) & (pre_BF > 0)).astype(m_BF.dtype)
@@ -113,7 +115,7 @@ def prolu_loss(straight_through, params, pre_BF, errors):
   return mse(error_BD) + COEFFICIENT * jnp.mean(z_BF.sum(1)), error_BD
 
 
-def jumprelu_loss(smooth, params, pre_BF, errors):
+def jumprelu_loss(smooth, params, pre_BF, errors, k):
   theta_BF = jnp.broadcast_to(jnp.exp(params['log_theta_F'])[None], pre_BF.shape)
   open_BF = (pre_BF > theta_BF).astype(pre_BF.dtype)
   near_BF = (jnp.abs(pre_BF - theta_BF) < 0.25) / 0.5
@@ -151,7 +153,7 @@ def cs294a_loss(params, x_BD, rho=0.05, decay=1e-4):
   return main + decay / 2 * weights + COEFFICIENT * divergence
 
 
-def written_loss(name, params, x_BD, dead_F, k_aux):
+def written_loss(name, params, x_BD, dead_F, k_aux, k):
   if name == 'cs294a':
     return cs294a_loss(params, x_BD)
   w_enc_FD = params.get('w_enc_FD', params['w_dec_FD'])
@@ -160,7 +162,7 @@ def written_loss(name, params, x_BD, dead_F, k_aux):
   def errors(z_BF, w_dec_FD=params['w_dec_FD'], b_pre_D=params['b_pre_D']):
     return x_BD - (z_BF @ w_dec_FD + b_pre_D[None])
 
-  main, error_BD = LOSSES[name](params, pre_BF, errors)
+  main, error_BD = LOSSES[name](params, pre_BF, errors, k)
   if not k_aux:
     return main
   target_BD = jax.lax.stop_gradient(error_BD)
@@ -178,10 +180,10 @@ def random_params(name: str) -> sae.Params:
   return {key: jnp.asarray(value) for key, value in made.items()}
 
 
-def hand_written(name, params, idle_F, x_BD, data, latent, chunks, k_aux):
+def hand_written(name, params, idle_F, x_BD, data, latent, chunks, **sizes):
   """`loss_and_grads` on a mesh; the gradients are those of the whole arrays."""
   mesh = sharding.make_mesh(MeshConfig(data, latent))
-  size, scatter = size_of(name, k_aux=k_aux), data > 1
+  size, scatter = size_of(name, **sizes), data > 1
   layouts = sharding.layouts(sae.shapes(size))
   out = {key: P(('latent', 'data'), *spec[1:]) if spec and scatter else spec for key, spec in layouts.items()}
   shard = Shard(sharding.axes_of(mesh), chunks=chunks, scatter=scatter)
@@ -206,6 +208,7 @@ def hand_written(name, params, idle_F, x_BD, data, latent, chunks, k_aux):
 
 
 ALONE, ON_A_MESH, ROWS, LATENTS = (1, 1, 1), (2, 4, 3), (2, 1, 1), (1, 2, 1)
+SELECTING = tuple(name for name in NAMES if not family(name).penalised)
 # One of each way through the skeleton is in `make test`; compiling them all would take a tenth of it.
 FEW = ('topk', 'batchtopk', 'gated', 'cs294a')
 
@@ -214,31 +217,35 @@ def every(name: str) -> object:
   return name if name in FEW else pytest.param(name, marks=pytest.mark.chaos)
 
 
-def rows(names, mesh, about, quick):
+def rows(names, mesh, k, about, quick):
   """Of the table: those of these names are in `make test`."""
   for name in names:
-    yield pytest.param(name, mesh, id=f'{name} {about}', marks=() if name in quick else pytest.mark.chaos)
+    yield pytest.param(name, mesh, k, id=f'{name} {about}', marks=() if name in quick else pytest.mark.chaos)
 
 
 # AuxK is compiled once a family, and its own tests are in test_sae. In float64 every search is XLA's own.
 @pytest.mark.parametrize(
-  'name, mesh',
+  'name, mesh, k',
   [
-    *rows(NAMES, ALONE, 'alone', NAMES),
-    *rows(NAMES, ON_A_MESH, 'on a mesh, in chunks, with AuxK', FEW),
-    *rows(NAMES, ROWS, 'with rows on two devices', ('multitopk',)),
-    *rows(NAMES, LATENTS, 'with latents on two devices', ('multitopk',)),
+    *rows(NAMES, ALONE, K, 'alone', NAMES),
+    *rows(NAMES, ON_A_MESH, K, 'on a mesh, in chunks, with AuxK', FEW),
+    *rows(NAMES, ROWS, K, 'with rows on two devices', ('multitopk',)),
+    *rows(NAMES, LATENTS, K, 'with latents on two devices', ('multitopk',)),
+    *rows(SELECTING, ALONE, F, 'with all latents selected', ('multitopk',)),
+    *rows(SELECTING, ROWS, F, 'with all latents selected and rows on two devices', ()),
+    *rows(SELECTING, LATENTS, F, 'with all latents selected and latents on two devices', ()),
   ],
 )
-def test_gradients_are_those_of_the_written_loss(name, mesh, x64):
+def test_gradients_are_those_of_the_written_loss(name, mesh, k, x64):
   params = random_params(name)
   x_BD = jnp.asarray(np.random.default_rng(8).standard_normal((B, D)))
   idle_F = jnp.where(jnp.arange(F) < 9, 99, 1).astype(jnp.int32)
   k_aux = AUX if mesh == ON_A_MESH and family(name).auxk else 0
-  grads, new_idle_F, sums = hand_written(name, params, idle_F, x_BD, *mesh, k_aux)
+  sizes = {'k_aux': k_aux} if family(name).penalised else {'k_aux': k_aux, 'k': k}
+  grads, new_idle_F, sums = hand_written(name, params, idle_F, x_BD, *mesh, **sizes)
   dead_F = new_idle_F > 10
   assert dead_F.sum() == sums.n_dead == (0 if name == 'cs294a' else 9)
-  loss, expected = jax.value_and_grad(functools.partial(written_loss, name))(params, x_BD, dead_F, k_aux)
+  loss, expected = jax.value_and_grad(functools.partial(written_loss, name))(params, x_BD, dead_F, k_aux, k)
   if sae.kind_of(size_of(name)).unit_norm:
     w_FD = params['w_dec_FD']
     along_F1 = jnp.sum(expected['w_dec_FD'] * w_FD, axis=1, keepdims=True)

@@ -26,7 +26,10 @@ def parts(pre: topk.Preactivations, size: SAEConfig, shard: Shard, step: jax.Arr
   z_BK = jax.nn.relu(jnp.where(kept_BK, v_BK, 0))
   m = min(size.k, v_BK.shape[1])
   if shard.axes.latent is None:
-    return Sparse(z_BK[:, :m], idx_BK[:, :m]), Sparse(z_BK[:, m:], idx_BK[:, m:], uneven=True)
+    first = Sparse(z_BK[:, :m], idx_BK[:, :m])
+    if m == many:  # there are no more latents; codes have a slot at least, and this one is passed over
+      return first, Sparse(jnp.zeros_like(z_BK[:, :1]), idx_BK[:, :1], uneven=True)
+    return first, Sparse(z_BK[:, m:], idx_BK[:, m:], uneven=True)
   first_Bm = topk.select(v_BK[:, :m], size.k, len(pre.bias_F), shard.axes.latent, shard.exchange)
   rest_BK = z_BK.at[:, :m].set(jnp.where(first_Bm, 0, z_BK[:, :m]))
   return Sparse(jnp.where(first_Bm, z_BK[:, :m], 0), idx_BK[:, :m]), Sparse(rest_BK, idx_BK).packed()
