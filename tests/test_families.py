@@ -24,7 +24,7 @@ from sae_jax import config, gradients, sae, schema, sharding, topk, training
 from sae_jax.axes import Shard
 from sae_jax.config import LossConfig, MeshConfig, SAEConfig
 from sae_jax.data.source import open_source
-from sae_jax.families import cs294a
+from sae_jax.families import cs294a, jumprelu
 from sae_jax.families.family import NAMES, family
 from tests import cells
 
@@ -408,6 +408,12 @@ def test_families_meet_where_their_parameters_do():
     np.testing.assert_array_equal(codes_of(name, product_BF, b_enc_F=jnp.full(F, 0.5))[0][0], relu_BF)
   counted_B = codes_of('jumprelu_step', product_BF, log_theta_F=jnp.zeros(F))[1]
   np.testing.assert_array_equal(counted_B, (product_BF > 1).sum(1))
+
+
+def test_few_latents_of_jumprelu_start_as_open_as_many():
+  product_BF = jax.random.normal(jax.random.key(3), (400, 16))
+  log_theta_F = jumprelu.start(product_BF, size_of('jumprelu_step', n_latents=16))['log_theta_F']
+  assert float(jnp.mean(product_BF > jnp.exp(log_theta_F)[None])) == pytest.approx(1 / 8, abs=0.001)
 
 
 def test_selections_are_topk_where_there_is_nothing_else_to_choose():

@@ -83,7 +83,8 @@ def tanh_codes(product_BF: jax.Array, latents: Latents, size: SAEConfig) -> tupl
 def start(product_BF: jax.Array, size: SAEConfig) -> Latents:
   """The threshold, the same for all, that leaves three times the target active in a sample of all latents' products."""
   # Where a fixed coefficient decides there is no target, and about an eighth of the latents is active.
-  target = size.k or size.n_latents // _AT_FIRST // 8
+  # Rounded down, that of few latents would be 0, and nothing would be active.
+  target = size.k or size.n_latents // _AT_FIRST // 8 or size.n_latents / _AT_FIRST / 8
   share = min(0.5, _AT_FIRST * target / size.n_latents)
   theta = jnp.maximum(jnp.quantile(product_BF, 1 - share), 1e-6)
   return {'log_theta_F': jnp.full(size.n_latents, jnp.log(theta))}
