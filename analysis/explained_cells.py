@@ -20,7 +20,6 @@ absolute for differences, which can be near 0.
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -289,16 +288,16 @@ def scores(ledger: str, cell: str) -> tuple[Array, Array]:
   folder = files.join(ledger, schema.CELLS, cell)
   counts: dict[str, list[Array]] = {'true_E': [], 'predicted_E': [], 'hits_E': []}
   try:
-    for unit, record in enumerate(results.records(folder, results.read(folder, cell)['n2g'])):
-      if 'arrays_sha256' in record:
-        data = files.read(results.path(folder, f'n2g.{unit}.safetensors'), results.LARGEST)
-        if hashlib.sha256(data).hexdigest() != record['arrays_sha256']:
-          raise schema.Broken(f'n2g.{unit}.safetensors does not fit its digest')
+    result = results.read(folder, cell)['n2g']
+    for unit, record in enumerate(results.records(folder, result)):
+      if data := results.arrays(folder, result.key, unit, record):
         found = safetensors.numpy.load(data)
         for name, parts in counts.items():
           parts.append(found[name].astype(float))
   except (schema.Broken, OSError, KeyError) as error:
-    raise UserError(f'the explained latents of cell {cell} cannot be read ({error}); measure its n2g again') from None
+    raise UserError(
+      f'the explained latents of cell {cell} cannot be read ({error}); delete its n2g.jsonl and measure its n2g again'
+    ) from None
   true_E, predicted_E, hits_E = (np.concatenate([np.zeros(0), *parts]) for parts in counts.values())
   with np.errstate(invalid='ignore', divide='ignore'):
     return hits_E / predicted_E, hits_E / true_E

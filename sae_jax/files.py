@@ -261,6 +261,21 @@ def remove(path: str) -> None:
       fs.rm_file(name)
 
 
+def move(path: str, target: str) -> None:
+  """Gives a file another name in its folder, taking the place of an older one; nothing where there is no such file.
+
+  On an object store the file has both names for a moment.
+  """
+  if is_local(path):
+    with contextlib.suppress(FileNotFoundError):
+      os.replace(local(path), local(target))
+      _sync_folder(local(target).parent)
+  else:
+    with contextlib.suppress(FileNotFoundError), _remote(path) as (fs, name):
+      fs.cp_file(name, _filesystem(target)[1])
+      fs.rm_file(name)
+
+
 def size(path: str) -> int:
   """Bytes of the files in a folder and below; 0 when there is none. Links are not followed."""
   if is_local(path):

@@ -136,7 +136,7 @@ def main(argv: list[str]) -> int:
     for name, value in found[0][one.NAME].values.items():
       print(shown(f'{one.NAME}/{name}', value))
     if len(targets) == 2:
-      rows = [results.records(of.folder, result[one.NAME]) for of, result in zip(targets, found, strict=True)]
+      rows = [run.records(of, result[one.NAME]) for of, result in zip(targets, found, strict=True)]
       differences = paired.differences(one, *rows)
       for name, value in differences.items():
         print(shown(f'{one.NAME}/{name} - that of {targets[1].id}', value))

@@ -314,7 +314,7 @@ def test_arrays_of_another_digest_and_ledgers_without_explanations_are_refused(l
   copy = shutil.copytree(ledger, tmp_path / 'runs')
   cell = found_in(copy).shown[0][1]['id']
   (copy / 'cells' / cell / 'measures' / 'n2g.2.safetensors').write_bytes(b'x')
-  with pytest.raises(UserError, match=r'n2g\.2\.safetensors does not fit its digest\); measure its n2g again'):
+  with pytest.raises(UserError, match=r'n2g\.2\.safetensors does not fit its digest\); delete its n2g\.jsonl and'):
     explained_cells.scores(str(copy), cell)
   for folder in copy.glob('cells/*/measures'):
     shutil.rmtree(folder)

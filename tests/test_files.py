@@ -32,6 +32,10 @@ def test_tree_is_weighed_and_removed(folder):
   files.create(files.join(folder, 'd', 'e', 'f'), b'8')
   files.move_tree(files.join(folder, 'd'), files.join(folder, 'g', 'h'))
   assert files.listdir(folder) == ['c', 'g'] and files.read(files.join(folder, 'g', 'h', 'e', 'f')) == b'8'
+  for _ in range(2):  # what is not there leaves the other alone
+    files.move(files.join(folder, 'g', 'h', 'e', 'f'), files.join(folder, 'c'))
+    assert files.listdir(folder)[0] == 'c' and files.read(files.join(folder, 'c')) == b'8'
+  assert files.listdir(files.join(folder, 'g', 'h', 'e')) == []
 
 
 def test_filesystem_without_hard_links_is_refused_with_the_reason(tmp_path, monkeypatch):

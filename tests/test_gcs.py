@@ -104,6 +104,11 @@ def test_folders(store):
   files.move_tree('gs://bucket/a/b', 'gs://bucket/e/f')
   assert store.names('a') == ['a/d'] and store.names('e') == ['e/f/c'] and store.read('e/f/c') == b'123'
   assert files.listdir('gs://bucket/a/b') == []
+  files.move('gs://bucket/e/f/c', 'gs://bucket/a/d')
+  files.move('gs://bucket/e/f/c', 'gs://bucket/a/d')
+  assert store.names('e') == [] and store.read('a/d') == b'123'
+  files.move('gs://bucket/a/d', 'gs://bucket/e/f/c')
+  files.create('gs://bucket/a/d', b'45')
   files.remove_tree('gs://bucket/e')
   files.remove_tree('gs://bucket/e')
   files.remove('gs://bucket/e/f/c')

@@ -1,10 +1,14 @@
 """The machine of the measures: killed anywhere it ends with the same bytes, shared by workers, never mixing what differs."""
 
+import dataclasses
+import itertools
 import json
 import pathlib
 import re
+import shutil
 import sys
 import types
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from sae_jax import files, measure, schema
 from sae_jax.errors import UserError
 from sae_jax.measures import Scope, estimate, inputs, n2g, names, paired, results, run, some
 from sae_jax.measures.downstream import Downstream
-from sae_jax.measures.measure import Unit
+from sae_jax.measures.measure import Judged, Unit, Value
 from sweeps import gc, grid, ledger, status, work
 from sweeps import measuring as sweep_measure
 from tests import cells, measured
@@ -268,6 +272,182 @@ def test_the_measure_of_the_guide_runs(shared, tmp_path, monkeypatch):
   assert len(run.missing(run.target(folder), [found['Sparing'](early=2)], shared)) == 1  # other settings
 
 
+@dataclasses.dataclass(frozen=True)
+class Fake:
+  """A measure of three units whose numbers are its setting, the later two with arrays."""
+
+  NAME: ClassVar[str] = 'fake'
+
+  level: int = 1
+  refused: ClassVar[int] = 9  # the unit that is
+  ran: ClassVar[list[tuple[int, int]]] = []  # settings and units
+
+  def units(self, inputs: inputs.Inputs) -> int:
+    del inputs
+    return 3
+
+  def run(self, unit: int, judged: Judged, inputs: inputs.Inputs) -> Unit:
+    del judged, inputs
+    if unit == self.refused:
+      raise UserError('refused')
+    self.ran.append((self.level, unit))
+    return Unit({'level': self.level}, {'a_N': np.full(unit, self.level)} if unit else {})
+
+  def values(self, units: list[Unit]) -> dict[str, Value]:
+    assert all((unit.arrays['a_N'] == self.level).all() for unit in units[1:])
+    return {'level': Value(float(np.mean([unit.record['level'] for unit in units])), None, '1')}
+
+  def flops(self, judged: Judged, inputs: inputs.Inputs) -> float:
+    del judged, inputs
+    return 0.0
+
+
+@pytest.fixture
+def fake(shared, tmp_path, monkeypatch):
+  """Takes `Fake` with some setting of a cell; and the folder of a cell where it has setting 1."""
+  monkeypatch.setitem(names.VERSIONS, 'fake', 1)
+  monkeypatch.setattr(Fake, 'ran', [])
+  first = measured.finished(tmp_path / 'first', measured.cell())
+
+  def take(folder: str, level: int = 1) -> None:
+    assert run.run(run.target(folder), [Fake(level)], shared, None)
+    assert run.missing(run.target(folder), [Fake(level)], shared) == []
+
+  take(first)
+  return take, first
+
+
+def level(folder: str, shared: inputs.Inputs) -> float:
+  """The setting of the finished `Fake` of a cell, which its value, lines and arrays all have."""
+  of = run.target(folder)
+  found, value = run.finished(of, 'fake', shared), results.read(folder, of.id)['fake'].values['level']['value']
+  assert found is not None and [unit.record['level'] for unit in found.units] == [value] * 3
+  assert [unit.arrays['a_N'].tolist() for unit in found.units[1:]] == [[value], [value, value]]
+  return value
+
+
+def test_a_refused_measure_changes_nothing(fake, shared, tmp_path, monkeypatch):
+  take, folder = fake
+  before = tree(folder)
+  monkeypatch.setattr(Fake, 'refused', 0)
+  for _ in range(2):
+    with pytest.raises(UserError, match='refused'):
+      take(folder, 2)
+    assert tree(folder) == before and run.missing(run.target(folder), [Fake()], shared) == []
+  fresh = measured.finished(tmp_path / 'fresh', measured.cell())
+  with pytest.raises(UserError, match='refused'):
+    take(fresh)
+  assert not (tmp_path / 'fresh' / schema.MEASURES).exists()
+  monkeypatch.setattr(Fake, 'refused', 2)
+  with pytest.raises(UserError, match='refused'):
+    take(folder, 2)
+  assert before.items() <= tree(folder).items() and level(folder, shared) == 1
+
+
+def test_killed_anywhere_with_other_settings_a_whole_measure_stands(fake, shared, tmp_path, monkeypatch):
+  """Then the new settings end with the bytes of a run that nobody disturbed, and so do the old ones."""
+  take, folder = fake
+  whole = {1: tree(folder)}
+  shutil.copytree(folder, tmp_path / 'second')
+  take(str(tmp_path / 'second'), 2)
+  whole[2] = tree(tmp_path / 'second')
+  fresh = measured.finished(tmp_path / 'fresh', measured.cell())
+  take(fresh, 2)
+  assert whole[2] == tree(fresh) != whole[1]
+  genuine = {name: getattr(files, name) for name in ('append', 'replace', 'move', 'remove')}
+  left = 0
+
+  def killing(name):
+    def call(*args):
+      nonlocal left
+      left -= 1
+      if left < 0:
+        if name == 'append':
+          genuine[name](args[0], args[1][: len(args[1]) // 2])  # a line cut short
+        raise Killed
+      return genuine[name](*args)
+
+    return call
+
+  stood = []
+  for at in itertools.count():
+    broken = tmp_path / f'{at}'
+    shutil.copytree(folder, broken)
+    with monkeypatch.context() as patched:
+      for name in genuine:
+        patched.setattr(files, name, killing(name))
+      left = at
+      try:
+        take(str(broken), 2)
+        break
+      except Killed:
+        pass
+    stood.append(level(str(broken), shared))
+    done = sum(path.read_bytes().count(b'\n') - 1 for path in broken.glob('measures/fake.*.jsonl'))
+    for goes_on in (2, 1):
+      other = tmp_path / f'{at}.{goes_on}'
+      shutil.copytree(broken, other)
+      Fake.ran.clear()
+      take(str(other), goes_on)
+      todo = {(1, 2): range(done, 3), (2, 1): range(3)}.get((stood[-1], goes_on), range(0))
+      assert Fake.ran == [(goes_on, unit) for unit in todo] and level(str(other), shared) == goes_on
+      if (stood[-1], goes_on) != (1, 1):  # which has nothing to do
+        assert tree(other) == whole[goes_on]
+  assert at >= 9 and set(stood) == {1, 2}
+
+
+def test_lines_of_an_older_version_that_took_the_names_of_others_are_gone_on_with(fake, shared, tmp_path):
+  """It wrote over the lines of a finished measure at once."""
+  take, folder = fake
+  second = str(tmp_path / 'second')
+  shutil.copytree(folder, second)
+  take(second, 2)
+  lines = pathlib.Path(results.path(second, 'fake.jsonl')).read_bytes().splitlines(keepends=True)
+  for goes_on, ran in ((2, [(2, 1), (2, 2)]), (1, [(1, 0), (1, 1), (1, 2)])):
+    broken = str(tmp_path / f'{goes_on}')
+    shutil.copytree(folder, broken)
+    pathlib.Path(results.path(broken, 'fake.jsonl')).write_bytes(b''.join(lines[:2]))
+    Fake.ran.clear()
+    take(broken, goes_on)
+    assert Fake.ran == ran and tree(broken) == tree({1: folder, 2: second}[goes_on])
+
+
+@pytest.mark.parametrize(
+  'name, change, units',
+  [
+    ('fake.jsonl', lambda data: None, 3),
+    ('fake.jsonl', lambda data: b'', 3),
+    ('fake.jsonl', lambda data: data.replace(b'"level": 1', b'"level": 7', 1), 3),
+    ('fake.jsonl', lambda data: data.replace(b'"unit": 1', b'"unit": 2'), 2),
+    ('fake.jsonl', lambda data: data[:-20], 1),
+    ('fake.jsonl', lambda data: data + data.splitlines(keepends=True)[-1], 0),
+    ('fake.1.safetensors', lambda data: None, 2),
+  ],
+)
+def test_a_finished_measure_without_its_lines_or_arrays_is_taken_again(fake, shared, name, change, units):
+  take, folder = fake
+  before, path = tree(folder), pathlib.Path(results.path(folder, name))
+  data = change(path.read_bytes())
+  path.unlink() if data is None else path.write_bytes(data)
+  assert [one.NAME for one in run.missing(run.target(folder), [Fake()], shared)] == ['fake']
+  with pytest.raises(UserError, match=r'cannot be believed .* take it again: python -m sae_jax.measure --cell='):
+    run.finished(run.target(folder), 'fake', shared)
+  Fake.ran.clear()
+  take(folder)
+  assert Fake.ran == [(1, unit) for unit in range(3 - units, 3)] and tree(folder) == before
+
+
+def test_arrays_that_were_changed_are_made_again_as_the_message_says(fake, shared):
+  take, folder = fake
+  before, path = tree(folder), pathlib.Path(results.path(folder, 'fake.2.safetensors'))
+  path.write_bytes(path.read_bytes()[:-1] + b'?')
+  with pytest.raises(UserError, match=r'does not fit its digest\); delete its fake.jsonl and take it again: '):
+    run.finished(run.target(folder), 'fake', shared)
+  pathlib.Path(results.path(folder, 'fake.jsonl')).unlink()
+  take(folder)
+  assert tree(folder) == before
+
+
 def test_a_ratio_and_its_error_are_those_of_resampling():
   rng = np.random.default_rng(0)
   under_U = rng.uniform(3, 5, 400)
@@ -425,7 +605,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_measured(small_ledger, ca
     sweep_measure.Measuring(store, some([]), measured.SCOPE, None, ['0' * 12])
 
 
-def test_commands_say_costs_and_values(small_ledger, capsys):
+def test_commands_say_costs_and_values(small_ledger, capsys, monkeypatch):
   store, made = small_ledger
   small = ['--measures=downstream', '--windows=11', '--train_windows=9']
   lines = sweep_measure.preview(measuring(store, 'downstream'))
@@ -449,6 +629,15 @@ def test_commands_say_costs_and_values(small_ledger, capsys):
   with pytest.raises(SystemExit):
     measure.main([f'--cell={folders[0]}', *small, '--dry_run'])
   assert f'{made[0].id} downstream: done' in capsys.readouterr().out
+  lines = pathlib.Path(results.path(folders[1], 'downstream.jsonl'))
+  lines.write_bytes(lines.read_bytes().replace(b'"kl": [', b'"kl": [7', 1))
+  with monkeypatch.context() as patched, pytest.raises(SystemExit):
+    patched.setattr(measure, 'measured', lambda *_: True)  # another process changes them after that
+    measure.main([f'--cell={folders[0]}', f'--against={folders[1]}', *small])
+  assert re.fullmatch(rf'error: downstream of {made[1].id} cannot be believed .*\n', capsys.readouterr().err)
+  with pytest.raises(SystemExit):
+    measure.main([f'--cell={folders[0]}', f'--against={folders[1]}', *small])
+  assert capsys.readouterr().out == out
   # Inputs of all cells of a ledger are in one place.
   assert (pathlib.Path(store.path) / schema.MEASURES).is_dir() and not (
     pathlib.Path(folders[0]) / 'measures/inputs'

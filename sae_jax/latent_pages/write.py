@@ -59,9 +59,7 @@ class Site:
     try:
       self._tries = None if explained is None else graph.tries(explained.units, deepest=self._of_largest)
     except (LookupError, ValueError) as error:
-      raise UserError(
-        f'n2g of {of.id} cannot be believed ({error}); delete its n2g.jsonl and measures.json and take it again'
-      ) from None
+      raise UserError(f'n2g of {of.id} cannot be believed ({error}); delete its n2g.jsonl and take it again') from None
     self.said_of_n2g = 'without explanations: the measure n2g was not taken' if explained is None else 'with n2g'
     self._words = Words(inputs.subject.tokenizer)
     made_of = [_VERSION, ablate, latents.tolist(), *(one and one.digest for one in (found, explained))]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -89,11 +88,15 @@ def key(measure: Measure, of: Target, inputs: Inputs) -> results.Key:
 
 
 def missing(of: Target, wanted: Sequence[Measure], inputs: Inputs) -> list[Measure]:
-  """The measures that have no value of this autoencoder, these settings and these inputs."""
+  """The measures that have no value of this autoencoder, these settings and these inputs, or lack lines of their units."""
   found = _read(of)
-  return [
-    measure for measure in wanted if measure.NAME not in found or found[measure.NAME].key != key(measure, of, inputs)
-  ]
+
+  def lacks(measure: Measure) -> bool:
+    if measure.NAME not in found or found[measure.NAME].key != (this := key(measure, of, inputs)):
+      return True
+    return not results.is_whole(of.folder, this, measure.units(inputs))
+
+  return [measure for measure in wanted if lacks(measure)]
 
 
 def run(
@@ -120,6 +123,8 @@ def run(
     UserError: what `Measure.run` refuses.
   """
   todo = missing(of, wanted, inputs)
+  if todo and _settled(of, todo, held):
+    todo = missing(of, wanted, inputs)
   the = functools.cache(lambda: judged(of))
   for measure in todo:
     this = key(measure, of, inputs)
@@ -131,16 +136,20 @@ def run(
       found = measure.run(unit, the(), inputs)
       if held is not None:
         held.check(fresh=True)
-      lines.add(found.record | _saved(of, measure.NAME, unit, found.arrays))
+      lines.add(found.record | _saved(of, lines.stem, unit, found.arrays))
     update(measure, n, n)
-    units = [Unit(record, _arrays(of, measure.NAME, i, record)) for i, record in enumerate(lines.records)]
+    units = [Unit(record, _arrays(of, this, i, record)) for i, record in enumerate(lines.records)]
     values = {name: dataclasses.asdict(value) for name, value in measure.values(units).items()}
     for name, value in values.items():
       if not np.isfinite(value['value']) or not np.isfinite(value['se'] or 0.0):
         raise UserError(f'{of.id}: {measure.NAME}/{name}={value["value"]} is not a finite number; measure more windows')
     if held is not None:
       held.check(fresh=True)
+    lines.complete()
     results.write(of.folder, of.id, _read(of) | {measure.NAME: results.Result(this, values)})
+    if held is not None:
+      held.check(fresh=True)
+    results.settle(of.folder, this)
   return True
 
 
@@ -168,21 +177,25 @@ def finished(of: Target, name: str, inputs: Inputs) -> Finished | None:
     why = 'of other windows; give --windows and --train_windows as they were'
   if why:
     raise UserError(f'{name} of {of.id} is {why}; or take it again: {again}')
+  units = [Unit(record, _arrays(of, result.key, i, record)) for i, record in enumerate(records(of, result))]
+  return Finished(units, result.key.settings, result.key.digest)
+
+
+def records(of: Target, result: results.Result) -> list[dict[str, Any]]:
+  """`results.records`. Raises `UserError` for lines that are not there, or not those of the result."""
+  name = result.key.name
   try:
-    records = results.records(of.folder, result)
-    units = [Unit(record, _arrays(of, name, i, record)) for i, record in enumerate(records)]
-    return Finished(units, result.key.settings, result.key.digest)
-  except (schema.Broken, OSError, safetensors.SafetensorError) as error:
+    return results.records(of.folder, result)
+  except (schema.Broken, OSError) as error:
     raise UserError(
-      f'{name} of {of.id} cannot be believed ({cell_state.printable(str(error))[:120]}); delete measures.json and take it again: {again}'
+      f'{name} of {of.id} cannot be believed ({cell_state.printable(str(error))[:120]}); take it again: '
+      f'{_again(of, name)}'
     ) from None
 
 
 def command(of: Target, name: str, inputs: Inputs) -> str:
   """What takes a measure of these weights on these inputs."""
-  said = f'python -m sae_jax.measure --cell={cell_state.printable(of.folder)} --measures={name}'
-  if of.weights != _weights(of.info):
-    said += f' --weights={of.weights}'
+  said = _again(of, name)
   for flag, stream, usual in (('windows', 'held_out', Scope.held_out), ('train_windows', 'train', Scope.train)):
     if inputs.count(stream) != usual:
       said += f' --{flag}={inputs.count(stream)}'
@@ -222,23 +235,39 @@ def _read(of: Target) -> dict[str, results.Result]:
     ) from None
 
 
-def _saved(of: Target, name: str, unit: int, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+def _again(of: Target, name: str) -> str:
+  weights = f' --weights={of.weights}' if of.weights != _weights(of.info) else ''
+  return f'python -m sae_jax.measure --cell={cell_state.printable(of.folder)} --measures={name}{weights}'
+
+
+def _settled(of: Target, wanted: Sequence[Measure], held: lease.Lease | None) -> bool:
+  """Whether a process was killed when it had finished one of some measures, and left names to be given."""
+  found, left = _read(of), False
+  for measure in wanted:
+    result = found.get(measure.NAME)
+    if result is not None and not results.is_settled(of.folder, result.key):
+      if held is not None:
+        held.check(fresh=True)
+      results.settle(of.folder, result.key)
+      left = True
+  return left
+
+
+def _saved(of: Target, stem: str, unit: int, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
   """Writes the arrays of a unit; their digest for its record."""
   if not arrays:
     return {}
   data = safetensors.numpy.save({key: np.asarray(a, order='C') for key, a in arrays.items()})
-  files.replace(results.path(of.folder, f'{name}.{unit}.safetensors'), data)
-  return {'arrays_sha256': hashlib.sha256(data).hexdigest()}
+  return results.save_arrays(of.folder, stem, unit, data)
 
 
-def _arrays(of: Target, name: str, unit: int, record: dict[str, Any]) -> dict[str, np.ndarray]:
+def _arrays(of: Target, key: results.Key, unit: int, record: dict[str, Any]) -> dict[str, np.ndarray]:
   """The arrays of a unit. Raises `UserError` for others than its record says."""
-  if 'arrays_sha256' not in record:
-    return {}
-  path = results.path(of.folder, f'{name}.{unit}.safetensors')
-  data = files.read(path, results.LARGEST)
-  if hashlib.sha256(data).hexdigest() != record['arrays_sha256']:
+  try:
+    data = results.arrays(of.folder, key, unit, record)
+    return safetensors.numpy.load(data) if data else {}
+  except (schema.Broken, OSError, safetensors.SafetensorError) as error:
     raise UserError(
-      f'{cell_state.printable(path)} does not fit its digest; delete {name}.jsonl beside it to measure again'
-    )
-  return safetensors.numpy.load(data)
+      f'{key.name} of {of.id} cannot be believed ({cell_state.printable(str(error))[:120]}); delete its '
+      f'{key.name}.jsonl and take it again: {_again(of, key.name)}'
+    ) from None
