@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from analysis import explained_cells, read_ledger
+from analysis import explained_cells, family_cells, read_ledger
 from analysis.activations import Verdict, markdown
 from analysis.explained_cells import ELIGIBLE, F1, OF, OVER, PRECISION, RECALL, Explained, Place
 from analysis.family_tables import Table
@@ -140,9 +140,7 @@ def _said(places: Sequence[Place]) -> str:
   missing = [f'n = {n:,.0f} at L0 = {l0:g}' for n in sizes for l0 in l0s if (n, l0) not in there]
   if not missing:
     return said
-  return (
-    f'{said} ({len(missing)} of {len(missing) + len(there)} combinations missing: {explained_cells.listed(missing)})'
-  )
+  return f'{said} ({len(missing)} of {len(missing) + len(there)} combinations missing: {family_cells.listed(missing)})'
 
 
 def tables(found: Explained) -> list[Table]:

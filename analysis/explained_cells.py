@@ -41,7 +41,6 @@ OF = 'topk'  # of which the paper's claims are
 OVER = 'relu'  # against which they are
 _NEAR = 1.25  # factor within which the L0 of a single cell stands for another one
 _OWN = 'n2g/'  # begins the columns of what is sampled anew in every autoencoder
-_NAMED = 6  # in a message
 _DIFFERENCES = ('_over_true', '_over_bigram')  # end the columns of one loss less another
 PRECISION, RECALL, F1, ELIGIBLE = (f'{_OWN}{name}' for name in ('precision', 'recall', 'f1', 'eligible'))
 
@@ -216,13 +215,13 @@ def find(table: pd.DataFrame) -> Explained:
     raise UserError(
       f'no cell with explained latents comes within {100 * (_NEAR - 1):.0f} % of an L0 that was asked for '
       f'({", ".join(f"{l0:g}" for l0 in l0s)}), nor do two of a family and size lie on both sides of one: '
-      f'{listed([_reach(*name, u_S) for name, (u_S, _) in curves.items()])}; explain cells that come nearer, or train some'
+      f'{family_cells.listed([_reach(*name, u_S) for name, (u_S, _) in curves.items()])}; explain cells that come nearer, or train some'
     )
   said += [*_without(table), *doubts, *family_cells.other_budgets(others), *beaten]
   reached = {(place.family, place.n) for place in places}
   if away := [_reach(*name, u_S) for name, (u_S, _) in curves.items() if name not in reached]:
     text = f'families come near no L0 of {", ".join(f"{l0:g}" for l0 in l0s)} and are in no comparison'
-    said.append(warning('no_equal_l0', f'{len(away)} {text}: {listed(away)}'))
+    said.append(warning('no_equal_l0', f'{len(away)} {text}: {family_cells.listed(away)}'))
   return Explained(cells, sorted(places, key=lambda p: (p.n, p.l0, p.family != OF, p.family != OVER, p.family)), said)
 
 
@@ -235,7 +234,7 @@ def _without(table: pd.DataFrame) -> list[dict[str, str]]:
     f'{row["id"] if "id" in row else row["activation"]} n={row["n_latents"]:g}' for row in lacking.to_dict('records')
   ]
   text = f'{len(lacking)} of {len(table)} finished cells have no {RECALL} and are in no comparison'
-  return [warning('not_explained', f'{text}: {listed(named)}')]
+  return [warning('not_explained', f'{text}: {family_cells.listed(named)}')]
 
 
 def _unexplained(table: pd.DataFrame) -> str:
@@ -262,11 +261,6 @@ def _reach(family: str, n: float, u_S: Array) -> str:
   """The L0s of the cells on a curve, in words."""
   ends = dict.fromkeys(f'{np.exp(u):.3g}' for u in (u_S[0], u_S[-1]))
   return f'{family} with n = {n:,.0f} has L0 = {" to ".join(ends)}'
-
-
-def listed(said: Sequence[str]) -> str:
-  """The first few in words, and how many more there are."""
-  return '; '.join(said[:_NAMED]) + (f' and {len(said) - _NAMED} more' if len(said) > _NAMED else '')
 
 
 def _at(u_S: Array, weight_SC: Array, l0: float) -> tuple[float, Array] | None:

@@ -1,5 +1,6 @@
 """The cells of a table that families are compared by, and those that one should look at before one believes them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,10 +53,14 @@ def other_budgets(others: pd.DataFrame) -> list[dict[str, str]]:
   """A warning that names cells of another number of tokens; none when there are none."""
   if others.empty:
     return []
-  said = [f'{_named(others, row)}: {row["tokens"]:,.0f}' for row in others[:_NAMED].to_dict('records')]
-  more = f' and {len(others) - _NAMED} more' if len(others) > _NAMED else ''
+  said = [f'{_named(others, row)}: {row["tokens"]:,.0f}' for row in others.to_dict('records')]
   text = f'{len(others)} cells had another number of tokens than most of their size and are left out'
-  return [table.warning('other_tokens', f'{text} ({"; ".join(said)}{more})')]
+  return [table.warning('other_tokens', f'{text} ({listed(said)})')]
+
+
+def listed(said: Sequence[str]) -> str:
+  """The first few in words, and how many more there are."""
+  return '; '.join(said[:_NAMED]) + (f' and {len(said) - _NAMED} more' if len(said) > _NAMED else '')
 
 
 def suspects(cells: pd.DataFrame) -> list[dict[str, str]]:
@@ -71,10 +76,9 @@ def suspects(cells: pd.DataFrame) -> list[dict[str, str]]:
   out = []
   for code, hit, column, what in kinds:
     rows = cells[hit].to_dict('records')
-    said = [f'{_named(cells, row)}: {row.get(column, np.nan):.3g}' for row in rows[:_NAMED]]
     if rows:
-      more = f' and {len(rows) - _NAMED} more' if len(rows) > _NAMED else ''
-      out.append(table.warning(code, f'{len(rows)} of {len(cells)} {what} ({"; ".join(said)}{more})'))
+      said = listed([f'{_named(cells, row)}: {row.get(column, np.nan):.3g}' for row in rows])
+      out.append(table.warning(code, f'{len(rows)} of {len(cells)} {what} ({said})'))
   return out
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from bench import command
+from sae_jax import files
 
 Row = dict[str, Any]
 # What a row is about, and what measures the rest of it. It may give a status of its own.
@@ -50,7 +50,7 @@ def run(parts: Sequence[Part], seconds: float, record: Row, out: str | None) -> 
 
   def write() -> None:
     if out:
-      command.write(out, record)
+      files.write_output(out, json.dumps(record, indent=1, allow_nan=False).encode() + b'\n', '--json')
 
   write()
   for part, entry in zip(tqdm(parts, unit='part', disable=None), entries, strict=True):

@@ -1,7 +1,6 @@
-"""Sparse products as loops over the k slots (decode, code gradient) and over the rows (weight gradients; over slots where their
-number is bounded).
+"""Sparse products as loops: over the k slots (decode, code gradient), and over the rows (weight gradients).
 
-The path of any platform without one of its own. On a CPU decode and weight gradients have kernels in C++, and these loops say
+Weight gradients loop over slots too where their number is bounded. The path of any platform without one of its own. On a CPU decode and weight gradients have kernels in C++, and these loops say
 in which order they add. An einsum over a gather [B, K, D] would take many times as long.
 """
 

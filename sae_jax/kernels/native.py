@@ -4,6 +4,7 @@ The machine's C++ compiler builds them when they are first asked for, into the u
 there are no kernels, and XLA's own ways are taken.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -56,10 +57,10 @@ def _built(sources: dict[str, bytes], compiler: list[str], path: pathlib.Path) -
   Its SHA-256 stands behind it in the file. A library that a full disk or a loss of power cut short would end this process
   while it is loaded, and every later one.
   """
-  if path.exists():
+  with contextlib.suppress(FileNotFoundError):
     if _is_whole(path.read_bytes()):
       return ctypes.CDLL(str(path))
-    path.unlink(missing_ok=True)
+    path.unlink()
   path.parent.mkdir(parents=True, exist_ok=True)
   # Made under another name: several processes may build at once, and one may be killed.
   with tempfile.TemporaryDirectory(dir=path.parent) as name:
