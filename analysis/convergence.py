@@ -1,7 +1,7 @@
 """Whether autoencoders are at convergence, and the tokens that takes: T ~ n^p.
 
 The criterion: a run has converged at the first T from which on a doubling of its tokens improves NMSE by less than eps,
-relative. Runs that never show that are named and left out. They do not count as converged at their end.
+relative, and leaves its L0 as it is. While a penalty still lowers L0 the NMSE may rise, and what is learnt does not show. Runs that never show that are named and left out. They do not count as converged at their end.
 """
 
 import itertools
@@ -14,6 +14,7 @@ from analysis import frames, laws, sparsity, table
 from analysis.fit import Fit, fit_law
 from analysis.fitting import resample
 from sae_jax import checks
+from sae_jax.convergence import SAME_L0
 from sae_jax.errors import UserError
 
 EPS = 0.01  # least relative improvement per doubling of a run that still learns
@@ -29,7 +30,7 @@ def tokens_to_convergence(curves: pd.DataFrame, eps: float = EPS) -> pd.DataFram
   is left out too: it converged somewhere before.
 
   Args:
-    curves: as from `read_ledger.load_curves`, with columns id, n_latents, k, tokens, nmse.
+    curves: as from `read_ledger.load_curves`, with columns id, n_latents, k, tokens, nmse. Without l0 that is not looked at.
     eps: relative improvement per doubling of tokens below which a run counts as converged.
 
   Raises:
@@ -146,12 +147,24 @@ def _converged(run: pd.DataFrame, eps: float) -> tuple[float, str]:
     return np.nan, 'measured over less than a doubling of tokens'
   t_G = np.linspace(first, last, _GRID)
   before_G, after_G = (np.interp(t_G + shift, *xy_N2.T) for shift in (0.0, np.log(2)))
-  learning = np.flatnonzero(-np.expm1(after_G - before_G) >= eps)
+  moved_G = _moved(run, t_G)
+  learning = np.flatnonzero((-np.expm1(after_G - before_G) >= eps) | (moved_G >= SAME_L0))
   if not learning.size:
     return np.nan, 'converged before its first measurement'
+  if learning[-1] == _GRID - 1 and moved_G[-1] >= SAME_L0:
+    return np.nan, f'its L0 still moved by {np.expm1(moved_G[-1]):.2%} over its last doubling'
   if learning[-1] == _GRID - 1:
     return np.nan, f'still improved by {-np.expm1(after_G[-1] - before_G[-1]):.2%} over its last doubling'
   return float(np.exp(t_G[learning[-1] + 1])), ''
+
+
+def _moved(run: pd.DataFrame, t_G: np.ndarray) -> np.ndarray:
+  """How far ln L0 moves over the doubling of tokens from each ln T on; 0 where L0 was not measured."""
+  l0 = run['l0'].to_numpy(float) if 'l0' in run else np.full(len(run), np.nan)
+  if not (known := l0 > 0).any():
+    return np.zeros(len(t_G))
+  at, value = np.log(run['tokens'].to_numpy(float)[known]), np.log(l0[known])
+  return np.abs(np.interp(t_G + np.log(2), at, value) - np.interp(t_G, at, value))
 
 
 def _left_out(found: pd.DataFrame) -> list[dict[str, str]]:

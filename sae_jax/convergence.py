@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 _LEAST_STEPS = 100  # before, a flat stretch is as likely the start of learning as its end
-_SAME_L0 = 0.05  # a difference of logarithms
+SAME_L0 = 0.05  # largest difference of logarithms
 
 
 def has_converged(curve: Sequence[Sequence[float]], least_gain: float) -> bool:
@@ -24,6 +24,6 @@ def has_converged(curve: Sequence[Sequence[float]], least_gain: float) -> bool:
       share = (half - math.log(left)) / (math.log(right) - math.log(left))
       nmse, *l0 = (b + share * (a - b) for b, a in zip(before, after, strict=False))
       # A checkpoint of an older version has no L0.
-      still = l0 and last[1] and l0[0] and abs(math.log(last[1] / l0[0])) < _SAME_L0
+      still = l0 and last[1] and l0[0] and abs(math.log(last[1] / l0[0])) < SAME_L0
       return bool(still) and 1 - last[0] / nmse < least_gain
   return False

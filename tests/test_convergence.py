@@ -57,6 +57,20 @@ def test_runs_that_do_not_converge_are_named_and_left_out():
   assert fit.params['p']['estimate'] == pytest.approx(P, abs=0.02)
 
 
+def test_a_run_whose_l0_still_moves_has_not_converged():
+  curves = planted((512, 1024))
+  steps = curves.groupby('id')['tokens'].rank()
+  # Of one the L0 stands still from the 45th measurement on, of the other it falls to the end, by 8 % a doubling.
+  still, falling = np.where(steps < 45, 54 - steps, 9.0), 90 * np.exp(-0.08 * np.log2(curves['tokens']))
+  found = convergence.tokens_to_convergence(curves.assign(l0=np.where(curves['id'] == 'n512', still, falling)))
+  found = found.set_index('id')
+  at = curves[(curves['id'] == 'n512') & (steps == 45)]['tokens'].iloc[0]
+  assert found['converged_tokens']['n512'] == pytest.approx(at, rel=0.1) and at > 3 * C * 512**P
+  assert found['reason'].to_dict() == {'n512': '', 'n1024': 'its L0 still moved by 8.33% over its last doubling'}
+  unknown = convergence.tokens_to_convergence(curves.assign(l0=np.nan))
+  pd.testing.assert_frame_equal(unknown, convergence.tokens_to_convergence(curves))
+
+
 def test_a_plateau_in_the_middle_is_not_convergence():
   tokens = 2.0 ** np.arange(20)
   loss = np.concatenate([np.full(8, 0.9), np.geomspace(0.8, 0.3, 4), np.full(8, 0.3)])
